@@ -1,0 +1,126 @@
+"""Which sample goes to which rank at which position, and its random key.
+
+Randomness is counted, not carried: every draw of a run is a function of the run's seed, of what the draw is for, and of
+counters (epoch, position, step, rank). No generator state is saved; resuming means starting the counters elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+class Batch(NamedTuple):
+    """What the loaders yield and the criteria read. (A data set's single sample has the same fields, unbatched.)"""
+
+    images: torch.Tensor  # [B, 3, H, W], normalised
+    targets: torch.Tensor  # [B] class indices, or [B, C] class probabilities after Mixup
+    positions: torch.Tensor  # [B], place in the epoch's global order
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """The output function of the SplitMix64 generator (Steele et al., 2014): a bijection of 64-bit integers."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def random_keys(seed: int, purpose: str, *counters: int | np.ndarray) -> np.ndarray:
+    """A 64-bit key for each combination of counters.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the draw is for; two purposes never share a key sequence.
+        counters: non-negative integers or integer arrays, broadcast against each other.
+
+    Returns:
+        uint64 array of the counters' broadcast shape.
+    """
+    key = _splitmix64(np.atleast_1d(np.uint64(seed % 2**64)))
+    for counter in (zlib.crc32(purpose.encode()), *counters):
+        key = _splitmix64(key ^ np.atleast_1d(np.asarray(counter).astype(np.uint64)))
+    return key
+
+
+def random_key(seed: int, purpose: str, *counters: int) -> int:
+    """`random_keys` for plain numbers."""
+    return int(random_keys(seed, purpose, *counters)[0])
+
+
+def seed_generators(key: int, device: torch.device | None = None) -> None:
+    """Seed Python's, NumPy's and torch's default generators (and the device's, if given) from a 64-bit key."""
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    # torch.manual_seed would walk every device, which costs more than decoding a small image.
+    torch.default_generator.manual_seed(key)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(key)
+    elif device is not None and device.type == "mps":
+        torch.mps.manual_seed(key & 0xFFFFFFFF)
+
+
+class KeyedSampler(Sampler):
+    """Yields `(index, position, key)` for this rank's share of an epoch.
+
+    The epoch's global order is a permutation of the data (or, with repeated augmentation, of ceil(N / repeats) images,
+    each `repeats` times in a row, Hoffer et al. 2020) of the same length N as the data. Rank r gets positions r, r + R,
+    r + 2R, ..., so a global batch holds the same views for every number of ranks R.
+
+    Args:
+        length: N, number of samples in the data set.
+        seed: the run's seed.
+        shuffle: False keeps the data's order.
+        repeats: views of each drawn image in an epoch; 1 is an ordinary epoch.
+        rank, world_size: this process among all.
+        multiple: the order is cut to a multiple of this many positions; 1 keeps everything (ranks may then differ by
+            one sample, as an exact evaluation needs).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        multiple: int = 1,
+    ) -> None:
+        self.length, self.seed, self.shuffle, self.repeats = length, seed, shuffle, repeats
+        self.rank, self.world_size = rank, world_size
+        self.num_positions = length // multiple * multiple
+        self.epoch = 0
+
+    @property
+    def num_distinct(self) -> int:
+        """How many different images an epoch holds."""
+        return -(-self.num_positions // self.repeats)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration yields."""
+        self.epoch = epoch
+
+    def _global_order(self) -> np.ndarray:
+        """Sample index at each position, [num_positions]."""
+        if not self.shuffle:
+            return np.arange(self.num_positions) // self.repeats
+        # Sorting random keys is a permutation that no library version can change.
+        order = np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(self.length)), kind="stable")
+        return np.repeat(order[: self.num_distinct], self.repeats)[: self.num_positions]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        positions = np.arange(self.rank, self.num_positions, self.world_size)
+        keys = random_keys(self.seed, "view", self.epoch, positions)
+        return iter(list(zip(self._global_order()[positions].tolist(), positions.tolist(), keys.tolist(), strict=True)))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.num_positions, self.world_size))
