@@ -1,0 +1,162 @@
+"""Base criterion, distillation terms, and where teacher targets come from.
+
+Every criterion here is called as `criterion(outputs, batch)` and returns `(loss, terms)`: a scalar to differentiate and
+a dictionary of detached scalars to log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samplers import Batch
+
+Criterion = Callable[[torch.Tensor | tuple[torch.Tensor, torch.Tensor], Batch], tuple[torch.Tensor, dict]]
+
+
+class BinaryCrossEntropy(nn.Module):
+    """Cross-entropy of C independent yes/no questions, as in "ResNet strikes back" (Wightman et al. 2021, section 3).
+
+    Every class that is in the image at all, one or the two that Mixup put there, is a positive. Smoothing is applied
+    after that, so that it cannot turn all classes into positives.
+
+    Args:
+        smoothing: label smoothing s; a target t in {0, 1} becomes t (1 - s) + s / C.
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """logits [B, C]; targets [B] class indices or [B, C] probabilities; mean over B and C."""
+        num_classes = logits.shape[-1]
+        if targets.ndim == 1:
+            targets = F.one_hot(targets, num_classes)
+        present = (targets > 0).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, present * (1 - self.smoothing) + self.smoothing / num_classes)
+
+
+def build_base_criterion(bce: bool, smoothing: float) -> nn.Module:
+    """Loss of logits [B, C] against class indices [B] or probabilities [B, C].
+
+    `nn.CrossEntropyLoss` takes both, and smooths both alike: with Mixup, (1 - s) (λ y₁ + (1 - λ) y₂) + s / C is what
+    the published code gets by smoothing y₁ and y₂ first.
+    """
+    return BinaryCrossEntropy(smoothing) if bce else nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+class SupervisedLoss:
+    """The base criterion alone: the labels are all there is to learn from."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+
+    def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.base(outputs, batch.targets), {}
+
+
+class FrozenTeacher:
+    """Teacher targets from a model that is run, without gradients, on the images that the student sees.
+
+    Args:
+        model: takes images [B, 3, H, W] in its own normalisation, gives logits [B, C].
+        mean, std: per channel, the teacher's normalisation.
+        student_mean, student_std: per channel, the normalisation of the batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        device = next(model.parameters()).device
+        column = {"dtype": torch.float32, "device": device}
+        mean, std, student_mean, student_std = (
+            torch.tensor(list(values), **column).view(1, -1, 1, 1) for values in (mean, std, student_mean, student_std)
+        )
+        # ((x · student_std + student_mean) - mean) / std as one multiplication and one addition
+        self.scale, self.shift = student_std / std, (student_mean - mean) / std
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        return self.model(batch.images * self.scale + self.shift).float()
+
+
+def soft_distillation(student: torch.Tensor, teacher: torch.Tensor, tau: float, scale: str) -> torch.Tensor:
+    """τ² KL(softmax(teacher / τ) ‖ softmax(student / τ)), DeiT equation 2 (Hinton et al. 2015).
+
+    Args:
+        student, teacher: logits [B, C].
+        tau: temperature τ.
+        scale: "batchmean" divides the sum by B; "legacy" by B · C, as the published code does.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student.float() / tau, dim=1),
+        F.log_softmax(teacher.float() / tau, dim=1),
+        reduction="sum",
+        log_target=True,
+    )
+    return divergence * tau**2 / (student.numel() if scale == "legacy" else len(student))
+
+
+def hard_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against the teacher's decision, DeiT equation 3; logits [B, C]."""
+    return F.cross_entropy(student.float(), teacher.argmax(dim=1))
+
+
+class DistillationLoss:
+    """(1 - α) base(class head, labels) + α distillation(distillation head, teacher), DeiT section 4.
+
+    The logged terms are the two losses before weighting, the teacher's top-1 accuracy (with Mixup, against the label
+    with the larger share) and the share of images on which the student's distillation head agrees with the teacher.
+
+    Args:
+        base: criterion of the class head.
+        teacher: maps a batch to logits [B, C]: a model, or a store of what it said.
+        kind: "soft" or "hard".
+        alpha: α.
+        tau, scale: see `soft_distillation`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        teacher: Callable[[Batch], torch.Tensor],
+        kind: str,
+        alpha: float = 0.5,
+        tau: float = 1.0,
+        scale: str = "batchmean",
+    ) -> None:
+        if kind not in ("soft", "hard"):
+            raise ValueError(f"kind is 'soft' or 'hard', not {kind!r}")
+        self.base, self.teacher, self.alpha = base, teacher, alpha
+        self.distil = (
+            hard_distillation
+            if kind == "hard"
+            else lambda student, teacher: soft_distillation(student, teacher, tau, scale)
+        )
+
+    def __call__(
+        self, outputs: tuple[torch.Tensor, torch.Tensor], batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        class_logits, distillation_logits = outputs
+        teacher_logits = self.teacher(batch)
+        base_loss = self.base(class_logits, batch.targets)
+        distillation_loss = self.distil(distillation_logits, teacher_logits)
+        labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
+        decisions = teacher_logits.argmax(dim=1)
+        terms = {
+            "loss_base": base_loss.detach(),
+            "loss_distillation": distillation_loss.detach(),
+            "teacher_acc1": (decisions == labels).float().mean() * 100,
+            "teacher_agreement": (decisions == distillation_logits.argmax(dim=1)).float().mean() * 100,
+        }
+        return (1 - self.alpha) * base_loss + self.alpha * distillation_loss, terms

@@ -1,0 +1,349 @@
+"""DeiT names, building models and teachers, loading pretrained and fine-tuning weights."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
+from torch import nn
+
+from utils import UserError, logger, read_checkpoint
+
+
+def create_model(
+    name: str,
+    *,
+    flag: str,
+    num_classes: int,
+    input_size: tuple[int, int],
+    pretrained: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """`timm.create_model` with the errors of our users: unknown names, options the model lacks, no network.
+
+    Args:
+        name: any model of timm's.
+        flag: the flag that named the model, for error messages.
+        input_size: (height, width) in pixels; handed on to models that are built for one size.
+        pretrained: download timm's weights.
+        options: keyword arguments of the model; those that are None are left out.
+
+    Raises:
+        UserError
+    """
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
+        raise UserError(f"{flag} {name}: timm has no such model; {hint}")
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        options = {"img_size": input_size} | options
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if pretrained:
+            raise UserError(
+                f"{flag} {name}: pretrained weights cannot be had ({reason}); check the network, or pass a local file"
+            ) from error
+        given = ", ".join(f"{key}={value}" for key, value in options.items() if value is not None)
+        raise UserError(f"{flag} {name}: cannot be built with {given} ({reason}); change or drop that flag") from error
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    input_size: tuple[int, int],
+    pretrained: bool = False,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    patch_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    distilled: bool = False,
+    grad_checkpointing: bool = False,
+) -> nn.Module:
+    """Build a model to train: timm's, by timm's name.
+
+    Args:
+        name: any model of timm's.
+        num_classes: number of classes.
+        input_size: (height, width) in pixels.
+        pretrained: start from timm's weights.
+        drop, drop_path: dropout and stochastic-depth rates; rates of zero are not handed on, for models without them.
+        patch_size: patch edge in pixels, for models that have one.
+        model_kwargs: more keyword arguments of timm's model.
+        distilled: in training mode the model shall return the pair (class logits, distillation logits).
+        grad_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UserError: unknown model or option, or no distillation head where one is needed.
+    """
+    options = {"drop_rate": drop or None, "drop_path_rate": drop_path or None, "patch_size": patch_size}
+    model = create_model(
+        name,
+        flag="--model",
+        num_classes=num_classes,
+        input_size=input_size,
+        pretrained=pretrained,
+        **options | dict(model_kwargs or {}),
+    )
+    if distilled:
+        if not hasattr(model, "set_distilled_training"):
+            raise UserError(
+                f"--distillation-type: {name} has no distillation head; use a *_distilled_* model such as "
+                f"deit_tiny_distilled_patch16_224, or --distillation-type none"
+            )
+        model.set_distilled_training(True)
+    if grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError):
+            raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
+    return model
+
+
+def build_teacher(
+    name: str,
+    *,
+    path: str,
+    pretrained: bool,
+    num_classes: int,
+    input_size: tuple[int, int],
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build a frozen teacher with its weights.
+
+    Raises:
+        UserError: unknown model, no weights, or weights that do not fit the model or have another number of classes.
+    """
+    if not path and not pretrained:
+        raise UserError(
+            "--distillation-type: the teacher has no weights; add --teacher-path FILE or --teacher-pretrained"
+        )
+    if path:
+        checkpoint = read_checkpoint(path, "--teacher-path")
+    teacher = create_model(
+        name,
+        flag="--teacher-model",
+        num_classes=None if pretrained else num_classes,
+        input_size=input_size,
+        pretrained=pretrained,
+        **dict(model_kwargs or {}),
+    )
+    if path:
+        state_dict, _ = fit_state_dict(weights_of(checkpoint, "--teacher-path", path), teacher)
+        for key, value in teacher.state_dict().items():
+            if key not in state_dict and _belongs_to(key, classifier_names(teacher)):
+                raise UserError(
+                    f"--teacher-path {path}: the teacher's head is not for {num_classes} classes; train a teacher on "
+                    f"this data set first (python main.py --model {name} ...)"
+                )
+            if key not in state_dict or state_dict[key].shape != value.shape:
+                raise UserError(
+                    f"--teacher-path {path}: does not fit --teacher-model {name} (at {key}); name its model"
+                )
+        teacher.load_state_dict(state_dict)
+    elif teacher.num_classes != num_classes:
+        raise UserError(
+            f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
+            f"teacher on this data set first and pass it as --teacher-path"
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The per-channel (mean, std) that the model's published weights expect of images scaled to [0, 1]."""
+    config = model.pretrained_cfg
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor when weights were fitted to a model."""
+
+    kept: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def names(keys: list[str]) -> str:
+            return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "") if keys else "none"
+
+        return (
+            f"kept {len(self.kept)} tensors; resized: {names(self.resized)}; dropped: {names(self.dropped)}; "
+            f"missing, left as initialised: {names(self.missing)}"
+        )
+
+
+def weights_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, torch.Tensor]:
+    """The model's tensors in a checkpoint of ours, of the original code (`model`), of timm (`state_dict`), or bare.
+
+    Raises:
+        UserError: if there are none.
+    """
+    inner = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    if not isinstance(inner, Mapping):
+        raise UserError(f"{flag} {path}: not a checkpoint of a model; give a file such as checkpoint.pth or best.pth")
+    weights = clean_state_dict(inner)  # names carry no module. or _orig_mod.
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{flag} {path}: not a checkpoint of a model; give a file such as checkpoint.pth or best.pth")
+    return dict(weights)
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classification layers, e.g. `("head", "head_dist")`."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _belongs_to(key: str, modules: tuple[str, ...]) -> bool:
+    return key.rpartition(".")[0] in modules
+
+
+def fit_state_dict(weights: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """Adapt weights to a model: resize the position embedding, drop what cannot be used.
+
+    A classification layer for another number of classes, a distillation token and head that the model has not, and
+    whatever else the model does not know are dropped. Tensors of a wrong shape elsewhere are kept for the caller to
+    refuse.
+
+    Args:
+        weights: named tensors with the official DeiT or timm names.
+        model: the model that is to load them.
+
+    Returns:
+        The tensors to load, and what became of each.
+    """
+    fitted, report, target = {}, LoadReport(), model.state_dict()
+    heads = (*classifier_names(model), "head", "head_dist")
+    for key, value in weights.items():
+        if key == "pos_embed" and key in target:
+            resized = _fit_pos_embed(value, weights, model)
+            (report.kept if resized is value else report.resized).append(key)
+            fitted[key] = resized
+        elif key not in target or (_belongs_to(key, heads) and value.shape != target[key].shape):
+            report.dropped.append(key)
+        else:
+            report.kept.append(key)
+            fitted[key] = value
+    report.missing = [key for key in target if key not in fitted]
+    return fitted, report
+
+
+def _fit_pos_embed(pos_embed: torch.Tensor, weights: Mapping[str, torch.Tensor], model: nn.Module) -> torch.Tensor:
+    """Position embedding [1, prefix + h·w, D] -> [1, prefix' + h'·w', D] for the model's grid and prefix tokens.
+
+    The old grid is taken to be square unless its number of patches says it cannot be. A distillation token that only
+    the model has keeps the row it was initialised with.
+    """
+    current = model.pos_embed
+    if pos_embed.ndim != 3 or pos_embed.shape[-1] != current.shape[-1]:
+        return pos_embed  # another model: the caller says so
+    embeds_prefix = not getattr(model, "no_embed_class", False)
+    new_prefix = model.num_prefix_tokens if embeds_prefix else 0
+    old_prefix = 0
+    if embeds_prefix:
+        old_prefix = ("cls_token" in weights) + ("dist_token" in weights)
+        old_prefix += weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    prefix, patches = pos_embed[:, :old_prefix], pos_embed[:, old_prefix:]
+    grid, side = tuple(model.patch_embed.grid_size), math.isqrt(patches.shape[1])
+    old_grid = (side, side) if side * side == patches.shape[1] else grid
+    if old_grid == grid and old_prefix == new_prefix:
+        return pos_embed
+    if old_grid != grid:
+        patches = resample_abs_pos_embed(patches, list(grid), old_size=list(old_grid), num_prefix_tokens=0)
+    fresh = current[:, min(old_prefix, new_prefix) : new_prefix].detach().to(prefix)
+    return torch.cat([prefix[:, :new_prefix], fresh, patches], dim=1)
+
+
+def load_finetune_weights(model: nn.Module, path: str) -> LoadReport:
+    """Load `--finetune` weights into a model, say in the log what was kept, resized, dropped and missing.
+
+    Raises:
+        UserError: if the file is unreadable or the weights are those of another model.
+    """
+    flag = "--finetune"
+    weights = weights_of(read_checkpoint(path, flag), flag, path)
+    fitted, report = fit_state_dict(weights, model)
+    target = model.state_dict()
+    misfit = next((key for key, value in fitted.items() if value.shape != target[key].shape), None)
+    if misfit is not None:
+        raise UserError(
+            f"{flag} {path}: {misfit} is {list(fitted[misfit].shape)} there and {list(target[misfit].shape)} in the "
+            f"model; pass the --model (and --patch-size, --model-kwargs) that these weights are from"
+        )
+    if len(report.kept) + len(report.resized) < len(target) / 2:
+        raise UserError(
+            f"{flag} {path}: weights of another model ({len(report.kept)} of {len(target)} tensors have the right "
+            f"name); pass the --model that they are from"
+        )
+    model.load_state_dict(fitted, strict=False)
+    logger.info("%s %s: %s", flag, path, report)
+    return report
+
+
+def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Load `--resume` weights into the model they were trained with.
+
+    Raises:
+        UserError: if a tensor is missing, unknown or of another shape.
+    """
+    target = {key: value.shape for key, value in model.state_dict().items()}
+    given = {key: value.shape for key, value in weights.items()}
+    misfit = next((key for key in {**target, **given} if target.get(key) != given.get(key)), None)
+    if misfit is not None:
+        raise UserError(
+            f"--resume {path}: holds another model than --model (at {misfit}: {_shape(given, misfit)} there, "
+            f"{_shape(target, misfit)} here); pass the model, data set and input size it is from, or --finetune it"
+        )
+    model.load_state_dict(weights)
+
+
+def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
+    return str(list(shapes[key])) if key in shapes else "nothing"
+
+
+# -- partial training --------------------------------------------------------------------------------------------------
+
+
+def freeze(model: nn.Module, scope: str) -> None:
+    """Leave only a part of the model trainable.
+
+    Args:
+        scope: "all"; "head": the classification layers; "attn": the attention layers, the position embedding and the
+            classification layers (Touvron et al. 2022, "Three things everyone should know about ViTs", section 4).
+
+    Raises:
+        UserError: "attn" with a model that has no attention.
+    """
+    if scope == "all":
+        return
+    heads = classifier_names(model)
+    for name, parameter in model.named_parameters():
+        trained = _belongs_to(name, heads) or (scope == "attn" and (".attn." in name or name == "pos_embed"))
+        parameter.requires_grad_(trained)
+    if scope == "attn" and not any(".attn." in name for name, _ in model.named_parameters()):
+        raise UserError("--train-scope attn: this model has no attention layers; use --train-scope head or all")
+
+
+def set_train_mode(module: nn.Module) -> None:
+    """Training mode, except for parts whose parameters are all frozen: their batch statistics stay as they are."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    module.training = True
+    for child in module.children():
+        set_train_mode(child)
