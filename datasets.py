@@ -1,0 +1,651 @@
+"""Data sets, transforms, loaders and Mixup.
+
+A data set is a `Source`: a sequence of (RGB image, class) with the classes known without decoding. `KeyedImages` seeds
+every generator from the sample's key before it touches the sample, so that a view depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from timm.data import Mixup, create_dataset, create_transform
+from timm.data.readers.shared_count import SharedCount
+from timm.data.transforms import str_to_interp_mode
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from samplers import Batch, KeyedSampler, random_key, random_keys, seed_generators
+from utils import RunError, UserError, World, logger, main_process_first
+
+DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
+NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS")
+SCHEMES = ("hfds/", "hfids/", "wds/", "torch/", "tfds/")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+SMALL_IMAGE = 64  # up to this size views are made by padding and cropping, not by random resized crops
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+class Images(Protocol):
+    """Images that are decoded when asked for."""
+
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    def describe(self, index: int) -> str:
+        """What to call this image in an error message."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images with their classes: the samples `order[0]`, `order[1]`, ... of `images`.
+
+    Attributes:
+        images: decodes an image.
+        targets: class index of each sample of `images`.
+        num_classes: number of classes.
+        order: which samples of `images` belong to this source.
+    """
+
+    images: Images
+    targets: np.ndarray  # [N] int64
+    num_classes: int
+    order: np.ndarray  # [n] int64
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        index = self.order[index]
+        try:
+            return self.images[index], int(self.targets[index])
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+            raise RunError(
+                f"cannot read image {self.images.describe(index)} ({error}); mend or remove it, then --resume"
+            ) from error
+
+
+def _source(images: Images, targets: Sequence[int], num_classes: int) -> Source:
+    targets = np.asarray(targets, dtype=np.int64)
+    return Source(images, targets, num_classes, np.arange(len(targets)))
+
+
+class PathImages:
+    """Image files. The paths are one array: a list of a million strings would be copied into every loader process."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __getitem__(self, index: int) -> Image.Image:
+        with Image.open(os.fsdecode(self.paths[index])) as image:
+            return image.convert("RGB")
+
+    def describe(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+
+class PackedImages:
+    """Decoded images in one uint8 buffer, shared with forked loader processes."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        """Args: arrays: uint8, [H, W, 3] each, of any sizes."""
+        self.shapes = np.array([array.shape for array in arrays])
+        self.ends = np.cumsum(self.shapes.prod(axis=1))
+        self.pixels = np.concatenate([array.ravel() for array in arrays])
+
+    def __getitem__(self, index: int) -> Image.Image:
+        height, width, channels = self.shapes[index]
+        end = self.ends[index]
+        return Image.fromarray(self.pixels[end - height * width * channels : end].reshape(height, width, channels))
+
+    def describe(self, index: int) -> str:
+        return f"number {index} in memory"
+
+
+class DatasetImages:
+    """Images of a torchvision data set, or of a timm reader (which gives encoded files)."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
+
+    def __getitem__(self, index: int) -> Image.Image:
+        image = self.dataset[int(index)][0]
+        if not isinstance(image, Image.Image):
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return opened.convert("RGB")
+        return image.convert("RGB")
+
+    def describe(self, index: int) -> str:
+        return f"number {index} of {self.name}"
+
+
+def take_fraction(source: Source | StreamingImages, fraction: float) -> Source | StreamingImages:
+    """A fixed, class-balanced part: of each class the nearest whole number to fraction · n, and at least one.
+
+    It does not depend on the run's seed, and a larger fraction contains a smaller one.
+    """
+    if fraction >= 1:
+        return source
+    if isinstance(source, StreamingImages):
+        raise UserError("--train-fraction: a stream cannot be divided by class; drop the flag")
+    keys = random_keys(0, "train-fraction", source.order)
+    chosen = []
+    for label in range(source.num_classes):
+        members = np.flatnonzero(source.targets[source.order] == label)
+        count = max(1, round(fraction * len(members))) if len(members) else 0
+        chosen.append(members[np.argsort(keys[members], kind="stable")[:count]])
+    return replace(source, order=source.order[np.sort(np.concatenate(chosen))])
+
+
+def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source | StreamingImages:
+    """Decode all images once if they fit in `limit_mb` MiB (judged by 16 of them); otherwise return the source."""
+    if isinstance(source, StreamingImages) or isinstance(source.images, PackedImages) or limit_mb <= 0:
+        return source
+    probes = np.linspace(0, len(source) - 1, 16).astype(int)
+    sizes = [np.prod((*source[probe][0].size, 3)) for probe in probes]
+    if np.mean(sizes) * len(source) > limit_mb * 2**20:
+        return source
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+        arrays = list(pool.map(lambda index: np.asarray(source[index][0]), range(len(source))))
+    return _source(PackedImages(arrays), source.targets[source.order], source.num_classes)
+
+
+# -- reading the data sets ---------------------------------------------------------------------------------------------
+
+
+def build_sources(
+    name: str,
+    data_path: str | None,
+    *,
+    inat_category: str = "name",
+    train_split: str = "train",
+    val_split: str = "validation",
+    num_classes: int | None = None,
+    local_rank: int = 0,
+) -> tuple[Source | StreamingImages, Source | StreamingImages]:
+    """Find a data set's training and validation part; download it where that is possible.
+
+    Args:
+        name: one of `NAMES`, or timm's name with a scheme such as `hfds/`.
+        data_path: folder of the data; CIFAR, FLOWERS and `torch/` default to `./data`.
+        inat_category: the level of the taxonomy to classify.
+        train_split, val_split: names of the splits, for names with a scheme.
+        num_classes: number of classes where the data do not say.
+        local_rank: the first process of a machine downloads, the others wait.
+
+    Raises:
+        UserError: unknown name, missing or badly laid-out folder, failed download.
+    """
+    if name.startswith(SCHEMES):
+        return _timm_sources(name, data_path, train_split, val_split, num_classes, local_rank)
+    if name not in NAMES:
+        raise UserError(
+            f"--data-set {name}: unknown; use one of {', '.join(NAMES)}, or a timm name that starts with "
+            f"{', '.join(SCHEMES)}"
+        )
+    if name == "DIGITS":
+        return _digits()
+    if data_path is None:
+        if name in ("IMNET", "INAT", "INAT19", "CARS"):
+            raise UserError(f"--data-path: {name} is not downloaded; name its folder, or try --data-set DIGITS")
+        data_path = "data"
+    elif not Path(data_path).is_dir():
+        raise UserError(f"--data-path {data_path}: no such folder; check the path, or try --data-set DIGITS")
+    root = Path(data_path)
+    if name == "IMNET":
+        return _folder_tree(root, root / "val")
+    if name.startswith("CIFAR"):
+        if name == "CIFAR":
+            logger.info("--data-set CIFAR is CIFAR-10; write CIFAR10 or CIFAR100 to be explicit")
+        held_out = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+        if (root / "train").is_dir() and held_out is not None:
+            return _folder_tree(root, held_out)
+        with main_process_first(local_rank):
+            return _cifar(root, name)
+    if name == "FLOWERS":
+        with main_process_first(local_rank):
+            return _flowers(root)
+    if name == "CARS":
+        return _cars(root)
+    return _inaturalist(root, 2018 if name == "INAT" else 2019, inat_category)
+
+
+def _digits() -> tuple[Source, Source]:
+    """The bundled 8×8 digits; of each class every fifth image is held out."""
+    with np.load(DIGITS_FILE, allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"].astype(np.int64)
+    grey = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # ink 0 to 16
+    source = _source(PackedImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, 10)
+    number_in_class = np.empty(len(labels), dtype=np.int64)
+    for label in range(10):
+        number_in_class[labels == label] = np.arange((labels == label).sum())
+    held_out = number_in_class % 5 == 4
+    return replace(source, order=np.flatnonzero(~held_out)), replace(source, order=np.flatnonzero(held_out))
+
+
+def _folder_tree(root: Path, held_out: Path) -> tuple[Source, Source]:
+    """`train/CLASS/image` and `val/CLASS/image`."""
+    classes, sources = {}, []
+    for folder in (root / "train", held_out):
+        if not folder.is_dir():
+            raise UserError(f"--data-path {root}: has no folder {folder.name}/; it needs train/CLASS/ and val/CLASS/")
+        try:
+            names, class_to_index = find_classes(folder)
+        except FileNotFoundError:
+            raise UserError(
+                f"--data-path {root}: {folder.name}/ has no class folders; sort its images into {folder.name}/CLASS/"
+            ) from None
+        classes[folder.name] = set(names)
+        try:
+            samples = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS)
+        except FileNotFoundError as error:
+            empty = str(error).partition("classes ")[2].partition(".")[0]
+            raise UserError(
+                f"--data-path {root}: no images in {folder.name}/ for class {empty}; fill or remove the folder"
+            ) from None
+        paths, targets = zip(*samples, strict=True)
+        sources.append(_source(PathImages(paths), targets, len(names)))
+    odd = classes["train"] ^ classes[held_out.name]
+    if odd:
+        raise UserError(
+            f"--data-path {root}: class folder {sorted(odd)[0]} is in only one of train/ and {held_out.name}/; both "
+            f"need the same classes"
+        )
+    return sources[0], sources[1]
+
+
+def _download(name: str, root: Path, make: Callable[[], Any]) -> Any:
+    """Call a torchvision data set that may download; turn what can go wrong into one line."""
+    try:
+        return make()
+    except ModuleNotFoundError as error:
+        raise UserError(f"--data-set {name}: needs {error.name}; pip install {error.name}") from None
+    except (OSError, RuntimeError) as error:  # no network, no space, wrong checksum
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--data-set {name}: not found under {root.resolve()} and cannot be downloaded there ({reason}); put it "
+            f"there, name its folder with --data-path, or use the bundled --data-set DIGITS"
+        ) from None
+
+
+def _cifar(root: Path, name: str) -> tuple[Source, Source]:
+    kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
+    parts = [_download(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
+    train, val = (_source(PackedImages(part.data), part.targets, len(part.classes)) for part in parts)
+    return train, val
+
+
+def _flowers(root: Path) -> tuple[Source, Source]:
+    """Oxford Flowers-102: trained on the official train and val parts (2,040 images), tested on test (6,149)."""
+    flowers = torchvision.datasets.Flowers102
+    train, val, test = (
+        _download("FLOWERS", root, partial(flowers, str(root), split, download=True))
+        for split in ("train", "val", "test")
+    )
+    paths, labels = train._image_files + val._image_files, train._labels + val._labels
+    return _source(PathImages(paths), labels, 102), _source(PathImages(test._image_files), test._labels, 102)
+
+
+def _cars(root: Path) -> tuple[Source, Source]:
+    """Stanford Cars from a local copy: its original address is gone."""
+    parts = []
+    for split in ("train", "test"):
+        try:
+            part = torchvision.datasets.StanfordCars(str(root), split, download=False)
+        except ModuleNotFoundError as error:
+            raise UserError(f"--data-set CARS: needs {error.name}; pip install {error.name}") from None
+        except (OSError, RuntimeError):
+            raise UserError(
+                f"--data-path {root}: not Stanford Cars; it needs stanford_cars/ with devkit/, cars_train/, cars_test/ "
+                f"and cars_test_annos_withlabels.mat"
+            ) from None
+        paths, labels = zip(*part._samples, strict=True)
+        parts.append(_source(PathImages(paths), labels, len(part.classes)))
+    return parts[0], parts[1]
+
+
+def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
+    """iNaturalist 2018 or 2019 from its official files: `{train,val}YEAR.json`, `categories.json` and the images.
+
+    Classes are numbered in the order in which they first appear by ascending category id, so that `name` gives the
+    official ids.
+    """
+
+    def read(name: str) -> Any:
+        try:
+            return json.loads((root / name).read_text())
+        except FileNotFoundError:
+            raise UserError(f"--data-path {root}: has no {name}; put the official annotation files there") from None
+        except ValueError:
+            raise UserError(f"--data-path {root}: {name} is not valid JSON; fetch it again") from None
+
+    parts = {part: read(f"{part}{year}.json") for part in ("train", "val")}
+    categories = read("categories.json") if (root / "categories.json").exists() else parts["train"]["categories"]
+    level_of = {number: entry for number, entry in enumerate(categories)}
+    level_of |= {entry["id"]: entry for entry in categories if "id" in entry}
+    if any(category not in entry for entry in level_of.values()):
+        raise UserError(f"--inat-category {category}: not in categories.json; use one of {', '.join(categories[0])}")
+    class_index: dict[str, int] = {}
+    for number in sorted(level_of):
+        class_index.setdefault(level_of[number][category], len(class_index))
+
+    def source(part: dict[str, Any]) -> Source:
+        file_of = {image["id"]: root / image["file_name"] for image in part["images"]}
+        labels = [class_index[level_of[note["category_id"]][category]] for note in part["annotations"]]
+        paths = [file_of[note["image_id"]] for note in part["annotations"]]
+        return _source(PathImages(paths), labels, len(class_index))
+
+    return source(parts["train"]), source(parts["val"])
+
+
+def _timm_sources(
+    name: str, data_path: str | None, train_split: str, val_split: str, num_classes: int | None, local_rank: int
+) -> tuple[Source | StreamingImages, Source | StreamingImages]:
+    """Any data set that timm can read. Streams (`wds/`, `tfds/`, `hfids/`) have no index; the others do."""
+    sources = []
+    for split, training in ((train_split, True), (val_split, False)):
+        try:
+            with main_process_first(local_rank):
+                dataset = create_dataset(name, root=data_path, split=split, is_training=training, download=True)
+        except (Exception, SystemExit) as error:  # each backend has errors of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"--data-set {name}: split {split!r} cannot be read ({reason}); check the name, --data-path, "
+                f"--train-split and --val-split"
+            ) from error
+        sources.append(_from_timm(dataset, name, training, num_classes))
+    return sources[0], sources[1]
+
+
+def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None) -> Source | StreamingImages:
+    reader = getattr(dataset, "reader", None)
+    known = getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None)
+    num_classes = num_classes or (len(known) if known else None)
+    if isinstance(dataset, IterableDataset):
+        if num_classes is None:
+            raise UserError(f"--num-classes: {name} does not say how many classes it has; add the flag")
+        return StreamingImages(dataset, num_classes, training)
+    if hasattr(reader, "iter_targets"):
+        targets = list(reader.iter_targets())
+    elif reader is not None:
+        targets = [reader[index][1] for index in range(len(reader))]
+    else:
+        found = (getattr(dataset, key, None) for key in ("targets", "labels", "_labels"))
+        targets = next((value for value in found if value is not None), None)
+        targets = [dataset[index][1] for index in range(len(dataset))] if targets is None else targets
+    targets = np.asarray(targets, dtype=np.int64)
+    images = DatasetImages(reader if reader is not None else dataset, name)
+    return _source(images, targets, num_classes or int(targets.max()) + 1)
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+
+class KeyedImages(Dataset):
+    """Views of a source's images; takes the `(index, position, key)` of `KeyedSampler`."""
+
+    def __init__(self, source: Source, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, sample: tuple[int, int, int]) -> Batch:
+        index, position, key = sample
+        seed_generators(key)
+        image, target = self.source[index]
+        return Batch(self.transform(image), target, position)
+
+
+class StreamingImages(IterableDataset):
+    """A timm stream, whose own shuffling decides the order; views are keyed by the position in it.
+
+    For training, timm deals the shards out among ranks and loader processes, so the order depends on their numbers. For
+    evaluation every rank reads the whole stream and keeps its share: exact, at the cost of decoding it all.
+    """
+
+    def __init__(self, dataset: Any, num_classes: int, training: bool) -> None:
+        self.dataset, self.num_classes, self.training = dataset, num_classes, training
+        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+        self.seed, self.rank, self.world_size = 0, 0, 1
+        self.epoch = SharedCount(0)  # persistent loader processes must see it change
+        if not training:
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.value = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for count, (image, target) in enumerate(self.dataset):
+            position = count * workers + number
+            if self.training:
+                position = position * self.world_size + self.rank
+            elif position % self.world_size != self.rank:
+                continue
+            seed_generators(random_key(self.seed, "view", self.epoch.value, position))
+            yield Batch(self.transform(image.convert("RGB")), int(target), position)
+
+
+# -- transforms --------------------------------------------------------------------------------------------------------
+
+
+def build_train_transform(
+    input_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    interpolation: str = "bicubic",
+    hflip: float = 0.5,
+    color_jitter: float = 0.3,
+    auto_augment: str = "rand-m9-mstd0.5-inc1",
+    re_prob: float = 0.25,
+    re_mode: str = "pixel",
+    re_count: int = 1,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """PIL image -> normalised float32 [3, H, W] by DeiT's training augmentation (paper, section 6 and table 9).
+
+    Up to 64 pixels, the random resized crop gives way to a padding of 4 pixels and a random crop.
+    """
+    transform = create_transform(
+        input_size,
+        is_training=True,
+        interpolation=interpolation,
+        hflip=hflip,
+        color_jitter=color_jitter,
+        auto_augment=None if auto_augment in ("", "none") else auto_augment,
+        re_prob=re_prob,
+        re_mode=re_mode,
+        re_count=re_count,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+    if max(input_size) <= SMALL_IMAGE:
+        resize = transforms.Resize(list(input_size), str_to_interp_mode(interpolation))
+        transform.transforms[0:1] = [resize, transforms.RandomCrop(input_size, padding=4)]
+    return transform
+
+
+def build_eval_transform(
+    input_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, interpolation: str, crop_ratio: float
+) -> Callable[[Image.Image], torch.Tensor]:
+    """PIL image -> normalised float32 [3, H, W]: resize to size / crop_ratio and crop the centre.
+
+    Up to 64 pixels the whole image is used.
+    """
+    if max(input_size) > SMALL_IMAGE:
+        return create_transform(
+            input_size, interpolation=interpolation, mean=tuple(mean), std=tuple(std), crop_pct=crop_ratio
+        )
+    resize = transforms.Resize(list(input_size), str_to_interp_mode(interpolation))
+    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+# -- loaders -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EpochLoader:
+    """Batches of one epoch after the other; `set_epoch` must precede each iteration."""
+
+    loader: DataLoader
+    counter: KeyedSampler | StreamingImages
+    num_batches: int
+    seed: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.counter.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(iter(self.loader), self.num_batches)
+
+
+def build_train_loader(
+    source: Source | StreamingImages,
+    transform: Callable[[Image.Image], torch.Tensor],
+    *,
+    batch_size: int,
+    accum_steps: int,
+    repeats: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+    world: World,
+) -> EpochLoader:
+    """Batches of [batch_size, 3, H, W] on each rank, in whole optimiser updates.
+
+    Raises:
+        UserError: if the data do not fill one update.
+    """
+    per_update = batch_size * accum_steps * world.size
+    if len(source) < per_update:
+        raise UserError(
+            f"--batch-size {batch_size}: an update takes {per_update} images (batch size x processes x --accum-steps), "
+            f"the training data hold {len(source)}; lower --batch-size"
+        )
+    num_batches = len(source) // per_update * accum_steps
+    if isinstance(source, StreamingImages):
+        source.transform, source.seed, source.rank, source.world_size = transform, seed, world.rank, world.size
+        source.dataset.set_loader_cfg(num_workers=num_workers)
+        source.dataset.reader.common_seed, source.dataset.reader.batch_size = seed, batch_size
+        if repeats > 1:
+            logger.info("repeated augmentation needs an index, which a stream has not: each image is seen once")
+        loader = _loader(source, None, batch_size, num_workers, pin_memory)
+        return EpochLoader(loader, source, num_batches)
+    sampler = KeyedSampler(
+        len(source), seed=seed, repeats=repeats, rank=world.rank, world_size=world.size, multiple=per_update
+    )
+    logger.info(
+        "an epoch holds %d views of %d different images (of %d), in %d updates",
+        *(sampler.num_positions, sampler.num_distinct, len(source), num_batches // accum_steps),
+    )
+    loader = _loader(KeyedImages(source, transform), sampler, batch_size, num_workers, pin_memory)
+    return EpochLoader(loader, sampler, num_batches)
+
+
+def build_eval_loader(
+    source: Source | StreamingImages,
+    transform: Callable[[Image.Image], torch.Tensor],
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    world: World,
+) -> DataLoader:
+    """Each image exactly once over all ranks: ranks may differ by one image, nothing is padded."""
+    if isinstance(source, StreamingImages):
+        source.transform, source.rank, source.world_size = transform, world.rank, world.size
+        return _loader(source, None, batch_size, 0, pin_memory)
+    sampler = KeyedSampler(len(source), shuffle=False, rank=world.rank, world_size=world.size)
+    return _loader(KeyedImages(source, transform), sampler, batch_size, num_workers, pin_memory)
+
+
+def _loader(
+    dataset: Dataset, sampler: KeyedSampler | None, batch_size: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        collate_fn=default_collate,
+    )
+
+
+# -- Mixup and the way to the device -----------------------------------------------------------------------------------
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def build_prepare(device: torch.device, mixup: Mixup | None) -> Callable[[Batch], Batch]:
+    """What happens to a training batch between loader and model: to the device, then Mixup or CutMix."""
+
+    def prepare(batch: Batch) -> Batch:
+        batch = to_device(batch, device)
+        if mixup is None:
+            return batch
+        images, targets = mixup(batch.images, batch.targets)
+        return Batch(images, targets, batch.positions)
+
+    return prepare
+
+
+def build_mixup(
+    *,
+    mixup: float,
+    cutmix: float,
+    cutmix_minmax: Sequence[float] | None,
+    prob: float,
+    switch_prob: float,
+    mode: str,
+    num_classes: int,
+    batch_size: int,
+) -> Mixup | None:
+    """timm's Mixup/CutMix, or None when both are off. Smoothing is the criterion's affair.
+
+    Raises:
+        UserError: if the batch cannot be paired off.
+    """
+    if mixup <= 0 and cutmix <= 0 and cutmix_minmax is None:
+        return None
+    if batch_size % 2:
+        raise UserError(
+            f"--batch-size {batch_size}: Mixup pairs images off and needs an even batch; or --mixup 0 --cutmix 0"
+        )
+    return Mixup(
+        mixup_alpha=mixup,
+        cutmix_alpha=cutmix,
+        cutmix_minmax=list(cutmix_minmax) if cutmix_minmax else None,
+        prob=prob,
+        switch_prob=switch_prob,
+        mode=mode,
+        label_smoothing=0.0,
+        num_classes=num_classes,
+    )
