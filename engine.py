@@ -1,0 +1,383 @@
+"""One `train_one_epoch`, one `evaluate`, `fit`, and the `TrainState` that they move."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets import EpochLoader, to_device
+from losses import Criterion
+from models import load_exactly, set_train_mode, weights_of
+from samplers import Batch, random_key, seed_generators
+from utils import StepLog, UserError, World, all_reduce_sum, append_log, logger, save_checkpoint
+
+
+class Schedule(Protocol):
+    """A value that follows the number of optimiser updates made so far."""
+
+    name: str
+
+    def step_update(self, num_updates: int) -> None: ...
+
+    @property
+    def value(self) -> float:
+        """What it is now, for the log."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class LearningRate:
+    """The learning rate as a function of the number of updates: one of timm's schedulers."""
+
+    name = "lr"
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+
+    def step_update(self, num_updates: int) -> None:
+        self.scheduler.step_update(num_updates)
+
+    @property
+    def value(self) -> float:
+        return self.scheduler.optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict()
+
+
+def build_lr_schedule(
+    optimizer: torch.optim.Optimizer, updates_per_epoch: int, epochs: int, warmup_epochs: int, **options: Any
+) -> LearningRate:
+    """Linear warm-up, then `options["sched"]`, stepped at every update.
+
+    Args:
+        updates_per_epoch: optimiser updates in an epoch.
+        epochs, warmup_epochs: lengths in epochs.
+        options: further arguments of `timm.scheduler.create_scheduler_v2`.
+
+    Raises:
+        UserError: a name that timm does not know.
+    """
+    if 0 < epochs <= warmup_epochs:
+        logger.warning(
+            "--warmup-epochs %d takes all of the %d epochs: the rate never reaches --lr", warmup_epochs, epochs
+        )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            num_epochs=epochs,
+            warmup_epochs=warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **options,
+        )
+    except (ValueError, AssertionError):
+        scheduler = None
+    if scheduler is None:
+        raise UserError(f"--sched {options.get('sched')}: unknown; use cosine, step, multistep, tanh, poly or plateau")
+    return LearningRate(scheduler)
+
+
+def build_optimizer(
+    model: nn.Module, name: str, *, lr: float, betas: Sequence[float] | None = None, **options: Any
+) -> torch.optim.Optimizer:
+    """timm's optimiser of that name, without weight decay on biases, norms and what the model exempts.
+
+    Raises:
+        UserError: a name that timm does not know, or options that the optimiser does not take.
+    """
+    if betas:
+        options["betas"] = tuple(betas)
+    try:
+        return create_optimizer_v2(model, name, lr=lr, **options)
+    except (ValueError, AssertionError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--opt {name}: timm has no such optimiser, or not with these --opt-* flags ({reason})"
+        ) from None
+
+
+def select_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """Autocast type for `auto`, `bf16`, `fp16` or `off`; None is float32.
+
+    `auto` is bf16 where the hardware computes in it, else fp16 on CUDA, else off (elsewhere bf16 is slower).
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu" and _cpu_computes_bf16():
+            name = "bf16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+
+
+def _cpu_computes_bf16() -> bool:
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(check is not None and check() for check in checks)
+
+
+def autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast for the module's device; None computes in float32."""
+    return torch.autocast(next(module.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@dataclass
+class TrainState:
+    """All that a training step changes, and how it changes it.
+
+    Attributes:
+        model: what the loop calls: the module itself, or DDP around it.
+        module: the module itself; its names carry no prefix.
+        optimizer: timm's or torch's.
+        amp_dtype: autocast type, or None for float32.
+        accum_steps: micro-batches in an update.
+        clip_grad: largest gradient norm, or None.
+        ema: moving average of the module's weights, or None.
+        num_updates: optimiser updates made.
+        best_acc1: best top-1 accuracy so far, in per cent.
+        epoch: the epoch to train next.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    amp_dtype: torch.dtype | None = None
+    accum_steps: int = 1
+    clip_grad: float | None = None
+    ema: ModelEmaV3 | None = None
+    num_updates: int = 0
+    best_acc1: float = 0.0
+    epoch: int = 0
+    scaler: torch.amp.GradScaler = field(init=False)
+    _micro_step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @contextlib.contextmanager
+    def forward(self) -> Any:
+        """Around a training forward: autocast, and gradients exchanged only by the last micro-batch of an update."""
+        last = (self._micro_step + 1) % self.accum_steps == 0
+        ddp = isinstance(self.model, DistributedDataParallel)
+        with (
+            autocast(self.module, self.amp_dtype),
+            self.model.no_sync() if ddp and not last else contextlib.nullcontext(),
+        ):
+            yield
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of `loss`; at the last micro-batch clip, update the weights and their average."""
+        self.scaler.scale(loss / self.accum_steps).backward()
+        self._micro_step += 1
+        if self._micro_step % self.accum_steps:
+            return
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        if self.ema is not None:
+            self.ema.update(self.module, step=self.num_updates)
+
+    def state_dict(self, schedules: Sequence[Schedule], args: dict[str, Any]) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors, numbers and strings."""
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": next((s.state_dict() for s in schedules if s.name == "lr"), {}),
+            "scaler": self.scaler.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "epoch": self.epoch,
+            "step": self.num_updates,
+            "best_acc1": self.best_acc1,
+            "args": args,
+        }
+
+    def resume(self, checkpoint: dict[str, Any], path: str, updates_per_epoch: int) -> None:
+        """Go on where a checkpoint was written.
+
+        Args:
+            checkpoint: what `state_dict` gave.
+            path: the file it is from, for error messages.
+            updates_per_epoch: optimiser updates in an epoch of this run.
+
+        Raises:
+            UserError: if it is for another model or holds weights only.
+        """
+        weights = weights_of(checkpoint, "--resume", path)
+        load_exactly(self.module, weights, path)
+        if self.ema is not None:
+            if not checkpoint.get("model_ema"):
+                logger.warning("%s has no averaged weights; the average starts from its weights", path)
+            load_exactly(self.ema.module, checkpoint.get("model_ema") or weights, path)
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.epoch, step = int(checkpoint["epoch"]), int(checkpoint["step"])
+            self.best_acc1 = float(checkpoint["best_acc1"])
+        except (KeyError, ValueError, RuntimeError):
+            raise UserError(
+                f"--resume {path}: has no training state that fits (optimizer, epoch, ...); start from its weights "
+                f"with --finetune, or pass the --opt and --train-scope it was trained with"
+            ) from None
+        # Counters, not history, drive the schedules: with another batch size an epoch is still an epoch.
+        self.num_updates = self.epoch * updates_per_epoch
+        if self.num_updates != step:
+            logger.warning(
+                "%s was written with another number of updates per epoch; going on at epoch %d", path, self.epoch
+            )
+
+
+def train_one_epoch(
+    state: TrainState,
+    loader: EpochLoader | Sequence[Batch],
+    criterion: Criterion,
+    prepare: Callable[[Batch], Batch],
+    schedules: Sequence[Schedule],
+    log: StepLog,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+) -> dict[str, float]:
+    """Train on every batch of `loader` once.
+
+    Args:
+        prepare: takes a batch to the device and mixes it.
+        schedules: all are set to the number of updates made before each step.
+        log: takes every step's loss, terms and schedule values.
+        seed, rank: with the epoch and the step they seed Mixup, dropout and stochastic depth.
+
+    Returns:
+        Mean over steps of all that was logged, and `images_per_second`.
+
+    Raises:
+        RunError: on all ranks, if the loss is not finite.
+    """
+    set_train_mode(state.model)
+    for step, batch in enumerate(loader):
+        for schedule in schedules:
+            schedule.step_update(state.num_updates)
+        seed_generators(random_key(seed, "step", state.epoch, step, rank), state.device)
+        batch = prepare(batch)
+        with state.forward():
+            loss, terms = criterion(state.model(batch.images), batch)
+        state.step(loss)
+        log.update({"loss": loss} | terms | {schedule.name: schedule.value for schedule in schedules})
+    return log.close()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: Iterable[Batch], autocast: contextlib.AbstractContextManager
+) -> dict[str, float]:
+    """Exact loss and accuracies over all images of all ranks: sums over samples, nothing padded or averaged twice.
+
+    Args:
+        model: the bare module, whose forward involves no other process.
+        loader: this rank's share of the images.
+        autocast: the precision to use.
+
+    Returns:
+        `loss` (cross-entropy), `acc1` and `acc5` (per cent; top-k of k classes if there are fewer than 5), `images`.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    totals = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for batch in loader:
+        images, targets, _ = to_device(batch, device)
+        with autocast:
+            logits = model(images)
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, k]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)])
+    loss, top1, top5, images = all_reduce_sum(totals).tolist()
+    images = max(images, 1)
+    return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
+
+
+def evaluate_state(state: TrainState, loader: Iterable[Batch], world: World) -> dict[str, float]:
+    """`evaluate` the model, and its average if there is one, as `test_*` and `test_ema_*` for the log."""
+    stats = {}
+    for prefix, module in (("test_", state.module), ("test_ema_", state.ema and state.ema.module)):
+        if module is not None:
+            if world.size > 1:  # each rank has gathered batch statistics of its own
+                distribute_bn(module, world.size, reduce=True)
+            result = evaluate(module, loader, autocast(module, state.amp_dtype))
+            stats |= {prefix + name: value for name, value in result.items() if name != "images"}
+    logger.info(describe(stats))
+    return stats
+
+
+def describe(stats: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
+
+
+def fit(
+    state: TrainState,
+    train_loader: EpochLoader,
+    val_loader: Iterable[Batch],
+    criterion: Criterion,
+    prepare: Callable[[Batch], Batch],
+    schedules: Sequence[Schedule],
+    *,
+    epochs: int,
+    world: World,
+    args: dict[str, Any],
+    output_dir: Path | None = None,
+    writer: Any = None,
+    seed: int = 0,
+    log_interval: int = 50,
+    eval_interval: int = 1,
+) -> None:
+    """Train from `state.epoch` to `epochs`: one line of log.txt, one evaluation and one checkpoint per epoch.
+
+    Args:
+        args: the run's flags as JSON values, for the checkpoint.
+        output_dir: where log.txt and checkpoints go, or None for nowhere; only rank 0 writes.
+        writer: a TensorBoard writer on rank 0, or None.
+        log_interval: steps between two lines and two checks for a non-finite loss.
+        eval_interval: epochs between two evaluations; the last epoch is always evaluated.
+    """
+    start = time.time()
+    num_parameters = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+    while state.epoch < epochs:
+        epoch = state.epoch
+        train_loader.set_epoch(epoch)
+        batch_images = (train_loader.loader.batch_size or 1) * world.size
+        log = StepLog(epoch, len(train_loader), batch_images, log_interval, writer, epoch * len(train_loader))
+        trained = train_one_epoch(state, train_loader, criterion, prepare, schedules, log, seed=seed, rank=world.rank)
+        state.epoch += 1
+        rate = trained.pop("images_per_second")
+        record = {f"train_{name}": value for name, value in trained.items()}
+        if state.epoch % eval_interval == 0 or state.epoch == epochs:
+            record |= evaluate_state(state, val_loader, world)
+        is_best = record.get("test_acc1", -1.0) > state.best_acc1
+        state.best_acc1 = max(state.best_acc1, record.get("test_acc1", 0.0))
+        record |= {"epoch": epoch, "n_parameters": num_parameters, "images_per_second": rate}
+        if world.is_main and output_dir is not None:
+            save_checkpoint(state.state_dict(schedules, args), output_dir, is_best)
+            append_log(output_dir, record)
+        if writer is not None:
+            for name, value in record.items():
+                writer.add_scalar(f"epoch/{name}", value, epoch)
+    logger.info("%d epochs in %.0f s, best top-1 %.2f %%", epochs, time.time() - start, state.best_acc1)

@@ -1,0 +1,571 @@
+"""Train and evaluate data-efficient image transformers: `python main.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from timm.utils import ModelEmaV3, ParseKwargs
+from torch.nn.parallel import DistributedDataParallel
+
+import datasets
+import engine
+import losses
+import models
+import utils
+from samplers import random_key, seed_generators
+from utils import RunError, UserError, World, logger
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, underscored spellings of every flag, and comments in @recipes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            **options,
+        )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        return super().parse_known_args([_hyphenated(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return [_hyphenated(word) for word in shlex.split(arg_line, comments=True)]
+
+    def error(self, message: str) -> NoReturn:
+        for word in message.partition("unrecognized arguments: ")[2].split():
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        if "can't open" in message:
+            message += "; the recipes are in recipes/"
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+
+
+def _hyphenated(word: str) -> str:
+    """`--data_path=a_b` -> `--data-path=a_b`."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+
+
+def _number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a number from `low` (itself excluded if `open_low`) to `high`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if open_low else 'at least'} {low:g}"
+                + (f" and at most {high:g}" if high < float("inf") else "")
+            )
+        return value
+
+    return parse
+
+
+class _ModelKwargs(ParseKwargs):
+    """`embed_dim=96 depth=6` -> {"embed_dim": 96, "depth": 6}; values are Python literals, never evaluated."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        wrong = next((value for value in values if "=" not in value), None)
+        if wrong is not None:
+            raise argparse.ArgumentError(self, f"{wrong!r} is not of the form key=value")
+        super().__call__(parser, namespace, values, option_string)
+
+
+_COUNT, _NATURAL = _number(int, 1), _number(int, 0)
+_RATE, _SHARE, _NON_NEGATIVE = _number(float, 0, 1), _number(float, 0, 1, open_low=True), _number(float, 0)
+_POSITIVE = _number(float, 0, open_low=True)
+_SWITCH = argparse.BooleanOptionalAction
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output-dir", default="output", help="folder of log.txt, checkpoints and TensorBoard files; '' for none")
+    add("--overwrite", action=_SWITCH, default=False, help="write over an earlier run in --output-dir")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--seed", type=_NATURAL, default=0, help="every random draw of the run follows from it")
+    add("--resume", default="", help="checkpoint (file or https address) to go on from, or to evaluate with --eval")
+    add("--eval", action=_SWITCH, default=False, help="evaluate only")
+    add("--eval-interval", type=_COUNT, default=1, help="epochs between two evaluations; the last is always evaluated")
+    add("--log-interval", type=_COUNT, default=50, help="steps between two log lines and checks for a non-finite loss")
+    add("--num-workers", type=_NATURAL, help="loader processes per rank; default: the CPUs available to it, at most 10")
+    add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; auto: bf16 where the "
+        "hardware has it, else fp16 on CUDA, else off")  # fmt: skip
+    add("--compile", action=_SWITCH, default=False, help="torch.compile the model")
+    add(
+        "--deterministic",
+        action=_SWITCH,
+        default=False,
+        help="bit-identical CUDA kernels (slower); the CPU's always are",
+    )
+    for name in ("--dist-eval", "--distributed"):
+        add(name, action="store_true", help="accepted for published command lines; always the case")
+    for name in ("--world-size", "--dist-url"):
+        add(name, help="accepted for published command lines; the launcher's environment decides")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="deit_base_patch16_224", help="any model of timm's")
+    add("--input-size", type=_COUNT, nargs="+", default=[224], metavar="PIXELS", help="height, and width if it differs")
+    add("--patch-size", type=_COUNT, help="patch edge in pixels, in place of the model's own")
+    add(
+        "--model-kwargs",
+        nargs="+",
+        action=_ModelKwargs,
+        default={},
+        metavar="K=V",
+        help="further arguments of timm's model",
+    )
+    add("--drop", type=_number(float, 0, 0.999), default=0.0, help="dropout rate")
+    add("--drop-path", type=_number(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
+    add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
+    add("--pretrained", action=_SWITCH, default=False, help="start from timm's published weights (a download)")
+    add("--finetune", default="", help="start from the weights of this checkpoint (file or https address)")
+    add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
+    add("--attn-only", dest="train_scope", action="store_const", const="attn", help="the published spelling of "
+        "--train-scope attn")  # fmt: skip
+    add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save an average of the weights")
+    add("--model-ema-decay", type=_RATE, default=0.99996, help="its decay per update")
+    add("--model-ema-warmup", action=_SWITCH, default=False, help="raise the decay from 0, for runs of few updates")
+    add("--model-ema-force-cpu", action=_SWITCH, default=False, help="keep it in CPU memory (and evaluate it there)")
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data-set", default="IMNET", help=f"{', '.join(datasets.NAMES)}, or timm's name starting with "
+        f"{', '.join(datasets.SCHEMES)}")  # fmt: skip
+    add("--data-path", help="folder of the data; CIFAR and FLOWERS are downloaded to ./data")
+    add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", help="level of iNaturalist's taxonomy")
+    add("--train-split", default="train", help="name of the split, for data sets of timm's")
+    add("--val-split", default="validation", help="name of the split, for data sets of timm's")
+    add("--num-classes", type=_COUNT, help="number of classes, where the data do not say")
+    add("--train-fraction", type=_SHARE, default=1.0, help="fixed class-balanced part of the training data to use")
+    add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help="decode a data set once and keep it in "
+        "memory if it takes at most this much")  # fmt: skip
+    add(
+        "--eval-crop-ratio",
+        type=_SHARE,
+        default=0.875,
+        help="side of the evaluated centre crop; 1 above 64 px for none",
+    )
+
+
+def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help="strength; AutoAugment policies replace it")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation; none for none")
+    add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
+    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
+    add("--repeated-aug", action=_SWITCH, default=True, help="three views of each of a third of the images per epoch")
+    add("--reprob", type=_RATE, default=0.25, help="random erasing probability")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing filling")
+    add("--recount", type=_COUNT, default=1, help="random erasing regions")
+    add("--mixup", type=_NON_NEGATIVE, default=0.8, help="Mixup α; 0 for none")
+    add("--cutmix", type=_NON_NEGATIVE, default=1.0, help="CutMix α; 0 for none")
+    add("--cutmix-minmax", type=_RATE, nargs=2, metavar=("MIN", "MAX"), help="CutMix region, in place of α")
+    add("--mixup-prob", type=_RATE, default=1.0, help="probability that a batch is mixed")
+    add("--mixup-switch-prob", type=_RATE, default=0.5, help="probability of CutMix when both are on")
+    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one λ")
+    add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
+    add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
+
+
+def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=_COUNT, default=64, help="images per process and forward pass")
+    add("--accum-steps", type=_COUNT, default=1, help="forward passes per update")
+    add("--epochs", type=_NATURAL, default=300, help="passes over the training data")
+    add("--opt", default="adamw", help="timm's name of the optimiser")
+    add("--opt-eps", type=_POSITIVE, default=1e-8, help="its ε")
+    add("--opt-betas", type=_RATE, nargs="+", help="its β")
+    add("--momentum", type=_RATE, default=0.9, help="for optimisers that have it")
+    add("--weight-decay", type=_NON_NEGATIVE, default=0.05, help="not applied to biases and norms")
+    add("--clip-grad", type=_POSITIVE, help="largest gradient norm; default: no clipping")
+    add("--lr", type=_POSITIVE, default=5e-4, help="peak learning rate, before scaling")
+    add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help="multiply --lr by (effective "
+        "batch / 512), its root, or 1")  # fmt: skip
+    add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="the published spelling of "
+        "--lr-scaling none")  # fmt: skip
+    add("--sched", default="cosine", help="timm's name of the schedule")
+    add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
+    add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="where warm-up starts")
+    add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help="where the schedule ends")
+    add("--decay-epochs", type=_POSITIVE, default=30, help="interval of --sched step")
+    add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of --sched step")
+    add(
+        "--cooldown-epochs", type=_NATURAL, default=10, help="epochs at --min-lr after a cycle, in schedules that cycle"
+    )
+    add("--patience-epochs", type=_NATURAL, default=10, help="of --sched plateau")
+    add("--lr-noise", type=_RATE, nargs="+", help="part of the schedule, from (to), in which the rate is noisy")
+    add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="limit of the noise")
+    add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="its standard deviation")
+
+
+def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("distillation").add_argument
+    add("--distillation-type", choices=("none", "soft", "hard"), default="none", help="how the teacher is followed")
+    add("--distillation-alpha", type=_RATE, default=0.5, help="weight α of the distillation loss")
+    add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature τ of soft distillation")
+    add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help="soft distillation "
+        "divided by the batch or, as in the published code, by batch times classes")  # fmt: skip
+    add("--teacher-model", default="regnety_160", help="any model of timm's")
+    add("--teacher-path", default="", help="its checkpoint (file or https address)")
+    add("--teacher-pretrained", action=_SWITCH, default=False, help="timm's published weights (a download)")
+    add(
+        "--teacher-model-kwargs",
+        nargs="+",
+        action=_ModelKwargs,
+        default={},
+        metavar="K=V",
+        help="further arguments of it",
+    )
+
+
+def get_parser(**options: Any) -> Parser:
+    """The flags of a run; `options` go to `argparse.ArgumentParser`."""
+    parser = Parser(description="Train and evaluate data-efficient image transformers.", **options)
+    _add_run_arguments(parser)
+    _add_model_arguments(parser)
+    _add_data_arguments(parser)
+    _add_augmentation_arguments(parser)
+    _add_optimization_arguments(parser)
+    _add_distillation_arguments(parser)
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other.
+
+    Raises:
+        UserError
+    """
+    starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)]
+    if len(starts) > 1:
+        raise UserError(f"--{starts[0]} and --{starts[1]} both say where the weights come from; pass one of them")
+    if args.eval and not starts:
+        raise UserError("--eval: there are no weights to evaluate; add --resume FILE, --finetune FILE or --pretrained")
+    if args.distillation_type == "none" and (args.teacher_path or args.teacher_pretrained):
+        raise UserError("--teacher-path: no distillation is asked for; add --distillation-type hard, or drop it")
+    if args.teacher_path and args.teacher_pretrained:
+        raise UserError(
+            "--teacher-path and --teacher-pretrained both say where the teacher's weights come from; pass one"
+        )
+    if len(args.input_size) > 2:
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
+    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+
+
+# -- wiring ------------------------------------------------------------------------------------------------------------
+
+
+def build_sources(args: argparse.Namespace, world: World) -> tuple[Any, Any]:
+    """Training and validation data, cut to `--train-fraction` and kept in memory if they are small."""
+    train, val = datasets.build_sources(
+        args.data_set,
+        args.data_path,
+        inat_category=args.inat_category,
+        train_split=args.train_split,
+        val_split=args.val_split,
+        num_classes=args.num_classes,
+        local_rank=world.local_rank,
+    )
+    if not args.eval:
+        train = datasets.keep_in_memory(datasets.take_fraction(train, args.train_fraction), args.ram_cache)
+    return train, datasets.keep_in_memory(val, args.ram_cache)
+
+
+def build_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
+    """The model with its first weights, on the device."""
+    seed_generators(random_key(args.seed, "weights"))
+    model = models.build_model(
+        args.model,
+        num_classes=num_classes,
+        input_size=_size(args),
+        pretrained=args.pretrained,
+        drop=args.drop,
+        drop_path=args.drop_path,
+        patch_size=args.patch_size,
+        model_kwargs=args.model_kwargs,
+        distilled=args.distillation_type != "none",
+        grad_checkpointing=args.grad_checkpointing,
+    )
+    if args.finetune:
+        models.load_finetune_weights(model, args.finetune)
+    models.freeze(model, args.train_scope)
+    return model.to(device)
+
+
+def _size(args: argparse.Namespace) -> tuple[int, int]:
+    return args.input_size[0], args.input_size[-1]
+
+
+def _loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    workers = min(10, max(1, utils.available_cpus() // world.local_size))
+    return {
+        "batch_size": args.batch_size,
+        "num_workers": workers if args.num_workers is None else args.num_workers,
+        "pin_memory": args.pin_mem and world.device.type == "cuda",
+        "world": world,
+    }
+
+
+def build_val_loader(args: argparse.Namespace, source: Any, model: torch.nn.Module, world: World) -> Any:
+    transform = datasets.build_eval_transform(
+        _size(args), *models.normalization(model), interpolation="bicubic", crop_ratio=args.eval_crop_ratio
+    )
+    return datasets.build_eval_loader(source, transform, **_loader_options(args, world))
+
+
+def build_train_loader(
+    args: argparse.Namespace, source: Any, model: torch.nn.Module, world: World
+) -> datasets.EpochLoader:
+    transform = datasets.build_train_transform(
+        _size(args),
+        *models.normalization(model),
+        interpolation=args.train_interpolation,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+    return datasets.build_train_loader(
+        source,
+        transform,
+        accum_steps=args.accum_steps,
+        repeats=3 if args.repeated_aug else 1,
+        seed=args.seed,
+        **_loader_options(args, world),
+    )
+
+
+def build_prepare(args: argparse.Namespace, num_classes: int, device: torch.device) -> Callable:
+    """The way of a training batch to the device, with Mixup and CutMix."""
+    mixup = datasets.build_mixup(
+        mixup=args.mixup,
+        cutmix=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        num_classes=num_classes,
+        batch_size=args.batch_size,
+    )
+    return datasets.build_prepare(device, mixup)
+
+
+def build_criterion(
+    args: argparse.Namespace, student: torch.nn.Module, num_classes: int, device: torch.device
+) -> losses.Criterion:
+    """The base criterion, with a teacher if there is one."""
+    base = losses.build_base_criterion(args.bce_loss, args.smoothing)
+    if args.distillation_type == "none":
+        return losses.SupervisedLoss(base)
+    model = models.build_teacher(
+        args.teacher_model,
+        path=args.teacher_path,
+        pretrained=args.teacher_pretrained,
+        num_classes=num_classes,
+        input_size=_size(args),
+        model_kwargs=args.teacher_model_kwargs,
+    )
+    teacher = losses.FrozenTeacher(model.to(device), *models.normalization(model), *models.normalization(student))
+    return losses.DistillationLoss(
+        base,
+        teacher,
+        args.distillation_type,
+        alpha=args.distillation_alpha,
+        tau=args.distillation_tau,
+        scale=args.distillation_scale,
+    )
+
+
+def build_state(args: argparse.Namespace, model: torch.nn.Module, world: World) -> engine.TrainState:
+    """Optimiser, precision, weight average, compilation and DDP around a model."""
+    effective_batch = args.batch_size * args.accum_steps * world.size
+    lr = args.lr * {"linear": effective_batch / 512, "sqrt": (effective_batch / 512) ** 0.5, "none": 1}[args.lr_scaling]
+    logger.info("effective batch %d images, peak learning rate %.3g", effective_batch, lr)
+    optimizer = engine.build_optimizer(
+        model,
+        args.opt,
+        lr=lr,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+    )
+    ema = None
+    if args.model_ema:
+        device = torch.device("cpu") if args.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
+    if args.compile:
+        model.compile()  # in place, so that parameter names keep no prefix
+    wrapped = model
+    if world.size > 1:
+        devices = [world.device] if world.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    amp_dtype = engine.select_amp(args.amp, world.device)
+    return engine.TrainState(
+        wrapped, model, optimizer, amp_dtype=amp_dtype, accum_steps=args.accum_steps, clip_grad=args.clip_grad, ema=ema
+    )
+
+
+def build_schedules(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> list[engine.Schedule]:
+    """Everything that follows the number of updates."""
+    learning_rate = engine.build_lr_schedule(
+        optimizer,
+        updates_per_epoch,
+        args.epochs,
+        args.warmup_epochs,
+        sched=args.sched,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate,
+        cooldown_epochs=args.cooldown_epochs,
+        patience_epochs=args.patience_epochs,
+        noise=args.lr_noise,
+        noise_pct=args.lr_noise_pct,
+        noise_std=args.lr_noise_std,
+        noise_seed=args.seed,
+    )
+    return [learning_rate]
+
+
+def open_output(args: argparse.Namespace, world: World) -> tuple[Path | None, Any]:
+    """Output folder and, on rank 0, a TensorBoard writer.
+
+    Raises:
+        UserError: if the folder cannot be written, or holds an earlier run that would be lost.
+    """
+    if not args.output_dir:
+        return None, None
+    folder = Path(args.output_dir)
+    if (folder / "checkpoint.pth").exists() and not args.resume and not args.overwrite:
+        raise UserError(
+            f"--output-dir {folder}: holds an earlier run; go on with --resume {folder / 'checkpoint.pth'}, name "
+            f"another folder, or add --overwrite"
+        )
+    utils.barrier()  # all have looked before anyone writes
+    if not world.is_main:
+        return folder, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "a" if args.resume else "w"):
+            pass
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
+
+        return folder, SummaryWriter(str(folder / "tensorboard"))
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def evaluate_only(args: argparse.Namespace, model: torch.nn.Module, val_loader: Any, world: World) -> None:
+    """`--eval`: the weights, and their average if the checkpoint has one."""
+    weights = {"test": None}
+    if args.resume:
+        checkpoint = utils.read_checkpoint(args.resume, "--resume")
+        weights = {"test": models.weights_of(checkpoint, "--resume", args.resume)}
+        if checkpoint.get("model_ema"):
+            weights["test_ema"] = checkpoint["model_ema"]
+    for prefix, state_dict in weights.items():
+        if state_dict is not None:
+            models.load_exactly(model, state_dict, args.resume)
+        stats = engine.evaluate(model, val_loader, engine.autocast(model, engine.select_amp(args.amp, world.device)))
+        logger.info(engine.describe({f"{prefix}_{name}": value for name, value in stats.items()}))
+
+
+def main(args: argparse.Namespace) -> None:
+    """One run, from flags to the last checkpoint. Flags are read, never changed.
+
+    Raises:
+        UserError: before training starts, if the flags or files are wrong.
+        RunError: during training, on all ranks.
+    """
+    check_flags(args)
+    world = utils.init_distributed(args.device)
+    utils.set_up_logging(world)
+    utils.set_up_kernels(args.deterministic)
+    train, val = build_sources(args, world)
+    model = build_model(args, train.num_classes, world.device)
+    val_loader = build_val_loader(args, val, model, world)
+    if args.eval:
+        evaluate_only(args, model, val_loader, world)
+        return utils.shut_down_distributed()
+    train_loader = build_train_loader(args, train, model, world)
+    prepare = build_prepare(args, train.num_classes, world.device)
+    criterion = build_criterion(args, model, train.num_classes, world.device)
+    state = build_state(args, model, world)
+    updates_per_epoch = len(train_loader) // args.accum_steps
+    schedules = build_schedules(args, state.optimizer, updates_per_epoch)
+    if args.resume:
+        state.resume(utils.read_checkpoint(args.resume, "--resume"), args.resume, updates_per_epoch)
+    output_dir, writer = open_output(args, world)
+    engine.fit(
+        state,
+        train_loader,
+        val_loader,
+        criterion,
+        prepare,
+        schedules,
+        epochs=args.epochs,
+        world=world,
+        args=vars(args),
+        output_dir=output_dir,
+        writer=writer,
+        seed=args.seed,
+        log_interval=args.log_interval,
+        eval_interval=args.eval_interval,
+    )
+    if writer is not None:
+        writer.close()
+    utils.shut_down_distributed()
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    """`main` with a command's exit statuses: 0 done, 1 a fault during the run, 2 a mistake in the flags or files."""
+    args = get_parser().parse_args(argv)
+    try:
+        main(args)
+    except UserError as error:
+        _end(f"main.py: error: {error}", 2)
+    except RunError as error:
+        _end(f"main.py: run ended: {utils.last_line(error)}", 1)
+    except Exception:
+        if not utils.is_distributed():
+            raise
+        _end(traceback.format_exc(), 1)
+
+
+def _end(message: str, status: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    # A rank that fails must not wait at exit for the others, nor they for it.
+    if utils.is_distributed():
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    cli()
