@@ -22,7 +22,7 @@ from datasets import EpochLoader, to_device
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
 from samplers import Batch, random_key, seed_generators
-from utils import StepLog, UserError, World, all_reduce_sum, append_log, logger, save_checkpoint
+from utils import RunError, StepLog, UserError, World, all_reduce_sum, append_log, logger, save_checkpoint
 
 
 class Schedule(Protocol):
@@ -88,7 +88,7 @@ def build_lr_schedule(
     except (ValueError, AssertionError):
         scheduler = None
     if scheduler is None:
-        raise UserError(f"--sched {options.get('sched')}: unknown; use cosine, step, multistep, tanh, poly or plateau")
+        raise UserError(f"--sched {options.get('sched')}: not available; use cosine, step, multistep, tanh or poly")
     return LearningRate(scheduler)
 
 
@@ -104,10 +104,11 @@ def build_optimizer(
         options["betas"] = tuple(betas)
     try:
         return create_optimizer_v2(model, name, lr=lr, **options)
-    except (ValueError, AssertionError, TypeError, KeyError) as error:
+    except (ValueError, AssertionError, TypeError, LookupError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--opt {name}: timm has no such optimiser, or not with these --opt-* flags ({reason})"
+            f"--opt {name}: timm has no such optimiser, or not with these --opt-* flags ({reason}); "
+            f"timm.optim.list_optimizers() lists them"
         ) from None
 
 
@@ -228,13 +229,17 @@ class TrainState:
         if self.ema is not None:
             if not checkpoint.get("model_ema"):
                 logger.warning("%s has no averaged weights; the average starts from its weights", path)
-            load_exactly(self.ema.module, checkpoint.get("model_ema") or weights, path)
+            average = {"model": checkpoint.get("model_ema") or weights}
+            load_exactly(self.ema.module, weights_of(average, "--resume", path), path)
         try:
+            options = set(self.optimizer.defaults)  # taken before loading, which adds to them
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if not options <= self.optimizer.param_groups[0].keys():
+                raise ValueError("the state of another optimiser")
             self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch, step = int(checkpoint["epoch"]), int(checkpoint["step"])
             self.best_acc1 = float(checkpoint["best_acc1"])
-        except (KeyError, ValueError, RuntimeError):
+        except (LookupError, ValueError, RuntimeError, TypeError, AttributeError):
             raise UserError(
                 f"--resume {path}: has no training state that fits (optimizer, epoch, ...); start from its weights "
                 f"with --finetune, or pass the --opt and --train-scope it was trained with"
@@ -315,21 +320,36 @@ def evaluate(
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
 
 
-def evaluate_state(state: TrainState, loader: Iterable[Batch], world: World) -> dict[str, float]:
+def _modules(state: TrainState) -> dict[str, nn.Module]:
+    """The model and, if there is one, its average, by their prefix in the log."""
+    return {"test_": state.module} | ({"test_ema_": state.ema.module} if state.ema is not None else {})
+
+
+def evaluate_state(state: TrainState, loader: Iterable[Batch]) -> dict[str, float]:
     """`evaluate` the model, and its average if there is one, as `test_*` and `test_ema_*` for the log."""
     stats = {}
-    for prefix, module in (("test_", state.module), ("test_ema_", state.ema and state.ema.module)):
-        if module is not None:
-            if world.size > 1:  # each rank has gathered batch statistics of its own
-                distribute_bn(module, world.size, reduce=True)
-            result = evaluate(module, loader, autocast(module, state.amp_dtype))
-            stats |= {prefix + name: value for name, value in result.items() if name != "images"}
+    for prefix, module in _modules(state).items():
+        result = evaluate(module, loader, autocast(module, state.amp_dtype))
+        stats |= {prefix + name: value for name, value in result.items() if name != "images"}
     logger.info(describe(stats))
     return stats
 
 
 def describe(stats: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
+
+
+def _close_epoch(state: TrainState, epoch: int, world: World) -> None:
+    """Make sure that the weights are worth keeping and that all ranks hold the same."""
+    # The loss of an epoch's last step says nothing of the weights that this step left behind.
+    if not all(bool(weight.isfinite().all()) for weight in state.module.parameters()):
+        raise RunError(
+            f"the weights are not finite after epoch {epoch}; try a lower --lr, --clip-grad 1, or --amp off; the last "
+            f"checkpoint is intact"
+        )
+    if world.size > 1:  # each rank has gathered batch statistics of its own
+        for module in _modules(state).values():
+            distribute_bn(module, world.size, reduce=True)
 
 
 def fit(
@@ -367,16 +387,17 @@ def fit(
         log = StepLog(epoch, len(train_loader), batch_images, log_interval, writer, epoch * len(train_loader))
         trained = train_one_epoch(state, train_loader, criterion, prepare, schedules, log, seed=seed, rank=world.rank)
         state.epoch += 1
+        _close_epoch(state, epoch, world)
         rate = trained.pop("images_per_second")
         record = {f"train_{name}": value for name, value in trained.items()}
         if state.epoch % eval_interval == 0 or state.epoch == epochs:
-            record |= evaluate_state(state, val_loader, world)
+            record |= evaluate_state(state, val_loader)
         is_best = record.get("test_acc1", -1.0) > state.best_acc1
         state.best_acc1 = max(state.best_acc1, record.get("test_acc1", 0.0))
         record |= {"epoch": epoch, "n_parameters": num_parameters, "images_per_second": rate}
         if world.is_main and output_dir is not None:
+            append_log(output_dir, record)  # first: a resumed run drops the lines of epochs that it repeats
             save_checkpoint(state.state_dict(schedules, args), output_dir, is_best)
-            append_log(output_dir, record)
         if writer is not None:
             for name, value in record.items():
                 writer.add_scalar(f"epoch/{name}", value, epoch)

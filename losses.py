@@ -36,8 +36,9 @@ class BinaryCrossEntropy(nn.Module):
         num_classes = logits.shape[-1]
         if targets.ndim == 1:
             targets = F.one_hot(targets, num_classes)
-        present = (targets > 0).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, present * (1 - self.smoothing) + self.smoothing / num_classes)
+        present = (targets > 0).float()  # not in the logits' type: bfloat16 has no 0.9 + 0.1 / C
+        smoothed = present * (1 - self.smoothing) + self.smoothing / num_classes
+        return F.binary_cross_entropy_with_logits(logits.float(), smoothed)
 
 
 def build_base_criterion(bce: bool, smoothing: float) -> nn.Module:

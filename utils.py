@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -9,6 +10,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +134,8 @@ def init_distributed(device_name: str) -> World:
         store, _, _ = next(dist.rendezvous("env://", rank, size))
         # torchrun's restarts share one store; a prefix keeps a new attempt from reading the keys of the old one.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        # gloo beside NCCL, for what stays on the CPU (log values, an average of the weights kept there)
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return world
 
@@ -193,14 +196,19 @@ def main_process_first(local_rank: int = 0) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _write_whole(path: Path, write: Any) -> None:
-    """Write a file through `write(stream)` so that `path` is either the old file or the whole new one."""
+def _write_whole(path: Path, write: Any, previous: Path | None = None) -> None:
+    """Write a file through `write(stream)` so that `path` is either the old file or the whole new one.
+
+    Once the new file is whole, and not before, the old one becomes `previous`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if previous is not None and path.exists():
+            _link(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -214,9 +222,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
     """
     latest, previous = folder / "checkpoint.pth", folder / "checkpoint_previous.pth"
     try:
-        if latest.exists():
-            _link(latest, previous)
-        _write_whole(latest, lambda stream: torch.save(dict(checkpoint), stream))
+        _write_whole(latest, lambda stream: torch.save(dict(checkpoint), stream), previous)
         if is_best:
             _link(latest, folder / "best.pth")
     # torch.save turns a full disk into a RuntimeError of its zip writer.
@@ -227,12 +233,16 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
 
 def _link(source: Path, target: Path) -> None:
     """Give the file a second name without ever leaving `target` half written."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # A killed process of the same number may have left one, which is `source` under another name: never write to it.
+    temporary.unlink(missing_ok=True)
     try:
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         os.link(source, temporary)
         os.replace(temporary, target)
     except OSError:  # a file system without hard links
         _write_whole(target, lambda stream: stream.write(source.read_bytes()))
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if `target` was `source` already
 
 
 def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
@@ -247,8 +257,12 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
         UserError: if there is no such file, or it is not such a file.
     """
     if path.startswith(("https://", "http://")):
+        # torch.hub would take any two files called best.pth for one.
+        name = f"{zlib.crc32(path.encode()):08x}-{path.partition('?')[0].rpartition('/')[2]}"
         try:
-            return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True, progress=False)
+            return torch.hub.load_state_dict_from_url(
+                path, map_location="cpu", weights_only=True, progress=False, file_name=name
+            )
         except Exception as error:
             raise UserError(
                 f"{flag} {path}: cannot be downloaded ({type(error).__name__}); give a local file"
@@ -260,7 +274,9 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"model": load_file(path)}
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # The original code put its flags into its checkpoints: a bag of values, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"{flag} {path}: not a readable checkpoint (truncated, another format, or it holds code, which is never "
@@ -287,13 +303,28 @@ def set_up_logging(world: World) -> None:
 
 def last_line(error: Exception) -> str:
     """The message without the traceback that a loader process wraps around it."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+
+
+def open_log(folder: Path, first_epoch: int) -> None:
+    """Start `log.txt`, or for a resumed run drop its lines from `first_epoch` on: they will be written again."""
+    path = folder / "log.txt"
+    lines = path.read_text().splitlines(keepends=True) if first_epoch and path.exists() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["epoch"] < first_epoch))
 
 
 def append_log(folder: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line to `log.txt`."""
-    with open(folder / "log.txt", "a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    """Append one JSON object as a line to `log.txt`.
+
+    Raises:
+        RunError: if the disk takes no more.
+    """
+    try:
+        with open(folder / "log.txt", "a") as stream:
+            stream.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write to {folder / 'log.txt'}: {error.strerror}; the checkpoint is intact") from error
 
 
 class StepLog:
@@ -376,8 +407,7 @@ class StepLog:
         self.bar.close()
         means = torch.tensor([total / max(1, self.step) for total in self.totals.values()], dtype=torch.float64)
         if is_distributed():
-            on_device = means.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            means = (all_reduce_sum(on_device) / dist.get_world_size()).cpu()
+            means = all_reduce_sum(means) / dist.get_world_size()
         return dict(zip(self.totals, means.tolist(), strict=True)) | {"images_per_second": rate}
 
 

@@ -1,0 +1,129 @@
+"""Run main.py as a SLURM job, or as local processes: `python run_with_submitit.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+import main
+from utils import UserError
+
+REPOSITORY = str(Path(__file__).resolve().parent)
+
+
+def get_parser() -> main.Parser:
+    """The flags of main.py and those of a job."""
+    parser = main.get_parser(prog="run_with_submitit.py")
+    parser.set_defaults(output_dir="")
+    add = parser.add_argument_group("job (its logs, and by default its output, go to JOB_DIR/<job id>)").add_argument
+    natural, count = main.number(int, 0), main.number(int, 1)
+    add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: processes on this machine; "
+        "debug: in this process")  # fmt: skip
+    add("--nodes", type=count, default=2, help="machines")
+    add("--ngpus", type=natural, default=8, help="GPUs, and as many processes, per machine; 0 for a CPU job")
+    add("--tasks-per-node", type=count, help="processes per machine; default: one per GPU, one for a CPU job")
+    add("--cpus-per-task", type=count, default=10, help="CPUs per process")
+    add("--mem-gb", type=count, help="memory per machine; default: the cluster's")
+    add("--timeout", type=count, default=2800, help="minutes")
+    add("--partition", help="SLURM partition")
+    add("--constraint", help="SLURM constraint, for example a kind of GPU")
+    add("--comment", help="SLURM comment")
+    add("--job-dir", default="jobs", help="folder of all jobs; it must be visible to all machines")
+    return parser
+
+
+class Job:
+    """One process of the job; submitit calls it on every task."""
+
+    def __init__(self, args: argparse.Namespace, restarted: bool = False) -> None:
+        self.args, self.restarted, self.repository = args, restarted, REPOSITORY
+
+    def __call__(self) -> None:
+        sys.path.insert(0, self.repository)
+        import main
+
+        environment = submitit.JobEnvironment()
+        if environment.cluster == "slurm":
+            # A task that lost its peers to a preemption leaves an error behind, not to be taken for this attempt's.
+            environment.paths.result_pickle.unlink(missing_ok=True)
+        os.environ.pop("MASTER_PORT", None)  # one inherited from an outer job may be taken
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if environment.cluster != "slurm":
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # the name of a single machine need not resolve
+        main.main(self._args_of(environment.job_id))
+
+    def _args_of(self, job_id: str) -> argparse.Namespace:
+        folder = Path(self.args.output_dir or Path(self.args.job_dir) / job_id)
+        changes: dict[str, Any] = {"output_dir": str(folder)}
+        restarted = self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        if restarted and (folder / "checkpoint.pth").exists():
+            changes |= {"resume": str(folder / "checkpoint.pth"), "finetune": "", "pretrained": False}
+        return argparse.Namespace(**{**vars(self.args), **changes})
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What submitit is to run when SLURM takes the machines away and gives them back."""
+        return submitit.helpers.DelayedSubmission(Job(self.args, restarted=True))
+
+    __submitit_checkpoint__ = checkpoint  # the name in submitit's newer documentation
+
+
+def submit(args: argparse.Namespace) -> submitit.Job:
+    """Hand the job to SLURM, or start it here.
+
+    Raises:
+        UserError: contradicting flags, or no SLURM.
+    """
+    main.check_flags(args)
+    if args.cluster != "slurm" and args.nodes != 1:
+        raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
+    # A relative folder would mean another place on another machine.
+    args = argparse.Namespace(**{**vars(args), "job_dir": str(Path(args.job_dir).resolve())})
+    Path(args.job_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        executor = submitit.AutoExecutor(folder=Path(args.job_dir) / "%j", cluster=args.cluster)
+    except RuntimeError as error:
+        raise UserError(f"--cluster {args.cluster}: {error}; use --cluster local for this machine") from None
+    slurm = {"partition": args.partition, "constraint": args.constraint, "comment": args.comment}
+    executor.update_parameters(
+        name="deit",
+        nodes=args.nodes,
+        tasks_per_node=args.tasks_per_node or max(1, args.ngpus),
+        gpus_per_node=args.ngpus,
+        cpus_per_task=args.cpus_per_task,
+        timeout_min=args.timeout,
+        slurm_signal_delay_s=120,
+        **({"mem_gb": args.mem_gb} if args.mem_gb else {}),
+        **{f"slurm_{name}": value for name, value in slurm.items() if value},
+    )
+    return executor.submit(Job(args))
+
+
+def cli(argv: list[str] | None = None) -> None:
+    """Submit; wait for the end only where the job runs on this machine."""
+    args = get_parser().parse_args(argv)
+    try:
+        job = submit(args)
+    except UserError as error:
+        print(f"run_with_submitit.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"job {job.job_id}: logs in {Path(args.job_dir).resolve() / job.job_id}", flush=True)
+    if args.cluster == "slurm":
+        return
+    try:
+        job.results()
+    except Exception as error:
+        print(f"run_with_submitit.py: job {job.job_id} failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        with contextlib.suppress(OSError):
+            (Path(args.job_dir) / "%j").rmdir()  # submitit's local executor creates the pattern as well
+
+
+if __name__ == "__main__":
+    cli()

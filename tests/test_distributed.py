@@ -1,0 +1,133 @@
+"""Whole runs in real processes: launchers, exact evaluation, and runs that are functions of their flags."""
+
+import socket
+
+import pytest
+import tiny
+import torch
+
+import utils
+
+
+def weights(folder, name="checkpoint.pth", key="model"):
+    return torch.load(folder / name, weights_only=True)[key]
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    flags = ["--epochs", "2", "--batch-size", "32", "--output-dir", folder]
+    output = tiny.torchrun(2, "main.py", *tiny.PLAIN, *flags)
+    return folder, output
+
+
+def test_two_ranks_have_the_loss_curve_of_one_with_twice_the_batch(two_ranks, tmp_path):
+    folder, _ = two_ranks
+    tiny.run("main.py", *tiny.PLAIN, "--epochs", "2", "--batch-size", "64", "--output-dir", tmp_path)
+    for one, two in zip(tiny.log_of(tmp_path), tiny.log_of(folder), strict=True):
+        for name in ("train_loss", "test_loss", "test_ema_loss", "test_acc1", "test_acc5"):
+            assert two[name] == pytest.approx(one[name], abs=1e-4), name
+
+
+def test_gradient_accumulation_over_two_ranks_has_it_too(two_ranks, tmp_path):
+    folder, _ = two_ranks
+    flags = ["--epochs", "2", "--batch-size", "16", "--accum-steps", "2", "--output-dir", tmp_path]
+    tiny.torchrun(2, "main.py", *tiny.PLAIN, *flags)
+    for one, two in zip(tiny.log_of(tmp_path), tiny.log_of(folder), strict=True):
+        assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
+
+
+def test_only_the_first_rank_talks(two_ranks):
+    folder, output = two_ranks
+    assert output.count("effective batch 64 images") == 1
+    assert len(tiny.log_of(folder)) == 2
+
+
+def test_evaluation_is_exact_on_any_number_of_processes(two_ranks):
+    # 355 held-out images do not divide by 2 or by the batch
+    folder, _ = two_ranks
+    flags = [*tiny.PLAIN, "--eval", "--resume", folder / "checkpoint.pth", "--batch-size", "48"]
+    outputs = [tiny.run("main.py", *flags), tiny.torchrun(2, "main.py", *flags)]
+    expected = tiny.log_of(folder)[-1]
+    for output in outputs:
+        assert f"test_acc1 {expected['test_acc1']:.4g}" in output
+        assert f"test_loss {expected['test_loss']:.4g}" in output
+        assert "test_images 355" in output
+
+
+def test_same_flags_twice_give_the_same_bits(tmp_path):
+    for name, workers in (("first", "0"), ("second", "2")):
+        tiny.run("main.py", *tiny.TINY, "--num-workers", workers, "--output-dir", tmp_path / name)
+    for key in ("model", "model_ema"):
+        assert_same_bits(weights(tmp_path / "first", key=key), weights(tmp_path / "second", key=key))
+
+
+def test_a_resumed_run_ends_with_the_bits_of_the_run_that_was_never_stopped(tmp_path):
+    flags = [*tiny.TINY, "--epochs", "3", "--drop-path", "0.2"]
+    tiny.run("main.py", *flags, "--output-dir", tmp_path / "whole")
+    process = tiny.start(["main.py", *flags, "--output-dir", tmp_path / "killed", "--log-interval", "1"])
+    for line in process.stdout:
+        if "epoch 2  step 3/" in line:  # two epochs are on disk, the third is under way
+            process.kill()
+            break
+    process.wait()
+    checkpoint = tmp_path / "killed" / "checkpoint.pth"
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+    tiny.run("main.py", *flags, "--output-dir", tmp_path / "killed", "--resume", checkpoint)
+    for key in ("model", "model_ema"):
+        assert_same_bits(weights(tmp_path / "whole", key=key), weights(tmp_path / "killed", key=key))
+    whole, killed = tiny.log_of(tmp_path / "whole"), tiny.log_of(tmp_path / "killed")
+    assert [record["test_acc1"] for record in whole] == [record["test_acc1"] for record in killed]
+    assert [record["train_lr"] for record in whole] == [record["train_lr"] for record in killed]
+
+
+def test_bare_srun_starts_a_process_group(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"SLURM_JOB_ID": 7, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_ID": 0}
+    shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    command = ["main.py", *tiny.PLAIN, "--batch-size", "32", "--output-dir", tmp_path]
+    ranks = [tiny.start(command, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in (0, 1)]
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "effective batch 64 images" in outputs[0]
+    assert outputs[1] == ""
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks(tmp_path):
+    flags = ["--lr", "1e30", "--lr-scaling", "none", "--log-interval", "2", "--output-dir", tmp_path]
+    output = tiny.torchrun(2, "main.py", *tiny.PLAIN, "--opt", "sgd", *flags, status=1)
+    assert "the loss is not finite in epoch 0" in output
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_a_mistake_ends_all_ranks_with_a_line():
+    output = tiny.torchrun(2, "main.py", *tiny.TINY, "--batch-size", "4096", status=1)  # torchrun's own status is 1
+    assert "main.py: error: --batch-size 4096" in output
+    assert "exitcode  : 2" in output
+
+
+def test_distillation_runs_on_two_ranks(tmp_path):
+    small = ["--opt", "sgd", "--batch-size", "32"]
+    teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--epochs", "1", "--drop-path", "0"]
+    tiny.run("main.py", *teacher, *small, "--output-dir", tmp_path / "teacher")
+    flags = ["--distillation-type", "soft", "--teacher-model", "test_resnet"]
+    flags += ["--teacher-path", tmp_path / "teacher" / "best.pth", "--output-dir", tmp_path / "student"]
+    tiny.torchrun(2, "main.py", *tiny.TINY, *small, *flags)
+    record = tiny.log_of(tmp_path / "student")[-1]
+    for name in ("train_loss_base", "train_loss_distillation", "train_teacher_acc1", "train_teacher_agreement"):
+        assert name in record
+    combined = 0.5 * record["train_loss_base"] + 0.5 * record["train_loss_distillation"]
+    assert record["train_loss"] == pytest.approx(combined, abs=1e-4)
+
+
+def test_threads_are_divided_among_local_ranks():
+    code = "import torch, utils; utils.init_distributed('cpu'); print(torch.get_num_threads())"
+    assert int(tiny.run("-c", code, OMP_NUM_THREADS=None)) == utils.available_cpus()

@@ -1,0 +1,791 @@
+"""The loop, the evaluation and the state that they move, on tiny real models."""
+
+import contextlib
+import copy
+import json
+import math
+import re
+
+import pytest
+import timm
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import engine
+import models
+from datasets import EpochLoader, build_prepare
+from engine import TrainState, build_lr_schedule, build_optimizer, evaluate, fit, train_one_epoch
+from losses import SupervisedLoss, build_base_criterion
+from samplers import Batch, KeyedSampler, seed_generators
+from utils import RunError, StepLog, UserError, World, read_checkpoint
+
+CPU = torch.device("cpu")
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
+BATCH, STEPS = 8, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small wait longer for a second thread than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build_deit(num_classes=10, **options):
+    seed_generators(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    return timm.create_model("deit_tiny_distilled_patch16_224", num_classes=num_classes, **size, **options)
+
+
+def build_resnet():
+    seed_generators(0)
+    return timm.create_model("test_resnet", num_classes=10)
+
+
+def random_batches(sizes, num_classes=10, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(7)
+    return [
+        Batch(
+            torch.randn(size, 3, 32, 32, generator=generator, dtype=dtype),
+            torch.randint(num_classes, (size,), generator=generator),
+            torch.arange(size),
+        )
+        for size in sizes
+    ]
+
+
+def weights_in(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_bits(first, second):
+    """Equal nested dictionaries of tensors and numbers, to the last bit."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same_bits(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same_bits(one, other)
+    else:
+        assert first == second
+
+
+def same_bits(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def naive_evaluation(model, batches):
+    """One image at a time, in float64 after the model."""
+    model.eval()
+    losses, top1, top5 = [], 0, 0
+    for batch in batches:
+        for image, target in zip(batch.images, batch.targets.tolist(), strict=True):
+            with torch.no_grad():
+                row = model(image[None])[0].tolist()
+            losses.append(math.log(sum(math.exp(value) for value in row)) - row[target])
+            order = sorted(range(len(row)), key=lambda index: -row[index])
+            top1 += order[0] == target
+            top5 += target in order[:5]
+    n = len(losses)
+    return {"loss": sum(losses) / n, "acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "images": n}
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 8, 5), (1,), (3, 7, 1)])
+def test_evaluation_is_exact_for_every_division_into_batches(sizes):
+    model, batches = build_deit(), random_batches(sizes)
+    expected = naive_evaluation(model, batches)
+    assert evaluate(model, batches, contextlib.nullcontext()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_of_different_size_have_no_different_weight():
+    model, batches = build_deit(), random_batches((7, 1))
+    whole = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    assert evaluate(model, batches, contextlib.nullcontext()) == pytest.approx(
+        evaluate(model, [whole], contextlib.nullcontext()), rel=1e-6
+    )
+
+
+def test_top_5_of_fewer_than_5_classes_is_top_k_of_all():
+    model, batches = build_deit(num_classes=3), random_batches((8, 5), num_classes=3)
+    result = evaluate(model, batches, contextlib.nullcontext())
+    assert result["acc5"] == 100
+    assert result == pytest.approx(naive_evaluation(model, batches), rel=1e-5)
+
+
+def test_evaluation_changes_nothing_in_the_model():
+    model = build_resnet().train()
+    before = weights_in(model)
+    result = evaluate(model, random_batches((8, 5)), contextlib.nullcontext())
+    assert same_bits(before, model.state_dict()) and not model.training
+    assert result == pytest.approx(naive_evaluation(model, random_batches((8, 5))), rel=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_in_mixed_precision_the_loss_is_still_summed_in_full():
+    model, batches = build_deit(), random_batches((8, 5))
+    result = evaluate(model, batches, engine.autocast(model, torch.bfloat16))
+    assert result["loss"] == pytest.approx(naive_evaluation(model, batches)["loss"], rel=0.02)
+
+
+def test_evaluation_of_nothing_is_nothing():
+    expected = {"loss": 0, "acc1": 0, "acc5": 0, "images": 1}
+    assert evaluate(build_deit(), [], contextlib.nullcontext()) == expected
+
+
+def test_the_average_is_evaluated_beside_the_model():
+    model, batches = build_deit(), random_batches((8, 5))
+    state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.1), ema=ModelEmaV3(model))
+    with torch.no_grad():
+        model.head.weight.mul_(-3)
+    stats = engine.evaluate_state(state, batches)
+    for prefix, module in (("test_", model), ("test_ema_", state.ema.module)):
+        expected = naive_evaluation(module, batches)
+        assert {name: stats[prefix + name] for name in ("loss", "acc1", "acc5")} == pytest.approx(
+            {name: expected[name] for name in ("loss", "acc1", "acc5")}, rel=1e-5
+        )
+    assert stats["test_loss"] != stats["test_ema_loss"]
+
+
+# -- one update --------------------------------------------------------------------------------------------------------
+
+
+def loss_of(model, batch):
+    return nn.functional.cross_entropy(model(batch.images), batch.targets)
+
+
+def state_of(model, lr=0.1, **options):
+    return TrainState(model, model, torch.optim.SGD(model.parameters(), lr=lr), **options)
+
+
+def take_step(state, batch):
+    with state.forward():
+        loss = loss_of(state.model, batch)
+    state.step(loss)
+
+
+def gradients(model, batch):
+    model = copy.deepcopy(model)
+    loss_of(model, batch).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_two_half_batches_make_the_update_of_the_whole():
+    halves = random_batches((4, 4), dtype=torch.float64)
+    whole = Batch(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
+    model = build_deit().double()
+    expected = {name: value - 0.1 * gradients(model, whole)[name] for name, value in model.named_parameters()}
+    state = state_of(model, accum_steps=2)
+    before = weights_in(model)
+    take_step(state, halves[0])
+    assert state.num_updates == 0 and same_bits(before, model.state_dict())
+    take_step(state, halves[1])
+    assert state.num_updates == 1
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_no_gradient_is_left_for_the_next_update():
+    batches = random_batches((4, 4), dtype=torch.float64)
+    model = build_deit().double()
+    state = state_of(model)
+    take_step(state, batches[0])
+    expected = {name: value - 0.1 * gradients(model, batches[1])[name] for name, value in model.named_parameters()}
+    take_step(state, batches[1])
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_gradients_are_clipped_by_their_common_norm(share):
+    model, (batch,) = build_deit().double(), random_batches((4,), dtype=torch.float64)
+    grads = gradients(model, batch)
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+    scale = min(1.0, share)  # a norm below the limit stays as it is
+    expected = {name: value - 0.1 * scale * grads[name] for name, value in model.named_parameters()}
+    take_step(state_of(model, clip_grad=share * norm), batch)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-8)
+
+
+def test_clipping_sees_the_accumulated_gradient():
+    halves = random_batches((4, 4), dtype=torch.float64)
+    whole = Batch(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
+    once, twice = build_deit().double(), build_deit().double()
+    take_step(state_of(once, clip_grad=0.1), whole)
+    state = state_of(twice, clip_grad=0.1, accum_steps=2)
+    for half in halves:
+        take_step(state, half)
+    for one, two in zip(once.parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_the_average_follows_its_formula():
+    # timm's: after the first update the weights themselves, then decay · average + (1 - decay) · weights
+    model = build_deit()
+    state = state_of(model, ema=ModelEmaV3(model, decay=0.7))
+    average = None
+    for batch in random_batches((4, 4, 4)):
+        take_step(state, batch)
+        now = {name: value.double() for name, value in weights_in(model).items()}
+        average = now if average is None else {name: 0.7 * average[name] + 0.3 * now[name] for name in now}
+    for name, value in state.ema.module.state_dict().items():
+        torch.testing.assert_close(value, average[name].float())
+
+
+def test_the_average_moves_once_per_update():
+    model = build_deit()
+    state = state_of(model, ema=ModelEmaV3(model, decay=0.5), accum_steps=2)
+    before = weights_in(state.ema.module)
+    take_step(state, random_batches((4,))[0])
+    assert same_bits(before, state.ema.module.state_dict())
+    take_step(state, random_batches((4,))[0])
+    assert same_bits(model.state_dict(), state.ema.module.state_dict())
+
+
+def test_the_scaled_fp16_update_is_about_that_of_float32():
+    (batch,) = random_batches((8,))
+    full, half = build_deit(), build_deit()
+    take_step(state_of(full), batch)
+    state = state_of(half, amp_dtype=torch.float16)
+    assert state.scaler.is_enabled()
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 256.0})  # fits these gradients
+    before = weights_in(half)
+    take_step(state, batch)
+    for name, value in half.named_parameters():
+        step, expected = value - before[name], full.get_parameter(name) - before[name]
+        assert (step - expected).norm() < 0.02 * expected.norm() + 1e-6, name
+
+
+def test_clipping_measures_unscaled_gradients():
+    (batch,) = random_batches((8,))
+    model = build_deit()
+    state = state_of(model, lr=1.0, amp_dtype=torch.float16, clip_grad=0.01)
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 256.0})
+    before = weights_in(model)
+    take_step(state, batch)
+    after = model.state_dict()
+    moved = math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in before))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_an_fp16_overflow_skips_the_update_and_halves_the_scale(clip_grad):
+    model, (batch,) = build_deit(), random_batches((8,))
+    state = state_of(model, amp_dtype=torch.float16, clip_grad=clip_grad)
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**30})
+    before = weights_in(model)
+    take_step(state, batch)
+    assert same_bits(before, model.state_dict())
+    assert state.scaler.get_scale() == 2.0**29
+    assert state.num_updates == 1  # the schedules count attempts, or resuming would shift them
+
+
+def test_without_fp16_there_is_no_scaling():
+    for dtype in (None, torch.bfloat16):
+        assert not state_of(build_deit(), amp_dtype=dtype).scaler.is_enabled()
+
+
+@pytest.mark.parametrize("name, dtype", [("off", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_precisions_are_called_by_name(name, dtype):
+    assert engine.select_amp(name, CPU) is dtype
+    assert engine.select_amp("auto", CPU) in (None, torch.bfloat16)
+
+
+# -- optimisers --------------------------------------------------------------------------------------------------------
+
+
+def test_biases_norms_and_embeddings_are_not_decayed():
+    model = build_deit()
+    optimizer = build_optimizer(model, "adamw", lr=0.1, weight_decay=0.05, betas=(0.8, 0.9))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim < 2 or name in ("pos_embed", "cls_token", "dist_token")
+        assert (id(parameter) in decayed) != exempt, name
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+
+
+@pytest.mark.parametrize("name, options", [("adamww", {}), ("adamw", {"betas": (0.9,)}), ("adamw", {"eps": -1.0})])
+def test_an_optimiser_that_cannot_be_built_is_the_user_s_mistake(name, options):
+    with pytest.raises(UserError, match=f"^--opt {name}: [^\n]*$"):
+        build_optimizer(build_deit(), name, lr=0.1, **options)
+
+
+# -- learning rate -----------------------------------------------------------------------------------------------------
+
+
+def cosine_schedule(lr=0.5, epochs=10, warmup_epochs=2, updates_per_epoch=7, **options):
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=lr)
+    options = {"sched": "cosine", "warmup_lr": 0.01, "min_lr": 0.02} | options
+    return build_lr_schedule(optimizer, updates_per_epoch, epochs, warmup_epochs, **options)
+
+
+def rate_at(schedule, update):
+    schedule.step_update(update)
+    rates = {group["lr"] for group in schedule.scheduler.optimizer.param_groups}
+    assert rates == {schedule.value}  # all parameters have one rate
+    return schedule.value
+
+
+def test_the_rate_is_a_linear_warm_up_and_then_a_cosine():
+    # timm's convention: the cosine runs from update 0, and warm-up replaces its beginning
+    schedule = cosine_schedule()
+    for update in range(70):
+        if update < 14:
+            expected = 0.01 + (0.5 - 0.01) * update / 14
+        else:
+            expected = 0.02 + 0.5 * (0.5 - 0.02) * (1 + math.cos(math.pi * update / 70))
+        assert rate_at(schedule, update) == pytest.approx(expected, rel=1e-12), update
+    assert rate_at(schedule, 70) == rate_at(schedule, 1000) == 0.02
+
+
+def test_the_first_update_is_made_at_the_warm_up_rate():
+    assert rate_at(cosine_schedule(), 0) == 0.01
+    assert rate_at(cosine_schedule(warmup_epochs=0), 0) == 0.5
+
+
+def test_the_rate_depends_on_the_number_of_updates_alone():
+    walked = [rate_at(schedule, update) for schedule in [cosine_schedule()] for update in range(70)]
+    for update in (0, 5, 14, 33, 69):  # a resumed run has no history
+        assert rate_at(cosine_schedule(), update) == walked[update]
+    back_and_forth = cosine_schedule()
+    assert [rate_at(back_and_forth, update) for update in (69, 3, 40)] == [walked[69], walked[3], walked[40]]
+
+
+def test_a_noisy_rate_can_be_resumed_as_well():
+    def noisy():
+        return cosine_schedule(noise=[0.2, 0.9], noise_seed=3)
+
+    walked = [rate_at(schedule, update) for schedule in [noisy()] for update in range(70)]
+    assert walked[30] != rate_at(cosine_schedule(), 30)
+    assert [rate_at(noisy(), update) for update in (20, 30, 69)] == [walked[20], walked[30], walked[69]]
+
+
+def test_a_rate_that_is_never_reached_is_worth_a_warning(caplog):
+    engine.logger.addHandler(caplog.handler)
+    cosine_schedule(epochs=2, warmup_epochs=2)
+    engine.logger.removeHandler(caplog.handler)
+    assert "--warmup-epochs 2 takes all of the 2 epochs" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cosin", "none", "plateau", ""])
+def test_a_schedule_that_cannot_follow_updates_is_the_user_s_mistake(name):
+    with pytest.raises(UserError, match=f"^--sched {name}: .*use cosine") as caught:
+        cosine_schedule(sched=name)
+    recommended = str(caught.value).partition("; use ")[2]
+    for other in re.findall(r"\w+", recommended.replace(" or ", " ")):
+        assert rate_at(cosine_schedule(sched=other, decay_rate=0.5, decay_epochs=3), 20) > 0
+
+
+# -- one epoch ---------------------------------------------------------------------------------------------------------
+
+
+class Blobs(Dataset):
+    """Noisy images whose mean colour tells their class; the noise follows from the sample's key."""
+
+    def __init__(self, length=BATCH * STEPS + 3):
+        generator = torch.Generator().manual_seed(11)
+        self.colours = torch.randn(10, 3, 1, 1, generator=generator)
+        self.targets = torch.randint(10, (length,), generator=generator)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, sample):
+        index, position, key = sample
+        seed_generators(key)
+        target = self.targets[index]
+        return Batch(self.colours[target] + torch.randn(3, 32, 32), target, position)
+
+
+def train_loader(seed=0, accum_steps=1):
+    sampler = KeyedSampler(len(Blobs()), seed=seed, multiple=BATCH * accum_steps)
+    return EpochLoader(DataLoader(Blobs(), BATCH, sampler=sampler), sampler, len(sampler) // BATCH)
+
+
+def val_loader():
+    sampler = KeyedSampler(21, shuffle=False)
+    return DataLoader(Blobs(), BATCH, sampler=sampler)
+
+
+class Recorder:
+    """A TensorBoard writer's one method."""
+
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value))
+
+
+MIXUP = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": 10}
+CRITERION = SupervisedLoss(build_base_criterion(False, 0.1))
+
+
+def build_state(model=None, opt="adamw", **options):
+    model = build_deit(drop_rate=0.1, drop_path_rate=0.3) if model is None else model
+    optimizer = build_optimizer(model, opt, lr=2e-3, weight_decay=0.05)
+    return TrainState(model, model, optimizer, ema=ModelEmaV3(model, decay=0.9), **options)
+
+
+def build_schedules(state, epochs=3):
+    updates = STEPS // state.accum_steps
+    return [build_lr_schedule(state.optimizer, updates, epochs, 1, sched="cosine", warmup_lr=1e-4, min_lr=1e-5)]
+
+
+def one_epoch(state, *, seed=0, rank=0, prepare=None, loader=None):
+    loader = loader or train_loader(accum_steps=state.accum_steps)
+    log = StepLog(state.epoch, len(loader), BATCH, 2)
+    prepare = prepare or build_prepare(CPU, Mixup(**MIXUP))
+    return train_one_epoch(state, loader, CRITERION, prepare, build_schedules(state), log, seed=seed, rank=rank)
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_an_epoch_with_dropout_and_mixup_is_the_same_every_time(amp_dtype):
+    runs = []
+    for noise in (1, 2):
+        state = build_state(amp_dtype=amp_dtype)
+        torch.manual_seed(noise)  # what came before must not matter
+        stats = one_epoch(state)
+        runs.append((weights_in(state.module), stats["loss"]))
+    assert runs[0][1] == runs[1][1]
+    assert same_bits(runs[0][0], runs[1][0])
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"rank": 1}])
+def test_another_seed_or_rank_drops_and_mixes_otherwise(other):
+    first, second = build_state(), build_state()
+    one_epoch(first)
+    one_epoch(second, **other)  # the same loader: the difference is in dropout, drop-path and Mixup
+    assert not same_bits(first.module.state_dict(), second.module.state_dict())
+
+
+def test_another_epoch_and_another_step_drop_otherwise():
+    # Weights that stand still show the masks alone: the losses of the same batch differ.
+    model = build_deit(drop_rate=0.5)
+    state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.0))
+    batch, losses = random_batches((BATCH,))[0], set()
+    for state.epoch in (0, 1):
+        schedule = build_lr_schedule(state.optimizer, 2, 2, 0, sched="cosine")
+        log = StepLog(state.epoch, 2, BATCH, 2, writer=Recorder())
+        train_one_epoch(state, [batch, batch], CRITERION, lambda batch: batch, [schedule], log)
+        losses |= {value for name, value in log.writer.scalars if name == "step/loss"}
+    assert len(losses) == 4
+
+
+def test_an_epoch_returns_the_means_of_what_it_logged():
+    model = build_deit()
+    state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.05))
+    twin = copy.deepcopy(model)
+    batches = random_batches((8, 8, 8))
+    log, schedules = StepLog(0, 3, BATCH, 2), build_schedules(state)
+    stats = train_one_epoch(state, batches, CRITERION, lambda batch: batch, schedules, log)
+    optimizer, losses, rates = torch.optim.SGD(twin.parameters(), lr=0.05), [], []
+    for update, batch in enumerate(batches):
+        rates.append(1e-4 + (0.05 - 1e-4) * update / STEPS)
+        optimizer.param_groups[0]["lr"] = rates[-1]
+        loss = nn.functional.cross_entropy(twin.train()(batch.images), batch.targets, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert stats["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert stats["lr"] == pytest.approx(sum(rates) / 3, rel=1e-6)
+    assert stats["images_per_second"] > 0
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_training_learns():
+    state, loader = build_state(build_deit()), train_loader()
+    losses = []
+    for epoch in range(8):
+        loader.set_epoch(epoch)
+        log = StepLog(epoch, len(loader), BATCH, 50)
+        schedules = build_schedules(state, epochs=8)
+        losses.append(train_one_epoch(state, loader, CRITERION, lambda batch: batch, schedules, log)["loss"])
+        state.epoch += 1
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("scope", ["all", "head"])
+def test_frozen_parts_stay_in_eval_mode(scope):
+    model = build_resnet()
+    models.freeze(model, scope)
+    state = build_state(model)
+    before = weights_in(model)
+    one_epoch(state)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {name for name in before if "running_" in name or "num_batches" in name}
+    assert statistics
+    if scope == "head":
+        assert changed == {"fc.weight", "fc.bias"}
+        assert not model.layer1.training and model.fc.training
+    else:
+        assert statistics <= changed and model.layer1.training
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def run(folder, epochs=3, resume=None, prepare=None, build=build_state, **options):
+    """What `main` does with these flags, from nothing or from a checkpoint; returns the state at the end."""
+    state = build(**options)
+    schedules = build_schedules(state, epochs)
+    if resume is not None:
+        state.resume(read_checkpoint(str(resume), "--resume"), str(resume), STEPS // state.accum_steps)
+    mix = build_prepare(CPU, Mixup(**MIXUP))
+    fit(
+        state,
+        train_loader(accum_steps=state.accum_steps),
+        val_loader(),
+        CRITERION,
+        (lambda batch: prepare(state, mix(batch))) if prepare else mix,
+        schedules,
+        epochs=epochs,
+        world=WORLD,
+        args={"lr": 2e-3, "input_size": [32]},
+        output_dir=folder,
+        log_interval=2,
+    )
+    return state
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_non_finite_loss_ends_the_run_and_leaves_the_files_alone(tmp_path):
+    files = {}
+
+    def poison(state, batch):
+        if state.epoch == 1:
+            files.update(files or files_in(tmp_path))
+            return batch._replace(images=batch.images * float("nan"))
+        return batch
+
+    with pytest.raises(RunError, match="not finite in epoch 1"):
+        run(tmp_path, prepare=poison)
+    assert files_in(tmp_path) == files and files.keys() == {"checkpoint.pth", "best.pth", "log.txt"}
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    assert checkpoint["epoch"] == 1
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+def test_a_non_finite_last_update_is_not_saved(tmp_path):
+    # the loss before it was finite, so only the weights tell
+    def break_the_last_step(state, batch):
+        if state.num_updates == 2 * STEPS - 1:
+            state.module.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return batch
+
+    with pytest.raises(RunError, match="not finite"):
+        run(tmp_path, prepare=break_the_last_step)
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    assert checkpoint["epoch"] == 1
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def records_in(folder):
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in records]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accum_steps": 2, "clip_grad": 1.0},
+        {"amp_dtype": torch.float16, "opt": "sgd"},
+        {"amp_dtype": torch.bfloat16, "opt": "lamb"},
+    ],
+    ids=["adamw", "accumulating", "fp16", "bf16"],
+)
+def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(tmp_path, options):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+
+    def kill(state, batch):
+        if state.epoch == 1 and state.num_updates == 1.5 * STEPS // state.accum_steps:
+            raise KeyboardInterrupt
+        return batch
+
+    run(whole, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, prepare=kill, **options)
+    assert len(records_in(killed)) == 1
+    run(killed, resume=killed / "checkpoint.pth", **options)
+    first, second = (read_checkpoint(str(folder / "checkpoint.pth"), "--resume") for folder in (whole, killed))
+    assert first["epoch"] == 3 and first["step"] == 3 * STEPS // options.get("accum_steps", 1)
+    assert_same_bits(first, second)
+    assert records_in(whole) == records_in(killed)
+
+
+def test_a_model_with_batch_statistics_resumes_to_the_same_bits(tmp_path):
+    def build():
+        return build_state(build_resnet())
+
+    run(tmp_path, epochs=2, build=build)
+    at_the_end = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    again = run(None, epochs=2, build=build, resume=tmp_path / "checkpoint_previous.pth")
+    assert_same_bits(at_the_end["model"], dict(again.module.state_dict()))
+    assert_same_bits(at_the_end["model_ema"], dict(again.ema.module.state_dict()))
+
+
+def test_a_checkpoint_is_plain_and_its_names_carry_no_prefix(tmp_path):
+    state = run(tmp_path, epochs=1)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert set(checkpoint) == {
+        *("model", "optimizer", "lr_scheduler", "scaler", "model_ema"),
+        *("epoch", "step", "best_acc1", "args"),
+    }
+    assert set(checkpoint["model"]) == set(checkpoint["model_ema"]) == set(build_deit().state_dict())
+    assert json.loads(json.dumps(checkpoint["args"])) == checkpoint["args"]
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, STEPS) and state.best_acc1 == checkpoint["best_acc1"]
+    build_deit().load_state_dict(checkpoint["model"])
+
+
+def test_a_finished_run_does_nothing_when_resumed(tmp_path):
+    run(tmp_path, epochs=1)
+    files = files_in(tmp_path)
+    state = run(tmp_path, epochs=1, resume=tmp_path / "checkpoint.pth")
+    assert files_in(tmp_path) == files and state.epoch == 1
+
+
+def test_the_best_accuracy_is_restored_and_its_file_kept(tmp_path):
+    run(tmp_path, epochs=1)
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    torch.save(checkpoint | {"best_acc1": 99.5}, tmp_path / "checkpoint.pth")
+    best = (tmp_path / "best.pth").read_bytes()
+    state = run(tmp_path, epochs=2, resume=tmp_path / "checkpoint.pth")
+    assert state.best_acc1 == 99.5
+    assert (tmp_path / "best.pth").read_bytes() == best
+    assert read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")["best_acc1"] == 99.5
+
+
+def test_best_pth_holds_the_epoch_of_the_best_accuracy(tmp_path):
+    state = run(tmp_path, epochs=4, build=lambda: build_state(build_deit()))
+    accuracies = [record["test_acc1"] for record in records_in(tmp_path)]
+    best = read_checkpoint(str(tmp_path / "best.pth"), "--resume")
+    assert best["best_acc1"] == state.best_acc1 == max(accuracies)
+    assert best["epoch"] == accuracies.index(max(accuracies)) + 1
+
+
+def test_an_average_that_the_checkpoint_lacks_starts_from_its_weights(tmp_path):
+    run(tmp_path, epochs=1)
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume") | {"model_ema": None}
+    state = build_state()
+    state.resume(checkpoint, "checkpoint.pth", STEPS)
+    assert same_bits(checkpoint["model"], state.ema.module.state_dict())
+
+
+def test_with_another_number_of_updates_an_epoch_is_still_an_epoch(tmp_path):
+    run(tmp_path, epochs=2)
+    state = build_state()
+    state.resume(read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume"), "checkpoint.pth", 2 * STEPS)
+    assert state.epoch == 2 and state.num_updates == 4 * STEPS
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_the_user_s_mistake(tmp_path):
+    run(tmp_path, epochs=1)
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    with pytest.raises(UserError, match="--resume here: .*--finetune"):  # weights only
+        build_state().resume({"model": checkpoint["model"]}, "here", STEPS)
+    with pytest.raises(UserError, match="--resume here: holds another model"):
+        build_state(build_resnet()).resume(checkpoint, "here", STEPS)
+    with pytest.raises(UserError, match="--resume here: holds another model .*head"):
+        build_state(build_deit(num_classes=11)).resume(checkpoint, "here", STEPS)
+    model = build_deit()
+    models.freeze(model, "head")
+    with pytest.raises(UserError, match="--resume here: .*--train-scope"):
+        build_state(model).resume(checkpoint, "here", STEPS)
+
+
+@pytest.mark.parametrize("written, read", [("adamw", "sgd"), ("sgd", "adamw")])
+def test_the_state_of_another_optimiser_cannot_be_resumed(tmp_path, written, read):
+    run(tmp_path, epochs=1, opt=written)
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    with pytest.raises(UserError, match="--resume here: .*--opt"):
+        build_state(opt=read).resume(checkpoint, "here", STEPS)
+
+
+# -- a whole run -------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_the_original_keys_once_per_epoch(tmp_path):
+    run(tmp_path, epochs=2)
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    published = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
+    averaged = {"test_ema_loss", "test_ema_acc1", "test_ema_acc5"}
+    assert all(set(record) == published | averaged | {"images_per_second"} for record in records)
+    assert records[0]["n_parameters"] == sum(parameter.numel() for parameter in build_deit().parameters())
+
+
+def test_every_epoch_sees_new_views_in_a_new_order():
+    state, seen = build_state(), []
+
+    def watch(batch):
+        seen.append((state.epoch, batch.images, batch.positions.tolist()))
+        return batch
+
+    arguments = (train_loader(), val_loader(), CRITERION, watch, build_schedules(state, epochs=2))
+    fit(state, *arguments, epochs=2, world=WORLD, args={})
+    first, second = ([entry for entry in seen if entry[0] == epoch] for epoch in (0, 1))
+    assert len(first) == len(second) == STEPS
+    assert [positions for _, _, positions in first] == [positions for _, _, positions in second]
+    assert not any(torch.equal(one[1], other[1]) for one, other in zip(first, second, strict=True))
+
+
+def test_the_logged_accuracy_is_that_of_the_saved_weights(tmp_path):
+    run(tmp_path, epochs=1)
+    model = build_deit()
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    for weights, prefix in (("model", "test_"), ("model_ema", "test_ema_")):
+        model.load_state_dict(checkpoint[weights])
+        result = evaluate(model, val_loader(), contextlib.nullcontext())
+        assert {prefix + name: result[name] for name in ("loss", "acc1", "acc5")}.items() <= records_in(tmp_path)[
+            0
+        ].items()
+
+
+def test_epochs_may_go_unevaluated_but_not_the_last(tmp_path):
+    state = build_state()
+    fit(
+        state,
+        train_loader(),
+        val_loader(),
+        CRITERION,
+        build_prepare(CPU, None),
+        build_schedules(state),
+        epochs=3,
+        world=WORLD,
+        args={},
+        output_dir=tmp_path,
+        eval_interval=2,
+    )
+    assert ["test_acc1" in record for record in records_in(tmp_path)] == [False, True, True]
+
+
+def test_only_rank_0_writes(tmp_path):
+    state = build_state()
+    world = World(rank=1, size=1, local_rank=1, local_size=1, device=CPU)
+    schedules = build_schedules(state)
+    arguments = (train_loader(), val_loader(), CRITERION, build_prepare(CPU, None), schedules)
+    fit(state, *arguments, epochs=1, world=world, args={}, output_dir=tmp_path)
+    assert files_in(tmp_path) == {} and state.epoch == 1

@@ -1,0 +1,87 @@
+"""Imports point down: the floors of the design, read from the source without running it."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "run_with_submitit": 5,
+    "main": 4,
+    "engine": 3,
+    "models_evit": 2,
+    "datasets": 2,
+    "models": 1,
+    "losses": 1,
+    "samplers": 1,
+    "augment": 1,
+    "teacher_cache": 1,
+    "utils": 0,
+}
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+BESIDE = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))} | {"tests", "tools"}
+
+
+def imports_of(source):
+    """Names of the top-level packages that a source imports anywhere, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # a relative import would name a neighbour too, in a repository without packages
+            names |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
+            names |= {str(argument.value).partition(".")[0] for argument in node.args[:1] if hasattr(argument, "value")}
+    return names
+
+
+def house_imports(module):
+    return imports_of((ROOT / f"{module}.py").read_text()) & (set(FLOORS) | set(MODULES))
+
+
+def test_there_are_modules_to_check():
+    assert {"main", "engine", "utils"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_floor(module):
+    assert module in FLOORS, f"{module}.py has no place in the house: put it on a floor, or where it belongs"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    # Neighbours on one floor may know each other, if not in circles: losses reads the Batch of samplers.
+    floor = FLOORS.get(module, -1)
+    above = {name for name in house_imports(module) if FLOORS.get(name, 99) > floor}
+    assert not above, f"{module}.py (floor {floor}) imports {', '.join(sorted(above))} from above"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    order = graphlib.TopologicalSorter({module: house_imports(module) for module in MODULES})
+    assert set(order.static_order()) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_leans_on_what_is_beside_the_house(module):
+    beside = imports_of((ROOT / f"{module}.py").read_text()) & BESIDE
+    assert not beside, f"{module}.py imports {', '.join(sorted(beside))}, which is not training"
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("import engine", {"engine"}),
+        ("import torch.nn as nn, engine as e", {"torch", "engine"}),
+        ("from engine import fit", {"engine"}),
+        ("from .engine import fit", {"engine"}),
+        ("from . import engine", {"engine"}),
+        ("def f():\n    import engine", {"engine"}),
+        ("import importlib\nimportlib.import_module('engine')", {"importlib", "engine"}),
+        ("engine = 1", set()),
+    ],
+)
+def test_no_way_of_importing_is_overlooked(source, expected):
+    assert imports_of(source) == expected

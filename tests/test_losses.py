@@ -1,0 +1,358 @@
+"""Criteria against hand-computed values, naive loops in float64, and what the published code computes."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+
+from losses import (
+    BinaryCrossEntropy,
+    DistillationLoss,
+    FrozenTeacher,
+    SupervisedLoss,
+    build_base_criterion,
+    hard_distillation,
+    soft_distillation,
+)
+from samplers import Batch, seed_generators
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small wait longer for a second thread than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batch_of(targets, images=None):
+    images = torch.zeros(len(targets), 3, 2, 2) if images is None else images
+    return Batch(images, targets, torch.arange(len(targets)))
+
+
+def log_softmax(row):
+    """In Python floats, which are float64."""
+    largest = max(row)
+    log_sum = largest + math.log(sum(math.exp(value - largest) for value in row))
+    return [value - log_sum for value in row]
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@pytest.fixture
+def teacher_logits():
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(1)) * 3
+
+
+# -- binary cross-entropy ----------------------------------------------------------------------------------------------
+
+
+def naive_bce(logits, targets):
+    terms = []
+    for logit_row, target_row in zip(logits.tolist(), targets, strict=True):
+        for logit, target in zip(logit_row, target_row, strict=True):
+            share = 1 / (1 + math.exp(-logit))
+            terms.append(-target * math.log(share) - (1 - target) * math.log(1 - share))
+    return sum(terms) / len(terms)
+
+
+def test_bce_by_hand():
+    # sigmoid(0) = 1/2 for every class, whatever the target
+    assert float(BinaryCrossEntropy()(torch.zeros(2, 4), torch.tensor([0, 3]))) == pytest.approx(math.log(2))
+    # sigmoid(ln 3) = 3/4: -(ln 3/4 + ln 1/2 + ln 1/2) / 3
+    loss = BinaryCrossEntropy()(torch.tensor([[math.log(3), 0.0, 0.0]]), torch.tensor([0]))
+    assert float(loss) == pytest.approx(-(math.log(0.75) + 2 * math.log(0.5)) / 3)
+
+
+def test_bce_of_class_indices_has_one_positive_per_image(logits):
+    targets = [[float(column == row % 5) for column in range(5)] for row in range(6)]
+    loss = BinaryCrossEntropy()(logits, torch.arange(6) % 5)
+    assert float(loss) == pytest.approx(naive_bce(logits, targets), rel=1e-6)
+
+
+def test_bce_takes_both_mixed_classes_as_positives(logits):
+    # shares 0.9 and 0.1 say how much of a class there is, not whether
+    mixed = torch.zeros(6, 5)
+    mixed[:, 1], mixed[:, 3] = 0.9, 0.1
+    loss = BinaryCrossEntropy()(logits, mixed)
+    assert float(loss) == pytest.approx(naive_bce(logits, [[0, 1, 0, 1, 0]] * 6), rel=1e-6)
+
+
+@pytest.mark.parametrize("as_probabilities", [False, True])
+def test_smoothing_does_not_turn_absent_classes_into_positives(logits, as_probabilities):
+    targets = torch.full((6,), 2)
+    if as_probabilities:
+        targets = nn.functional.one_hot(targets, 5).float()
+    loss = BinaryCrossEntropy(smoothing=0.1)(logits, targets)
+    low, high = 0.1 / 5, 0.9 + 0.1 / 5
+    assert float(loss) == pytest.approx(naive_bce(logits, [[low, low, high, low, low]] * 6), rel=1e-6)
+
+
+def test_smoothed_bce_is_least_at_the_smoothed_targets():
+    logits = torch.zeros(1, 4, requires_grad=True)
+    probabilities = torch.tensor([[0.1 / 4, 0.9 + 0.1 / 4, 0.1 / 4, 0.1 / 4]])
+    loss = BinaryCrossEntropy(0.1)(torch.logit(probabilities) + logits, torch.tensor([1]))
+    loss.backward()
+    assert logits.grad.abs().max() < 1e-6
+
+
+def test_under_autocast_bce_is_that_of_float32(logits):
+    # Targets in bfloat16 would be 0.922 in place of 0.92, and 0.0201 in place of 0.02.
+    logits = logits.bfloat16()
+    expected = BinaryCrossEntropy(0.1)(logits.float(), torch.arange(6) % 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, torch.arange(6) % 5), expected)
+
+
+# -- cross-entropy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("options", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}, {"mode": "elem"}, {"prob": 0.0}])
+def test_mixed_cross_entropy_is_the_published_one(options, smoothing):
+    """The published code smooths inside Mixup and then uses the soft-target loss; here the criterion smooths."""
+    options = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "num_classes": 10} | options
+    targets = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(2))
+    mixed = []
+    for inside in (smoothing, 0.0):
+        seed_generators(5)  # the same mixing twice
+        mixed.append(Mixup(label_smoothing=inside, **options)(torch.rand(8, 3, 8, 8), targets)[1])
+    published = SoftTargetCrossEntropy()(logits, mixed[0])
+    ours = build_base_criterion(bce=False, smoothing=smoothing)(logits, mixed[1])
+    torch.testing.assert_close(ours, published)
+
+
+def test_cross_entropy_of_class_indices_by_hand(logits):
+    targets, smoothing = [0, 1, 2, 3, 4, 0], 0.1
+    losses = []
+    for row, target in zip(logits.tolist(), targets, strict=True):
+        logs = log_softmax(row)
+        losses.append(-(1 - smoothing) * logs[target] - smoothing * sum(logs) / 5)
+    loss = build_base_criterion(bce=False, smoothing=smoothing)(logits, torch.tensor(targets))
+    assert float(loss) == pytest.approx(sum(losses) / 6, rel=1e-6)
+
+
+def test_the_flag_chooses_the_criterion():
+    assert isinstance(build_base_criterion(True, 0.1), BinaryCrossEntropy)
+    assert isinstance(build_base_criterion(False, 0.1), nn.CrossEntropyLoss)
+
+
+def test_the_supervised_loss_is_the_base_alone(logits):
+    base = build_base_criterion(False, 0.1)
+    batch = batch_of(torch.arange(6) % 5)
+    loss, terms = SupervisedLoss(base)(logits, batch)
+    assert torch.equal(loss, base(logits, batch.targets)) and terms == {}
+
+
+# -- distillation terms ------------------------------------------------------------------------------------------------
+
+
+def naive_soft_distillation(student, teacher, tau):
+    """τ² times the mean over the batch of KL(teacher ‖ student), in float64."""
+    total = 0.0
+    for student_row, teacher_row in zip(student.tolist(), teacher.tolist(), strict=True):
+        log_student = log_softmax([value / tau for value in student_row])
+        log_teacher = log_softmax([value / tau for value in teacher_row])
+        total += sum(math.exp(t) * (t - s) for s, t in zip(log_student, log_teacher, strict=True))
+    return tau**2 * total / len(student)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_soft_distillation_agrees_with_a_naive_loop(logits, teacher_logits, tau):
+    loss = soft_distillation(logits, teacher_logits, tau, "batchmean")
+    assert float(loss) == pytest.approx(naive_soft_distillation(logits, teacher_logits, tau), rel=1e-5)
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_the_legacy_scale_is_smaller_by_the_number_of_classes(logits, teacher_logits, tau):
+    loss, legacy = (soft_distillation(logits, teacher_logits, tau, scale) for scale in ("batchmean", "legacy"))
+    torch.testing.assert_close(legacy * 5, loss)
+
+
+def test_the_legacy_scale_is_the_published_expression(logits, teacher_logits):
+    tau = 3.0
+    published = (
+        nn.functional.kl_div(
+            nn.functional.log_softmax(logits / tau, dim=1),
+            nn.functional.log_softmax(teacher_logits / tau, dim=1),
+            reduction="sum",
+            log_target=True,
+        )
+        * (tau * tau)
+        / logits.numel()
+    )
+    torch.testing.assert_close(soft_distillation(logits, teacher_logits, tau, "legacy"), published)
+
+
+def test_soft_distillation_vanishes_only_where_the_student_says_the_same(logits, teacher_logits):
+    # a constant added to the logits does not change what they say
+    assert float(soft_distillation(teacher_logits + 5, teacher_logits, 2.0, "batchmean")) == pytest.approx(0, abs=1e-5)
+    assert float(soft_distillation(logits, teacher_logits, 2.0, "batchmean")) > 0.1
+
+
+def test_soft_distillation_is_computed_in_float32(logits, teacher_logits):
+    student, teacher = logits.bfloat16(), teacher_logits.bfloat16()
+    loss = soft_distillation(student, teacher, 1.0, "batchmean")
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(naive_soft_distillation(student, teacher, 1.0), rel=1e-5)
+
+
+def test_hard_distillation_is_cross_entropy_against_the_teacher_s_decision(logits, teacher_logits):
+    losses = [
+        -log_softmax(row)[max(range(5), key=said.__getitem__)]
+        for row, said in zip(logits.tolist(), teacher_logits.tolist(), strict=True)
+    ]
+    assert float(hard_distillation(logits, teacher_logits)) == pytest.approx(sum(losses) / 6, rel=1e-6)
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_weights_its_two_losses(logits, teacher_logits, kind, alpha):
+    class_logits = logits.flip(0)
+    base, batch = build_base_criterion(False, 0.1), batch_of(torch.arange(6) % 5)
+    criterion = DistillationLoss(base, lambda _: teacher_logits, kind, alpha=alpha, tau=3.0)
+    loss, terms = criterion((class_logits, logits), batch)
+    base_loss = base(class_logits, batch.targets)
+    distilled = (
+        hard_distillation(logits, teacher_logits)
+        if kind == "hard"
+        else soft_distillation(logits, teacher_logits, 3.0, "batchmean")
+    )
+    torch.testing.assert_close(loss, (1 - alpha) * base_loss + alpha * distilled)
+    torch.testing.assert_close(terms["loss_base"], base_loss)
+    torch.testing.assert_close(terms["loss_distillation"], distilled)
+
+
+def test_each_head_learns_from_its_own_teacher(logits, teacher_logits):
+    heads = [logits.clone().requires_grad_(True) for _ in range(2)]
+    criterion = DistillationLoss(build_base_criterion(False, 0), lambda _: teacher_logits, "hard", alpha=0.25)
+    batch = batch_of(torch.arange(6) % 5)
+    criterion(tuple(heads), batch)[0].backward()
+    probabilities = logits.softmax(1)
+    for head, weight, labels in zip(heads, (0.75, 0.25), (batch.targets, teacher_logits.argmax(1)), strict=True):
+        expected = weight * (probabilities - nn.functional.one_hot(labels, 5)) / 6
+        torch.testing.assert_close(head.grad, expected)
+
+
+def test_the_logged_terms_are_detached_scalars_of_accuracy_and_agreement():
+    # teacher says 0 1 2 3, labels are 0 1 0 0, the distillation head says 0 0 0 3
+    said, labels, heard = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 3])
+    teacher_logits, student = (nn.functional.one_hot(rows, 4).float() for rows in (said, heard))
+    student.requires_grad_(True)
+    criterion = DistillationLoss(build_base_criterion(False, 0), lambda _: teacher_logits, "hard")
+    _, terms = criterion((student, student), batch_of(labels))
+    assert set(terms) == {"loss_base", "loss_distillation", "teacher_acc1", "teacher_agreement"}
+    assert all(term.ndim == 0 and not term.requires_grad for term in terms.values())
+    assert float(terms["teacher_acc1"]) == 50 and float(terms["teacher_agreement"]) == 50
+
+
+def test_with_mixup_the_teacher_is_judged_by_the_larger_share():
+    teacher_logits = nn.functional.one_hot(torch.tensor([0, 1]), 3).float()
+    mixed = torch.tensor([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0]])
+    criterion = DistillationLoss(build_base_criterion(False, 0), lambda _: teacher_logits, "soft")
+    _, terms = criterion((teacher_logits, teacher_logits), batch_of(mixed))
+    assert float(terms["teacher_acc1"]) == 50
+
+
+def test_the_scale_reaches_the_soft_loss(logits, teacher_logits):
+    base, batch = build_base_criterion(False, 0), batch_of(torch.arange(6) % 5)
+    for scale in ("batchmean", "legacy"):
+        criterion = DistillationLoss(base, lambda _: teacher_logits, "soft", alpha=1.0, tau=2.0, scale=scale)
+        loss, _ = criterion((logits, logits), batch)
+        torch.testing.assert_close(loss, soft_distillation(logits, teacher_logits, 2.0, scale))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'soft' or 'hard'"):
+        DistillationLoss(build_base_criterion(False, 0), lambda _: None, "firm")
+
+
+# -- frozen teacher ----------------------------------------------------------------------------------------------------
+
+STUDENT_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TEACHER_NORM = ((0.5, 0.4, 0.3), (0.5, 0.25, 0.125))
+
+
+def normalised(pixels, norm):
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in norm)
+    return (pixels - mean) / std
+
+
+class Echo(nn.Module):
+    """Says back what it sees, so that a test can look at it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return images * self.weight
+
+
+def test_the_teacher_sees_the_image_in_its_own_normalisation():
+    pixels = torch.rand(2, 3, 4, 4)
+    teacher = FrozenTeacher(Echo(), *TEACHER_NORM, *STUDENT_NORM)
+    seen = teacher(batch_of(torch.zeros(2), normalised(pixels, STUDENT_NORM)))
+    torch.testing.assert_close(seen, normalised(pixels, TEACHER_NORM), atol=1e-5, rtol=1e-5)
+
+
+def test_equal_normalisations_leave_the_image_as_it_is():
+    images = torch.randn(2, 3, 4, 4)
+    seen = FrozenTeacher(Echo(), *STUDENT_NORM, *STUDENT_NORM)(batch_of(torch.zeros(2), images))
+    assert torch.equal(seen, images)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    seed_generators(0)
+    return timm.create_model("test_resnet", num_classes=5)
+
+
+def test_a_real_teacher_is_asked_in_eval_mode_and_without_gradients(resnet):
+    resnet.train().requires_grad_(True)
+    before = {name: value.clone() for name, value in resnet.state_dict().items()}
+    teacher = FrozenTeacher(resnet, *TEACHER_NORM, *STUDENT_NORM)
+    pixels = torch.rand(4, 3, 32, 32)
+    images = normalised(pixels, STUDENT_NORM).requires_grad_(True)
+    said = teacher(batch_of(torch.zeros(4), images))
+    assert not said.requires_grad and said.dtype == torch.float32
+    assert not any(module.training for module in resnet.modules())
+    assert not any(parameter.requires_grad for parameter in resnet.parameters())
+    # batch statistics untouched, and an image's answer independent of the others in the batch
+    assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
+    with torch.no_grad():
+        alone = torch.cat([resnet(normalised(pixels[i : i + 1], TEACHER_NORM)) for i in range(4)])
+    torch.testing.assert_close(said, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_under_autocast_the_teacher_still_answers_in_float32(resnet):
+    teacher = FrozenTeacher(resnet, *TEACHER_NORM, *STUDENT_NORM)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert teacher(batch_of(torch.zeros(2), torch.randn(2, 3, 32, 32))).dtype == torch.float32
+
+
+def test_only_the_student_gets_gradients_from_a_distilled_step(resnet):
+    student = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=3, num_classes=5
+    )
+    student.set_distilled_training(True)
+    teacher = FrozenTeacher(resnet, *TEACHER_NORM, *STUDENT_NORM)
+    criterion = DistillationLoss(build_base_criterion(False, 0.1), teacher, "soft", tau=3.0)
+    batch = batch_of(torch.tensor([0, 1, 2, 3]), torch.randn(4, 3, 32, 32))
+    loss, terms = criterion(student.train()(batch.images), batch)
+    loss.backward()
+    assert student.head.weight.grad.abs().max() > 0 and student.head_dist.weight.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in resnet.parameters())
+    torch.testing.assert_close(loss.detach(), 0.5 * terms["loss_base"] + 0.5 * terms["loss_distillation"])

@@ -1,0 +1,232 @@
+"""Which sample goes where, and the keys that make every draw a function of counters."""
+
+import random
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from samplers import KeyedSampler, _splitmix64, random_key, random_keys, seed_generators
+
+MASK = 2**64 - 1
+
+
+def splitmix64(state):
+    """One step of SplitMix64 from `state`, in Python's unbounded integers (Steele et al. 2014, figure 17)."""
+    z = (state + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def reference_key(seed, purpose, *counters):
+    key = splitmix64(seed % 2**64)
+    for counter in (zlib.crc32(purpose.encode()), *counters):
+        key = splitmix64(key ^ counter)
+    return key
+
+
+def order_of(sampler):
+    return [index for index, _, _ in sampler]
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_splitmix64_gives_the_published_first_output():
+    assert int(_splitmix64(np.array([0], dtype=np.uint64))[0]) == 0xE220A8397B1DCDAF
+
+
+def test_splitmix64_agrees_with_unbounded_integers():
+    states = [0, 1, 2**32, 2**63, MASK, 0x9E3779B97F4A7C15, 123456789123456789]
+    assert _splitmix64(np.array(states, dtype=np.uint64)).tolist() == [splitmix64(state) for state in states]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**64 + 5])
+def test_keys_agree_with_unbounded_integers(seed):
+    positions = np.arange(5)
+    expected = [reference_key(seed, "view", 3, position) for position in range(5)]
+    assert random_keys(seed, "view", 3, positions).tolist() == expected
+    assert [random_key(seed, "view", 3, position) for position in range(5)] == expected
+
+
+def test_keys_broadcast_their_counters():
+    keys = random_keys(0, "step", np.arange(3)[:, None], np.arange(4))
+    assert keys.shape == (3, 4) and keys.dtype == np.uint64
+    assert int(keys[2, 1]) == random_key(0, "step", 2, 1)
+
+
+def test_different_seeds_purposes_and_counters_give_different_keys():
+    counters = np.arange(20)
+    keys = [
+        int(key)
+        for seed in (0, 1)
+        for purpose in ("shuffle", "view", "step")
+        for key in random_keys(seed, purpose, counters[:, None], counters).ravel()
+    ]
+    assert len(set(keys)) == len(keys) == 2 * 3 * 20 * 20
+
+
+def test_the_order_of_counters_matters():
+    assert random_key(0, "view", 1, 2) != random_key(0, "view", 2, 1)
+
+
+def test_seeding_repeats_the_draws_of_python_numpy_and_torch():
+    def draw():
+        return random.random(), float(np.random.rand()), torch.rand(3).tolist(), torch.randperm(50).tolist()
+
+    key = random_key(0, "view", 0, 0)
+    seed_generators(key)
+    first, second = draw(), draw()
+    seed_generators(key, torch.device("cpu"))
+    assert draw() == first != second
+    seed_generators(random_key(0, "view", 0, 1))
+    assert all(mine != yours for mine, yours in zip(draw(), first, strict=True))
+
+
+def test_every_64_bit_key_can_seed():
+    for key in (0, 2**63, MASK):
+        seed_generators(key)
+
+
+# -- orders ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 10, 255, 257, 1000])
+def test_an_epoch_is_a_permutation(length):
+    samples = list(KeyedSampler(length))
+    assert sorted(index for index, _, _ in samples) == list(range(length))
+    assert [position for _, position, _ in samples] == list(range(length))
+
+
+def test_the_order_is_shuffled_and_depends_on_seed_and_epoch_only():
+    sampler = KeyedSampler(100, seed=1)
+    first = list(sampler)
+    assert order_of(sampler) != list(range(100))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert [index for index, _, _ in second] != [index for index, _, _ in first]
+    assert {key for _, _, key in second}.isdisjoint(key for _, _, key in first)
+    sampler.set_epoch(0)
+    assert list(sampler) == first == list(KeyedSampler(100, seed=1))
+    assert order_of(KeyedSampler(100, seed=2)) != [index for index, _, _ in first]
+
+
+def test_each_position_has_its_own_key():
+    sampler = KeyedSampler(1000, seed=3)
+    sampler.set_epoch(7)
+    assert [key for _, _, key in sampler] == [reference_key(3, "view", 7, position) for position in range(1000)]
+
+
+def test_the_shuffle_is_fair():
+    # 2,000 epochs of 6 images: each image comes first in a sixth of them (standard deviation 17).
+    sampler, first = KeyedSampler(6), np.zeros(6)
+    for epoch in range(2000):
+        sampler.set_epoch(epoch)
+        first[next(iter(sampler))[0]] += 1
+    assert np.abs(first - 2000 / 6).max() < 5 * 17
+
+
+def test_samples_are_plain_integers_that_processes_can_exchange():
+    assert all(type(value) is int for sample in KeyedSampler(3) for value in sample)
+
+
+# -- repeated augmentation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+@pytest.mark.parametrize("length", [1, 2, 7, 100, 255, 256, 769])
+def test_repeated_augmentation_draws_each_image_several_times_in_a_row(length, repeats):
+    sampler = KeyedSampler(length, repeats=repeats)
+    order = order_of(sampler)
+    assert len(order) == len(sampler) == length
+    runs = [order[start : start + repeats] for start in range(0, length, repeats)]
+    assert all(len(set(run)) == 1 for run in runs)
+    drawn = [run[0] for run in runs]
+    assert len(set(drawn)) == len(drawn) == sampler.num_distinct == -(-length // repeats)
+
+
+def test_the_views_of_one_image_have_different_keys():
+    keys = [key for _, _, key in KeyedSampler(30, repeats=3)]
+    assert len(set(keys)) == 30
+
+
+def test_all_images_are_drawn_in_the_course_of_the_epochs():
+    sampler, seen = KeyedSampler(50, repeats=3), set()
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        seen.update(order_of(sampler))
+    assert seen == set(range(50))
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("length", [5, 64, 301])
+def test_the_ranks_together_hold_the_single_process_order(length, world_size, repeats):
+    def share(rank, size):
+        sampler = KeyedSampler(length, seed=4, repeats=repeats, rank=rank, world_size=size)
+        sampler.set_epoch(2)
+        samples = list(sampler)
+        assert len(samples) == len(sampler)
+        return samples
+
+    together = sorted((s for rank in range(world_size) for s in share(rank, world_size)), key=lambda s: s[1])
+    assert together == share(0, 1)
+
+
+def test_a_global_batch_holds_the_same_views_for_every_number_of_ranks():
+    def batches(world_size, accum_steps=1, global_batch=16):
+        per_rank = global_batch // world_size // accum_steps
+        ranks = [
+            list(KeyedSampler(100, repeats=3, rank=rank, world_size=world_size, multiple=global_batch))
+            for rank in range(world_size)
+        ]
+        steps = [
+            {sample for rank in ranks for sample in rank[start : start + per_rank]}
+            for start in range(0, len(ranks[0]), per_rank)
+        ]
+        return [set().union(*steps[i : i + accum_steps]) for i in range(0, len(steps), accum_steps)]
+
+    single = batches(1)
+    assert len(single) == 6 and all(len(batch) == 16 for batch in single)
+    assert [{position for _, position, _ in batch} for batch in single][1] == set(range(16, 32))
+    for world_size, accum_steps in ((2, 1), (4, 1), (1, 2), (2, 4)):
+        assert batches(world_size, accum_steps) == single
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [1, 7, 8, 50])
+def test_evaluation_pads_nothing(length, world_size):
+    shares = [order_of(KeyedSampler(length, shuffle=False, rank=r, world_size=world_size)) for r in range(world_size)]
+    assert sorted(index for share in shares for index in share) == list(range(length))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_without_shuffling_the_order_is_the_data_s():
+    sampler = KeyedSampler(10, shuffle=False)
+    sampler.set_epoch(5)
+    assert order_of(sampler) == list(range(10))
+
+
+@pytest.mark.parametrize("length, multiple, expected", [(100, 16, 96), (96, 16, 96), (95, 16, 80), (15, 16, 0)])
+def test_the_order_is_cut_to_whole_updates(length, multiple, expected):
+    for world_size in (1, 2, 4):
+        ranks = [KeyedSampler(length, rank=r, world_size=world_size, multiple=multiple) for r in range(world_size)]
+        assert [len(list(rank)) for rank in ranks] == [expected // world_size] * world_size
+
+
+def test_cutting_takes_nothing_but_the_end():
+    assert list(KeyedSampler(100, multiple=16)) == list(KeyedSampler(100))[:96]
+
+
+def test_every_image_has_its_turn_when_the_order_is_cut():
+    sampler, seen = KeyedSampler(20, multiple=16), set()
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        seen.update(order_of(sampler))
+    assert seen == set(range(20))

@@ -1,0 +1,65 @@
+"""Jobs through submitit, without a SLURM: its local executor starts real processes."""
+
+import argparse
+import pickle
+
+import pytest
+import tiny
+
+import run_with_submitit
+import utils
+
+LOCAL = ["run_with_submitit.py", "--cluster", "local", "--nodes", "1", "--ngpus", "0"]
+
+
+def test_a_local_job_trains_on_two_processes(tmp_path):
+    folder = tmp_path / "jobs"
+    output = tiny.run(*LOCAL, "--tasks-per-node", "2", "--job-dir", folder, *tiny.PLAIN, "--batch-size", "32")
+    (job,) = folder.iterdir()
+    assert str(job) in output
+    assert len(tiny.log_of(job)) == 1
+    assert (job / "checkpoint.pth").exists() and (job / "best.pth").exists()
+    assert "effective batch 64 images" in (job / f"{job.name}_0_log.err").read_text()
+
+
+def test_a_debug_job_runs_in_this_process(tmp_path):
+    flags = ["--cluster", "debug", "--nodes", "1", "--ngpus", "0", "--job-dir", tmp_path, *tiny.PLAIN]
+    tiny.run("run_with_submitit.py", *flags, "--output-dir", tmp_path / "output")
+    assert len(tiny.log_of(tmp_path / "output")) == 1
+
+
+def test_a_failed_job_ends_with_status_1_and_its_reason(tmp_path):
+    output = tiny.run(*LOCAL, "--job-dir", tmp_path, *tiny.PLAIN, "--batch-size", "4096", status=1)
+    assert "--batch-size 4096" in output
+
+
+def test_contradictions_are_refused_before_submission(tmp_path):
+    output = tiny.run(*LOCAL, "--nodes", "2", "--job-dir", tmp_path, *tiny.PLAIN, status=2)
+    assert output.startswith("run_with_submitit.py: error: --nodes 2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_slurm_the_local_cluster_is_offered(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no srun
+    args = run_with_submitit.get_parser().parse_args(["--job-dir", str(tmp_path), "--data-set", "DIGITS"])
+    with pytest.raises(utils.UserError, match="--cluster local"):
+        run_with_submitit.submit(args)
+
+
+def test_a_restarted_job_resumes_its_own_checkpoint(tmp_path):
+    args = run_with_submitit.get_parser().parse_args(["--job-dir", str(tmp_path), "--finetune", "weights.pth"])
+    folder = tmp_path / "17"
+    folder.mkdir()
+    (folder / "checkpoint.pth").touch()
+    first = run_with_submitit.Job(args)
+    assert first._args_of("17").resume == ""
+    restarted = pickle.loads(pickle.dumps(first.checkpoint().function))
+    again = restarted._args_of("17")
+    assert (again.resume, again.finetune) == (str(folder / "checkpoint.pth"), "")
+    assert restarted._args_of("18").finetune == "weights.pth"  # it was stopped before its first checkpoint
+    assert args.resume == "" and isinstance(args, argparse.Namespace)
+
+
+def test_job_flags_have_the_published_defaults():
+    args = run_with_submitit.get_parser().parse_args([])
+    assert (args.ngpus, args.nodes, args.timeout, args.partition) == (8, 2, 2800, None)

@@ -1,0 +1,147 @@
+"""What the training loop and the keyed loader cost: `python -m tools.loop_overhead`.
+
+Two ratios, each of two things done in turn in one process, so that a machine's moods cancel:
+  loop    images/s of `engine.train_one_epoch` on ready batches : a bare forward, backward and step of the same model
+  loader  images/s of keyed reading : reading the same images with the same transform and no keys
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+import datasets
+import engine
+from losses import SupervisedLoss, build_base_criterion
+from models import set_train_mode
+from samplers import Batch, KeyedSampler
+from tools.environment import describe_environment, synchronize
+from utils import StepLog, available_cpus, select_device
+
+
+def interleaved(first: Callable[[], int], second: Callable[[], int], rounds: int, device: torch.device) -> dict:
+    """Run both in turn; each returns how many images it handled. Images/s (medians) and their paired ratio."""
+    rates: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        # Alternate who goes first, so that a drift of the machine favours neither.
+        for which in (0, 1) if number % 2 else (1, 0):
+            synchronize(device)
+            start = time.perf_counter()
+            images = (first, second)[which]()
+            synchronize(device)
+            if number:  # round 0 warms up
+                rates[which].append(images / (time.perf_counter() - start))
+    ratios = [a / b for a, b in zip(*rates, strict=True)]
+    return {
+        "images_per_second": statistics.median(rates[0]),
+        "images_per_second_bare": statistics.median(rates[1]),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
+    """Our loop against a bare one on the same ready batches."""
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10).to(device)
+    optimizer = engine.build_optimizer(model, "adamw", lr=1e-4, weight_decay=0.05)
+    amp_dtype = engine.select_amp("auto", device)
+    batches = [
+        Batch(
+            torch.randn(args.batch_size, 3, 32, 32, device=device),
+            torch.randint(10, (args.batch_size,), device=device),
+            torch.arange(args.batch_size),
+        )
+        for _ in range(args.steps)
+    ]
+    state = engine.TrainState(model, model, optimizer, amp_dtype=amp_dtype)
+    schedules = [engine.build_lr_schedule(optimizer, args.steps, 10, 1, sched="cosine")]
+    criterion = SupervisedLoss(build_base_criterion(False, 0.1))
+    prepare = datasets.build_prepare(device, None)
+
+    def ours() -> int:
+        log = StepLog(state.epoch, len(batches), args.batch_size, 50)
+        engine.train_one_epoch(state, batches, criterion, prepare, schedules, log)
+        return len(batches) * args.batch_size
+
+    def bare() -> int:
+        set_train_mode(model)
+        for images, targets, _ in batches:
+            with engine.autocast(model, amp_dtype):
+                loss = F.cross_entropy(model(images), targets, label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return len(batches) * args.batch_size
+
+    return interleaved(ours, bare, args.rounds, device)
+
+
+class UnkeyedImages(Dataset):
+    """The same views without a key: generators run on from image to image."""
+
+    def __init__(self, source: datasets.Source, transform: Callable) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Batch:
+        image, target = self.source[index]
+        return Batch(self.transform(image), target, index)
+
+
+def measure_loader(input_size: int, views: int, rounds: int) -> dict:
+    """Keyed against unkeyed reading of the bundled digits with DeiT's full augmentation, in this process."""
+    source, _ = datasets.build_sources("DIGITS", None)
+    source = datasets.take_fraction(source, min(1.0, views / len(source)))
+    transform = datasets.build_train_transform((input_size, input_size), (0.5,) * 3, (0.25,) * 3)
+    sampler = KeyedSampler(len(source))
+    keyed = DataLoader(datasets.KeyedImages(source, transform), batch_size=32, sampler=sampler)
+    unkeyed_images = UnkeyedImages(source, transform)
+    unkeyed = DataLoader(unkeyed_images, batch_size=32, sampler=RandomSampler(unkeyed_images))
+
+    def read(loader: DataLoader) -> int:
+        return sum(len(batch.targets) for batch in loader)
+
+    return interleaved(lambda: read(keyed), lambda: read(unkeyed), rounds, torch.device("cpu"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in a step")
+    parser.add_argument("--steps", type=int, default=20, help="steps in a round")
+    parser.add_argument("--views", type=int, default=1000, help="views in a round at 32 px, five times those at 224 px")
+    parser.add_argument("--rounds", type=int, default=9, help="counted rounds of each")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file as well")
+    args = parser.parse_args()
+    device = select_device(args.device, 0)
+    torch.set_num_threads(available_cpus())
+    results = {
+        "environment": describe_environment(device),
+        "loop": measure_loop(args, device),
+        "loader_32px": measure_loader(32, args.views, args.rounds),
+        "loader_224px": measure_loader(224, args.views // 5, args.rounds),
+    }
+    for name in ("loop", "loader_32px", "loader_224px"):
+        row = results[name]
+        print(
+            f"{name:13s} {row['images_per_second']:8.0f} images/s, bare {row['images_per_second_bare']:8.0f}, "
+            f"ratio {row['ratio']:.3f} (from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
+        )
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

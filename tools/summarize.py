@@ -1,0 +1,43 @@
+"""Say what runs have reached: `python -m tools.summarize output/RUN ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def summary(folder: Path) -> str:
+    """Accuracies from a run's log.txt and where its files are.
+
+    Raises:
+        FileNotFoundError: if the folder has no log.txt.
+    """
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    tested = [record for record in records if "test_acc1" in record]
+    lines = [f"{folder}: {len(records)} epochs"]
+    if tested:
+        best = max(tested, key=lambda record: record["test_acc1"])
+        last = tested[-1]["test_acc1"]
+        lines.append(f"  top-1 {last:.2f} % at the end, {best['test_acc1']:.2f} % at best (epoch {best['epoch']})")
+        if "test_ema_acc1" in tested[-1]:
+            lines.append(f"  top-1 {tested[-1]['test_ema_acc1']:.2f} % of the averaged weights at the end")
+    lines.append(f"  log {folder / 'log.txt'}, TensorBoard {folder / 'tensorboard'}")
+    lines.append(f"  checkpoints {folder / 'checkpoint.pth'} and {folder / 'best.pth'}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of runs")
+    for folder in parser.parse_args().folders:
+        try:
+            print(summary(folder))
+        except FileNotFoundError:
+            print(f"summarize: error: {folder} has no log.txt; name a run's --output-dir", file=sys.stderr)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
