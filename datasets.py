@@ -6,10 +6,13 @@ every generator from the sample's key before it touches the sample, so that a vi
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +25,7 @@ import torch
 import torchvision
 from PIL import Image
 from timm.data import Mixup, create_dataset, create_transform
+from timm.data.readers.reader_wds import ReaderWds
 from timm.data.readers.shared_count import SharedCount
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
@@ -74,7 +78,8 @@ class Source:
         index = self.order[index]
         try:
             return self.images[index], int(self.targets[index])
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        # What Pillow raises for broken files, and for sizes that only a broken header would claim.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise RunError(
                 f"cannot read image {self.images.describe(index)} ({error}); mend or remove it, then --resume"
             ) from error
@@ -222,7 +227,13 @@ def build_sources(
             return _flowers(root)
     if name == "CARS":
         return _cars(root)
-    return _inaturalist(root, 2018 if name == "INAT" else 2019, inat_category)
+    try:
+        return _inaturalist(root, 2018 if name == "INAT" else 2019, inat_category)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--data-path {root}: its annotation files do not belong together or are damaged ({error!r}); fetch them "
+            f"again"
+        ) from None
 
 
 def _digits() -> tuple[Source, Source]:
@@ -254,7 +265,7 @@ def _folder_tree(root: Path, held_out: Path) -> tuple[Source, Source]:
         try:
             samples = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS)
         except FileNotFoundError as error:
-            empty = str(error).partition("classes ")[2].partition(".")[0]
+            empty = str(error).partition("classes ")[2].partition(". Supported")[0]
             raise UserError(
                 f"--data-path {root}: no images in {folder.name}/ for class {empty}; fill or remove the folder"
             ) from None
@@ -274,13 +285,17 @@ def _download(name: str, root: Path, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except ModuleNotFoundError as error:
-        raise UserError(f"--data-set {name}: needs {error.name}; pip install {error.name}") from None
-    except (OSError, RuntimeError) as error:  # no network, no space, wrong checksum
-        reason = str(error).strip().splitlines()[0]
+        package = error.name.partition(".")[0]
+        raise UserError(f"--data-set {name}: needs {package}; pip install {package}") from None
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, no space, wrong checksum
         raise UserError(
-            f"--data-set {name}: not found under {root.resolve()} and cannot be downloaded there ({reason}); put it "
-            f"there, name its folder with --data-path, or use the bundled --data-set DIGITS"
+            f"--data-set {name}: not found under {root.resolve()} and cannot be downloaded there ({_reason(error)}); "
+            f"put it there, name its folder with --data-path, or use the bundled --data-set DIGITS"
         ) from None
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cifar(root: Path, name: str) -> tuple[Source, Source]:
@@ -307,12 +322,10 @@ def _cars(root: Path) -> tuple[Source, Source]:
     for split in ("train", "test"):
         try:
             part = torchvision.datasets.StanfordCars(str(root), split, download=False)
-        except ModuleNotFoundError as error:
-            raise UserError(f"--data-set CARS: needs {error.name}; pip install {error.name}") from None
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError) as error:  # missing files, or no SciPy to read them
             raise UserError(
-                f"--data-path {root}: not Stanford Cars; it needs stanford_cars/ with devkit/, cars_train/, cars_test/ "
-                f"and cars_test_annos_withlabels.mat"
+                f"--data-path {root}: not Stanford Cars ({_reason(error)}); it needs stanford_cars/ with devkit/, "
+                f"cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
             ) from None
         paths, labels = zip(*part._samples, strict=True)
         parts.append(_source(PathImages(paths), labels, len(part.classes)))
@@ -331,15 +344,18 @@ def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
             return json.loads((root / name).read_text())
         except FileNotFoundError:
             raise UserError(f"--data-path {root}: has no {name}; put the official annotation files there") from None
-        except ValueError:
+        except (OSError, ValueError):
             raise UserError(f"--data-path {root}: {name} is not valid JSON; fetch it again") from None
 
     parts = {part: read(f"{part}{year}.json") for part in ("train", "val")}
     categories = read("categories.json") if (root / "categories.json").exists() else parts["train"]["categories"]
-    level_of = {number: entry for number, entry in enumerate(categories)}
-    level_of |= {entry["id"]: entry for entry in categories if "id" in entry}
-    if any(category not in entry for entry in level_of.values()):
-        raise UserError(f"--inat-category {category}: not in categories.json; use one of {', '.join(categories[0])}")
+    level_of = {entry.get("id", number): entry for number, entry in enumerate(categories)}
+    if any(category not in entry for entry in categories):
+        known = ", ".join(level for level in INAT_CATEGORIES if level in categories[0])
+        raise UserError(
+            f"--inat-category {category}: {root} does not say it; use one of {known}, or add the official "
+            f"categories.json"
+        )
     class_index: dict[str, int] = {}
     for number in sorted(level_of):
         class_index.setdefault(level_of[number][category], len(class_index))
@@ -348,6 +364,8 @@ def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
         file_of = {image["id"]: root / image["file_name"] for image in part["images"]}
         labels = [class_index[level_of[note["category_id"]][category]] for note in part["annotations"]]
         paths = [file_of[note["image_id"]] for note in part["annotations"]]
+        if not paths:
+            raise LookupError("no annotations")
         return _source(PathImages(paths), labels, len(class_index))
 
     return source(parts["train"]), source(parts["val"])
@@ -357,25 +375,53 @@ def _timm_sources(
     name: str, data_path: str | None, train_split: str, val_split: str, num_classes: int | None, local_rank: int
 ) -> tuple[Source | StreamingImages, Source | StreamingImages]:
     """Any data set that timm can read. Streams (`wds/`, `tfds/`, `hfids/`) have no index; the others do."""
-    sources = []
+    root = "data" if data_path is None and name.startswith("torch/") else data_path
+    parts = []
     for split, training in ((train_split, True), (val_split, False)):
         try:
-            with main_process_first(local_rank):
-                dataset = create_dataset(name, root=data_path, split=split, is_training=training, download=True)
+            with main_process_first(local_rank), _hugging_face_importable():
+                parts.append(create_dataset(name, root=root, split=split, is_training=training, download=True))
         except (Exception, SystemExit) as error:  # each backend has errors of its own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"--data-set {name}: split {split!r} cannot be read ({reason}); check the name, --data-path, "
+                f"--data-set {name}: split {split!r} cannot be read ({_reason(error)}); check the name, --data-path, "
                 f"--train-split and --val-split"
             ) from error
-        sources.append(_from_timm(dataset, name, training, num_classes))
-    return sources[0], sources[1]
+    train_classes, val_classes = map(_class_names, parts)
+    if train_classes != val_classes:  # torch/image_folder, for one, reads the folder above a split that is missing
+        raise UserError(
+            f"--data-set {name}: the splits {train_split!r} and {val_split!r} have different classes; check "
+            f"--data-path, --train-split and --val-split"
+        )
+    num_classes = num_classes or len(train_classes) or None
+    train = _from_timm(parts[0], name, True, num_classes)
+    return train, _from_timm(parts[1], name, False, train.num_classes)
+
+
+_hugging_face: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def _hugging_face_importable() -> Iterator[None]:
+    """Inside, timm's `import datasets` finds Hugging Face's package, which has this file's name."""
+    ours, path = sys.modules.pop(__name__), sys.path[:]
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != here]
+    sys.modules.update(_hugging_face)
+    try:
+        yield
+    finally:
+        if __name__ in sys.modules:
+            _hugging_face[__name__] = sys.modules[__name__]
+        sys.modules[__name__], sys.path[:] = ours, path
+
+
+def _class_names(dataset: Any) -> list[str]:
+    reader = getattr(dataset, "reader", None)
+    return list(getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None) or ())
 
 
 def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None) -> Source | StreamingImages:
     reader = getattr(dataset, "reader", None)
-    known = getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None)
-    num_classes = num_classes or (len(known) if known else None)
     if isinstance(dataset, IterableDataset):
         if num_classes is None:
             raise UserError(f"--num-classes: {name} does not say how many classes it has; add the flag")
@@ -389,8 +435,13 @@ def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None)
         targets = next((value for value in found if value is not None), None)
         targets = [dataset[index][1] for index in range(len(dataset))] if targets is None else targets
     targets = np.asarray(targets, dtype=np.int64)
-    images = DatasetImages(reader if reader is not None else dataset, name)
-    return _source(images, targets, num_classes or int(targets.max()) + 1)
+    num_classes = num_classes or int(targets.max()) + 1
+    if targets.min() < 0 or targets.max() >= num_classes:
+        raise UserError(
+            f"--data-set {name}: has labels from {targets.min()} to {targets.max()} for {num_classes} classes; check "
+            f"--num-classes, --train-split and --val-split"
+        )
+    return _source(DatasetImages(reader if reader is not None else dataset, name), targets, num_classes)
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
@@ -428,7 +479,7 @@ class StreamingImages(IterableDataset):
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.dataset.reader.num_samples  # of all ranks; timm's own length is one rank's
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.value = epoch
@@ -466,22 +517,30 @@ def build_train_transform(
     """PIL image -> normalised float32 [3, H, W] by DeiT's training augmentation (paper, section 6 and table 9).
 
     Up to 64 pixels, the random resized crop gives way to a padding of 4 pixels and a random crop.
+
+    Raises:
+        UserError: if timm does not know the AutoAugment policy.
     """
-    transform = create_transform(
-        input_size,
-        is_training=True,
-        interpolation=interpolation,
-        hflip=hflip,
-        color_jitter=color_jitter,
-        auto_augment=None if auto_augment in ("", "none") else auto_augment,
-        re_prob=re_prob,
-        re_mode=re_mode,
-        re_count=re_count,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+    try:
+        transform = create_transform(
+            input_size,
+            is_training=True,
+            interpolation=interpolation,
+            hflip=hflip,
+            color_jitter=color_jitter,
+            auto_augment=None if auto_augment in ("", "none") else auto_augment,
+            re_prob=re_prob,
+            re_mode=re_mode,
+            re_count=re_count,
+            mean=tuple(mean),
+            std=tuple(std),
+        )
+    except (AssertionError, KeyError, ValueError):
+        raise UserError(f"--aa {auto_augment}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none") from None
     if max(input_size) <= SMALL_IMAGE:
-        resize = transforms.Resize(list(input_size), str_to_interp_mode(interpolation))
+        # What is drawn at random in "random" is the interpolation of random crops, of which there are none here.
+        mode = str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
+        resize = transforms.Resize(list(input_size), mode)
         transform.transforms[0:1] = [resize, transforms.RandomCrop(input_size, padding=4)]
     return transform
 
@@ -549,8 +608,11 @@ def build_train_loader(
     num_batches = len(source) // per_update * accum_steps
     if isinstance(source, StreamingImages):
         source.transform, source.seed, source.rank, source.world_size = transform, seed, world.rank, world.size
+        reader = source.dataset.reader
+        reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
+        reader.common_seed, reader.batch_size = seed, batch_size
+        num_workers = _workers_with_shards(reader, num_workers, world)
         source.dataset.set_loader_cfg(num_workers=num_workers)
-        source.dataset.reader.common_seed, source.dataset.reader.batch_size = seed, batch_size
         if repeats > 1:
             logger.info("repeated augmentation needs an index, which a stream has not: each image is seen once")
         loader = _loader(source, None, batch_size, num_workers, pin_memory)
@@ -564,6 +626,19 @@ def build_train_loader(
     )
     loader = _loader(KeyedImages(source, transform), sampler, batch_size, num_workers, pin_memory)
     return EpochLoader(loader, sampler, num_batches)
+
+
+def _workers_with_shards(reader: Any, num_workers: int, world: World) -> int:
+    """No more loader processes than WebDataset has shards for: one without a shard would end the epoch early."""
+    if not isinstance(reader, ReaderWds):
+        return num_workers
+    shards = len(reader.split_info.filenames)
+    if shards < world.size:
+        raise UserError(
+            f"--data-set wds/: {shards} training shards do not reach {world.size} processes; write more shards, or "
+            f"start fewer processes"
+        )
+    return min(num_workers, shards // world.size)
 
 
 def build_eval_loader(

@@ -42,19 +42,28 @@ def create_model(
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
         raise UserError(f"{flag} {name}: timm has no such model; {hint}")
-    config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:
-        options = {"img_size": input_size} | options
     try:
+        config = timm.get_pretrained_cfg(name)
+        if config is not None and config.fixed_input_size:
+            options = {"img_size": input_size} | options
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if pretrained:
+        if pretrained and not isinstance(error, (TypeError, AssertionError)):  # which speak of the options
             raise UserError(
                 f"{flag} {name}: pretrained weights cannot be had ({reason}); check the network, or pass a local file"
             ) from error
-        given = ", ".join(f"{key}={value}" for key, value in options.items() if value is not None)
-        raise UserError(f"{flag} {name}: cannot be built with {given} ({reason}); change or drop that flag") from error
+        given = " ".join(_as_flag(key, value, flag) for key, value in options.items() if value is not None)
+        mend = "add --drop-path 0" if "drop_path_rate" in reason else "change or drop that"
+        raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({reason}); {mend}") from error
+
+
+def _as_flag(option: str, value: Any, model_flag: str) -> str:
+    """How the user says `option=value`, for error messages."""
+    if option == "img_size":
+        return f"--input-size {' '.join(map(str, value))}"
+    flags = {"drop_rate": "--drop", "drop_path_rate": "--drop-path", "patch_size": "--patch-size"}
+    return f"{flags[option]} {value}" if option in flags else f"{model_flag}-kwargs {option}={value}"
 
 
 def build_model(
@@ -107,7 +116,23 @@ def build_model(
             model.set_grad_checkpointing()
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
+    _try_out(model, f"--model {name}", input_size)
     return model
+
+
+def _try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
+    """Show the model one image, so that a size it cannot take is found before training starts."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *input_size))
+    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
+        height, width = input_size
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{flag}: cannot take images of {height} x {width} px ({reason}); change --input-size or --patch-size, or "
+            f"drop the --*model-kwargs that say otherwise"
+        ) from error
+    model.train()
 
 
 def build_teacher(
@@ -139,24 +164,34 @@ def build_teacher(
         **dict(model_kwargs or {}),
     )
     if path:
-        state_dict, _ = fit_state_dict(weights_of(checkpoint, "--teacher-path", path), teacher)
-        for key, value in teacher.state_dict().items():
-            if key not in state_dict and _belongs_to(key, classifier_names(teacher)):
-                raise UserError(
-                    f"--teacher-path {path}: the teacher's head is not for {num_classes} classes; train a teacher on "
-                    f"this data set first (python main.py --model {name} ...)"
-                )
-            if key not in state_dict or state_dict[key].shape != value.shape:
-                raise UserError(
-                    f"--teacher-path {path}: does not fit --teacher-model {name} (at {key}); name its model"
-                )
+        state_dict, report = fit_state_dict(weights_of(checkpoint, "--teacher-path", path), teacher)
+        _check_teacher_weights(state_dict, report, teacher, name, path)
         teacher.load_state_dict(state_dict)
     elif teacher.num_classes != num_classes:
         raise UserError(
             f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
             f"teacher on this data set first and pass it as --teacher-path"
         )
+    _try_out(teacher, f"--teacher-model {name}", input_size)
     return teacher.eval().requires_grad_(False)
+
+
+def _check_teacher_weights(
+    state_dict: Mapping[str, torch.Tensor], report: LoadReport, teacher: nn.Module, name: str, path: str
+) -> None:
+    """Refuse weights that `fit_state_dict` could not fit to the teacher, heads included."""
+    heads, target = classifier_names(teacher), teacher.state_dict()
+    # A plain model may teach with the weights of a distilled one; anything else left over is of another model.
+    misfits = [key for key in report.dropped if key != "dist_token" and not _belongs_to(key, (*heads, "head_dist"))]
+    misfits += [key for key in report.missing if not _belongs_to(key, heads)]
+    misfits += [key for key, value in state_dict.items() if value.shape != target[key].shape]
+    if misfits:
+        raise UserError(f"--teacher-path {path}: does not fit --teacher-model {name} (at {misfits[0]}); name its model")
+    if report.missing:
+        raise UserError(
+            f"--teacher-path {path}: the teacher's head is not for {teacher.num_classes} classes; train a teacher on "
+            f"this data set first (python main.py --model {name} ...)"
+        )
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -194,7 +229,7 @@ def weights_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str,
         UserError: if there are none.
     """
     inner = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    if not isinstance(inner, Mapping):
+    if not isinstance(inner, Mapping) or not all(isinstance(key, str) for key in inner):
         raise UserError(f"{flag} {path}: not a checkpoint of a model; give a file such as checkpoint.pth or best.pth")
     weights = clean_state_dict(inner)  # names carry no module. or _orig_mod.
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
@@ -249,16 +284,19 @@ def _fit_pos_embed(pos_embed: torch.Tensor, weights: Mapping[str, torch.Tensor],
     the model has keeps the row it was initialised with.
     """
     current = model.pos_embed
-    if pos_embed.ndim != 3 or pos_embed.shape[-1] != current.shape[-1]:
-        return pos_embed  # another model: the caller says so
-    embeds_prefix = not getattr(model, "no_embed_class", False)
+    has_grid = hasattr(model, "num_prefix_tokens") and hasattr(model.patch_embed, "grid_size")
+    if not has_grid or pos_embed.ndim != 3 or pos_embed.shape[-1] != current.shape[-1]:
+        return pos_embed  # taken as it is, or of another model: the caller says so
+    grid = tuple(model.patch_embed.grid_size)
+    embeds_prefix = not getattr(model, "no_embed_class", False)  # and CaiT embeds no class token either
+    embeds_prefix &= current.shape[1] == model.num_prefix_tokens + math.prod(grid)
     new_prefix = model.num_prefix_tokens if embeds_prefix else 0
     old_prefix = 0
     if embeds_prefix:
         old_prefix = ("cls_token" in weights) + ("dist_token" in weights)
         old_prefix += weights["reg_token"].shape[1] if "reg_token" in weights else 0
     prefix, patches = pos_embed[:, :old_prefix], pos_embed[:, old_prefix:]
-    grid, side = tuple(model.patch_embed.grid_size), math.isqrt(patches.shape[1])
+    side = math.isqrt(patches.shape[1])
     old_grid = (side, side) if side * side == patches.shape[1] else grid
     if old_grid == grid and old_prefix == new_prefix:
         return pos_embed

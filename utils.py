@@ -309,9 +309,17 @@ def last_line(error: Exception) -> str:
 
 def open_log(folder: Path, first_epoch: int) -> None:
     """Start `log.txt`, or for a resumed run drop its lines from `first_epoch` on: they will be written again."""
+
+    def is_kept(line: str) -> bool:
+        try:
+            return json.loads(line)["epoch"] < first_epoch
+        except (ValueError, LookupError, TypeError):  # half a line, of a run that ended while it wrote
+            return False
+
     path = folder / "log.txt"
     lines = path.read_text().splitlines(keepends=True) if first_epoch and path.exists() else []
-    path.write_text("".join(line for line in lines if json.loads(line)["epoch"] < first_epoch))
+    kept = "".join(filter(is_kept, lines)).encode()
+    _write_whole(path, lambda stream: stream.write(kept))
 
 
 def append_log(folder: Path, record: Mapping[str, Any]) -> None:
