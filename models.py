@@ -164,7 +164,9 @@ def build_teacher(
         **dict(model_kwargs or {}),
     )
     if path:
-        state_dict, report = fit_state_dict(weights_of(checkpoint, "--teacher-path", path), teacher)
+        state_dict, report = fit_state_dict(
+            weights_of(checkpoint, "--teacher-path", path), teacher, _trained_size(checkpoint)
+        )
         _check_teacher_weights(state_dict, report, teacher, name, path)
         teacher.load_state_dict(state_dict)
     elif teacher.num_classes != num_classes:
@@ -247,7 +249,9 @@ def _belongs_to(key: str, modules: tuple[str, ...]) -> bool:
     return key.rpartition(".")[0] in modules
 
 
-def fit_state_dict(weights: Mapping[str, torch.Tensor], model: nn.Module) -> tuple[dict[str, torch.Tensor], LoadReport]:
+def fit_state_dict(
+    weights: Mapping[str, torch.Tensor], model: nn.Module, trained_size: tuple[int, int] | None = None
+) -> tuple[dict[str, torch.Tensor], LoadReport]:
     """Adapt weights to a model: resize the position embedding, drop what cannot be used.
 
     A classification layer for another number of classes, a distillation token and head that the model has not, and
@@ -257,6 +261,7 @@ def fit_state_dict(weights: Mapping[str, torch.Tensor], model: nn.Module) -> tup
     Args:
         weights: named tensors with the official DeiT or timm names.
         model: the model that is to load them.
+        trained_size: (height, width) in pixels of the images that the weights were trained with, if that is known.
 
     Returns:
         The tensors to load, and what became of each.
@@ -265,7 +270,7 @@ def fit_state_dict(weights: Mapping[str, torch.Tensor], model: nn.Module) -> tup
     heads = (*classifier_names(model), "head", "head_dist")
     for key, value in weights.items():
         if key == "pos_embed" and key in target:
-            resized = _fit_pos_embed(value, weights, model)
+            resized = _fit_pos_embed(value, weights, model, trained_size)
             (report.kept if resized is value else report.resized).append(key)
             fitted[key] = resized
         elif key not in target or (_belongs_to(key, heads) and value.shape != target[key].shape):
@@ -277,11 +282,15 @@ def fit_state_dict(weights: Mapping[str, torch.Tensor], model: nn.Module) -> tup
     return fitted, report
 
 
-def _fit_pos_embed(pos_embed: torch.Tensor, weights: Mapping[str, torch.Tensor], model: nn.Module) -> torch.Tensor:
+def _fit_pos_embed(
+    pos_embed: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    model: nn.Module,
+    trained_size: tuple[int, int] | None,
+) -> torch.Tensor:
     """Position embedding [1, prefix + h·w, D] -> [1, prefix' + h'·w', D] for the model's grid and prefix tokens.
 
-    The old grid is taken to be square unless its number of patches says it cannot be. A distillation token that only
-    the model has keeps the row it was initialised with.
+    A distillation token that only the model has keeps the row it was initialised with.
     """
     current = model.pos_embed
     has_grid = hasattr(model, "num_prefix_tokens") and hasattr(model.patch_embed, "grid_size")
@@ -296,14 +305,33 @@ def _fit_pos_embed(pos_embed: torch.Tensor, weights: Mapping[str, torch.Tensor],
         old_prefix = ("cls_token" in weights) + ("dist_token" in weights)
         old_prefix += weights["reg_token"].shape[1] if "reg_token" in weights else 0
     prefix, patches = pos_embed[:, :old_prefix], pos_embed[:, old_prefix:]
-    side = math.isqrt(patches.shape[1])
-    old_grid = (side, side) if side * side == patches.shape[1] else grid
+    old_grid = _grid_of(patches.shape[1], weights, trained_size) or grid
     if old_grid == grid and old_prefix == new_prefix:
         return pos_embed
     if old_grid != grid:
         patches = resample_abs_pos_embed(patches, list(grid), old_size=list(old_grid), num_prefix_tokens=0)
     fresh = current[:, min(old_prefix, new_prefix) : new_prefix].detach().to(prefix)
     return torch.cat([prefix[:, :new_prefix], fresh, patches], dim=1)
+
+
+def _grid_of(
+    num_patches: int, weights: Mapping[str, torch.Tensor], trained_size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of the patches: by the size of the images, else a square if it can be one, else unknown."""
+    patch = weights.get("patch_embed.proj.weight")
+    if trained_size is not None and patch is not None and patch.ndim == 4:
+        grid = trained_size[0] // patch.shape[2], trained_size[1] // patch.shape[3]
+        if math.prod(grid) == num_patches:
+            return grid
+    side = math.isqrt(num_patches)
+    return (side, side) if side * side == num_patches else None
+
+
+def _trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Size of the images that a checkpoint of ours was trained with."""
+    args = checkpoint.get("args")
+    size = args.get("input_size") if isinstance(args, Mapping) else None
+    return (size[0], size[-1]) if isinstance(size, list) and size else None
 
 
 def load_finetune_weights(model: nn.Module, path: str) -> LoadReport:
@@ -313,8 +341,8 @@ def load_finetune_weights(model: nn.Module, path: str) -> LoadReport:
         UserError: if the file is unreadable or the weights are those of another model.
     """
     flag = "--finetune"
-    weights = weights_of(read_checkpoint(path, flag), flag, path)
-    fitted, report = fit_state_dict(weights, model)
+    checkpoint = read_checkpoint(path, flag)
+    fitted, report = fit_state_dict(weights_of(checkpoint, flag, path), model, _trained_size(checkpoint))
     target = model.state_dict()
     misfit = next((key for key, value in fitted.items() if value.shape != target[key].shape), None)
     if misfit is not None:
