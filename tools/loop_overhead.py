@@ -111,6 +111,7 @@ def measure_loader(input_size: int, views: int, rounds: int) -> dict:
     unkeyed = DataLoader(unkeyed_images, batch_size=32, sampler=RandomSampler(unkeyed_images))
 
     def read(loader: DataLoader) -> int:
+        sampler.set_epoch(sampler.epoch + 1)  # other views each time: some draws cost more than others
         return sum(len(batch.targets) for batch in loader)
 
     return interleaved(lambda: read(keyed), lambda: read(unkeyed), rounds, torch.device("cpu"))
