@@ -1,5 +1,17 @@
-"""One thread for all tests: on models this small, more only wait for each other."""
+"""What all tests share."""
 
+import os
+
+import pytest
 import torch
 
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small wait longer for a second thread than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,6 +1,5 @@
 """Data sets on tiny fabricated files, views, transforms, loaders and Mixup, through the functions that `main` calls."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import scipy.io
 import sklearn.datasets
+import tiny
 import torch
 import torchvision
 from PIL import Image
@@ -40,7 +40,7 @@ from datasets import (
     take_fraction,
 )
 from samplers import Batch, KeyedSampler, seed_generators
-from utils import RunError, UserError, World, last_line
+from utils import RunError, World, last_line
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -107,16 +107,6 @@ def eval_loader(source, transform, batch_size=2, num_workers=0, rank=0, size=1):
 
 def unscaled_eval(size=(8, 8)):
     return build_eval_transform(size, **UNSCALED, interpolation="bilinear", crop_ratio=1.0)
-
-
-@contextlib.contextmanager
-def user_error(*words):
-    """Wants a UserError of one line which holds all these words."""
-    with pytest.raises(UserError) as info:
-        yield
-    message = str(info.value)
-    assert "\n" not in message
-    assert all(str(word) in message for word in words), message
 
 
 @pytest.fixture
@@ -193,14 +183,14 @@ def test_images_of_every_mode_become_rgb(tmp_path, file, mode):
 
 def test_folder_without_val_is_a_user_error(tmp_path):
     write_tree(tmp_path, parts=("train",))
-    with user_error("--data-path", tmp_path, "val/"):
+    with tiny.user_error("--data-path", tmp_path, "val/"):
         build_sources("IMNET", str(tmp_path))
 
 
 def test_val_without_class_folders_is_a_user_error(tmp_path):
     write_tree(tmp_path, parts=("train",))
     save(picture(0), tmp_path / "val" / "1.png")
-    with user_error("--data-path", tmp_path, "val/ has no class folders"):
+    with tiny.user_error("--data-path", tmp_path, "val/ has no class folders"):
         build_sources("IMNET", str(tmp_path))
 
 
@@ -208,7 +198,7 @@ def test_val_without_class_folders_is_a_user_error(tmp_path):
 def test_class_in_one_part_only_is_a_user_error(tmp_path, part):
     write_tree(tmp_path)
     save(picture(0), tmp_path / part / "eel" / "1.png")
-    with user_error("--data-path", "eel", "train/", "val/"):
+    with tiny.user_error("--data-path", "eel", "train/", "val/"):
         build_sources("IMNET", str(tmp_path))
 
 
@@ -217,24 +207,24 @@ def test_empty_class_is_a_user_error(tmp_path, name):
     write_tree(tmp_path)
     (tmp_path / "train" / name).mkdir()
     (tmp_path / "train" / name / "notes.txt").write_text("no image")
-    with user_error("--data-path", f"class {name};", "train/"):
+    with tiny.user_error("--data-path", f"class {name};", "train/"):
         build_sources("IMNET", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["IMNET", "INAT", "INAT19", "CARS"])
 def test_data_that_are_not_downloaded_need_a_path(name):
-    with user_error("--data-path", name, "DIGITS"):
+    with tiny.user_error("--data-path", name, "DIGITS"):
         build_sources(name, None)
 
 
 @pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "FLOWERS"])
 def test_missing_folder_is_a_user_error(tmp_path, name):
-    with user_error("--data-path", tmp_path / "typo"):
+    with tiny.user_error("--data-path", tmp_path / "typo"):
         build_sources(name, str(tmp_path / "typo"))
 
 
 def test_unknown_name_is_a_user_error_that_lists_the_known_ones():
-    with user_error("--data-set IMAGENET", "IMNET", "DIGITS", "hfds/"):
+    with tiny.user_error("--data-set IMAGENET", "IMNET", "DIGITS", "hfds/"):
         build_sources("IMAGENET", None)
 
 
@@ -277,15 +267,15 @@ def test_cifar_is_read_from_the_official_files(tmp_path, monkeypatch, name, kind
 
 @pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "CIFAR100", "FLOWERS"])
 def test_failed_download_says_what_was_tried_and_offers_the_digits(tmp_path, no_network, name):
-    with user_error(f"--data-set {name}:", tmp_path, "no route to host", "--data-path", "DIGITS"):
+    with tiny.user_error(f"--data-set {name}:", tmp_path, "no route to host", "--data-path", "DIGITS"):
         build_sources(name, str(tmp_path))
 
 
 def test_failed_download_without_a_path_names_the_default_folder(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
-    with user_error(tmp_path / "data"):
+    with tiny.user_error(tmp_path / "data"):
         build_sources("CIFAR10", None)
-    with user_error("torch/cifar10", "no route to host"):
+    with tiny.user_error("torch/cifar10", "no route to host"):
         build_sources("torch/cifar10", None)
     assert (tmp_path / "data").is_dir()
 
@@ -295,7 +285,7 @@ def test_error_without_a_message_is_still_one_line(tmp_path, monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    with user_error("TimeoutError"):
+    with tiny.user_error("TimeoutError"):
         build_sources("CIFAR10", str(tmp_path))
 
 
@@ -347,7 +337,7 @@ def test_cars_are_read_from_a_local_copy(cars):
 @pytest.mark.parametrize("missing", ["devkit/cars_meta.mat", "cars_test_annos_withlabels.mat"])
 def test_incomplete_cars_are_a_user_error(cars, missing):
     (cars / "stanford_cars" / missing).unlink()
-    with user_error("--data-path", cars, "stanford_cars/"):
+    with tiny.user_error("--data-path", cars, "stanford_cars/"):
         build_sources("CARS", str(cars))
 
 
@@ -359,7 +349,7 @@ def test_missing_scipy_is_named(cars, monkeypatch, name, words):
     write_flowers(cars, monkeypatch)
     monkeypatch.delitem(sys.modules, "scipy.io")
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with user_error(words):
+    with tiny.user_error(words):
         build_sources(name, str(cars))
 
 
@@ -409,7 +399,7 @@ def test_categories_without_ids_are_numbered_from_zero(tmp_path):
 
 def test_level_that_the_taxonomy_has_not_is_a_user_error_that_lists_those_it_has(tmp_path):
     write_inaturalist(tmp_path, 2018, False)
-    with user_error("--inat-category genus", "use one of kingdom, name"):
+    with tiny.user_error("--inat-category genus", "use one of kingdom, name"):
         build_sources("INAT", str(tmp_path), inat_category="genus")
 
 
@@ -419,7 +409,7 @@ def test_missing_or_broken_annotations_are_a_user_error(tmp_path, content, word)
     (tmp_path / "val2019.json").unlink()
     if content is not None:
         (tmp_path / "val2019.json").write_text(content)
-    with user_error("--data-path", tmp_path, word):
+    with tiny.user_error("--data-path", tmp_path, word):
         build_sources("INAT19", str(tmp_path))
 
 
@@ -474,26 +464,26 @@ def test_labels_outside_the_classes_are_a_user_error(tmp_path, val_label, num_cl
     images = [encoded(picture(n)) for n in range(3)]
     write_parquet(tmp_path / "set", "train", images, [0, 1, 2])
     write_parquet(tmp_path / "set", "validation", images[:1], [val_label])  # -1 is how a test part hides its labels
-    with user_error("--data-set hfds/", "labels from", "--num-classes", "--val-split"):
+    with tiny.user_error("--data-set hfds/", "labels from", "--num-classes", "--val-split"):
         build_sources(f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"), num_classes=num_classes)
 
 
 def test_unknown_split_is_a_user_error_that_names_it(tmp_path):
     write_tree(tmp_path / "pets", parts=("train", "test"))
-    with user_error("'validation' cannot be read", "--val-split"):
+    with tiny.user_error("'validation' cannot be read", "--val-split"):
         build_sources(f"hfds/{tmp_path / 'pets'}", str(tmp_path / "cache"))
     assert len(build_sources(f"hfds/{tmp_path / 'pets'}", str(tmp_path / "cache"), val_split="test")[1]) == 4
 
 
 def test_parts_with_different_classes_are_a_user_error(tmp_path):
     write_tree(tmp_path, parts=("train",))  # without a validation part, timm reads the folder above
-    with user_error("torch/image_folder", "different classes", "--val-split"):
+    with tiny.user_error("torch/image_folder", "different classes", "--val-split"):
         build_sources("torch/image_folder", str(tmp_path))
 
 
 def test_tfds_without_tensorflow_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with user_error("--data-set tfds/mnist", "tensorflow"):
+    with tiny.user_error("--data-set tfds/mnist", "tensorflow"):
         build_sources("tfds/mnist", str(tmp_path))
 
 
@@ -597,13 +587,13 @@ def test_stream_is_evaluated_exactly(shards, monkeypatch, num_workers, size):
 
 
 def test_stream_needs_the_number_of_classes(shards):
-    with user_error("--num-classes"):
+    with tiny.user_error("--num-classes"):
         build_sources("wds/", shards)
 
 
 def test_stream_with_fewer_shards_than_processes_is_a_user_error(shards):
     train, _ = build_sources("wds/", shards, num_classes=3)
-    with user_error("2 training shards", "3 processes"):
+    with tiny.user_error("2 training shards", "3 processes"):
         train_loader(train, unscaled_eval(), rank=0, size=3)
 
 
@@ -611,7 +601,7 @@ def test_stream_has_no_fraction_and_stays_on_disk(shards):
     train, _ = build_sources("wds/", shards, num_classes=3)
     assert isinstance(train, StreamingImages)
     assert take_fraction(train, 1.0) is keep_in_memory(train, 100) is train
-    with user_error("--train-fraction"):
+    with tiny.user_error("--train-fraction"):
         take_fraction(train, 0.5)
 
 
@@ -910,7 +900,7 @@ def test_erasing_fills_as_asked(re_mode, erased):
 
 @pytest.mark.parametrize("policy", ["nonsense", "rand-m9-q3"])
 def test_unknown_policy_is_a_user_error(policy):
-    with user_error(f"--aa {policy}"):
+    with tiny.user_error(f"--aa {policy}"):
         build_train_transform((32, 32), MEAN, STD, auto_augment=policy)
 
 
@@ -965,7 +955,7 @@ def test_training_takes_whole_updates(images, batch_size, accum_steps, size, upd
 
 @pytest.mark.parametrize(("batch_size", "accum_steps", "size"), [(29, 1, 1), (10, 3, 1), (15, 1, 2)])
 def test_update_larger_than_the_data_is_a_user_error(images, batch_size, accum_steps, size):
-    with user_error(f"--batch-size {batch_size}", batch_size * accum_steps * size, "hold 28"):
+    with tiny.user_error(f"--batch-size {batch_size}", batch_size * accum_steps * size, "hold 28"):
         train_loader(images, unscaled_eval(), batch_size, accum_steps=accum_steps, size=size)
 
 
@@ -1052,7 +1042,7 @@ def test_mixup_that_is_off_leaves_class_indices_even_for_odd_batches():
 
 
 def test_odd_batch_is_a_user_error():
-    with user_error("--batch-size 7", "--mixup 0"):
+    with tiny.user_error("--batch-size 7", "--mixup 0"):
         mixup_with(batch_size=7)
 
 

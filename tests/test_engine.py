@@ -27,15 +27,6 @@ WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
 BATCH, STEPS = 8, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small wait longer for a second thread than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build_deit(num_classes=10, **options):
     seed_generators(0)
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

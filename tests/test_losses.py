@@ -21,15 +21,6 @@ from losses import (
 from samplers import Batch, seed_generators
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small wait longer for a second thread than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def batch_of(targets, images=None):
     images = torch.zeros(len(targets), 3, 2, 2) if images is None else images
     return Batch(images, targets, torch.arange(len(targets)))

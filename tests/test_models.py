@@ -1,10 +1,9 @@
 """Tiny real timm models: building them, fitting weights to them, teachers, partial training."""
 
-import contextlib
-
 import pytest
 import safetensors.torch
 import timm
+import tiny
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -21,7 +20,6 @@ from models import (
     set_train_mode,
     weights_of,
 )
-from utils import UserError
 
 PLAIN, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -69,16 +67,6 @@ def assert_same(found, expected, but=()):
         assert torch.equal(found[key], expected[key]), key
 
 
-@contextlib.contextmanager
-def user_error(*words):
-    """Wants a UserError of one line which holds all these words."""
-    with pytest.raises(UserError) as info:
-        yield
-    message = str(info.value)
-    assert "\n" not in message
-    assert all(str(word) in message for word in words), message
-
-
 def parameters_of(*layers):
     return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
 
@@ -112,16 +100,16 @@ def test_rates_of_zero_and_the_input_size_are_not_handed_to_models_without_them(
 
 
 def test_unknown_model_is_a_user_error_with_the_nearest_names():
-    with user_error("--model deit_tiny_patch16_22:", "did you mean deit_tiny_patch16_224"):
+    with tiny.user_error("--model deit_tiny_patch16_22:", "did you mean deit_tiny_patch16_224"):
         build("deit_tiny_patch16_22")
-    with user_error("--model zzz:", "timm.list_models()"):
+    with tiny.user_error("--model zzz:", "timm.list_models()"):
         build_model("zzz", num_classes=5, input_size=(32, 32))
-    with user_error("--teacher-model regnety_16:", "regnety_160"):
+    with tiny.user_error("--teacher-model regnety_16:", "regnety_160"):
         teach("regnety_16", pretrained=True)
 
 
 def test_unknown_weights_tag_is_a_user_error():
-    with user_error(f"--model {PLAIN}.nonsense", "Invalid pretrained tag"):
+    with tiny.user_error(f"--model {PLAIN}.nonsense", "Invalid pretrained tag"):
         build(f"{PLAIN}.nonsense")
 
 
@@ -136,26 +124,26 @@ def test_unknown_weights_tag_is_a_user_error():
     ],
 )
 def test_option_that_the_model_lacks_is_named(name, options, words):
-    with user_error(f"--model {name}: cannot be built", *words):
+    with tiny.user_error(f"--model {name}: cannot be built", *words):
         build(name, **options)
 
 
 def test_teachers_options_are_named_by_the_teachers_flag(tmp_path):
-    with user_error("--teacher-model resnet10t", "--teacher-model-kwargs depth=3"):
+    with tiny.user_error("--teacher-model resnet10t", "--teacher-model-kwargs depth=3"):
         teach("resnet10t", save(tmp_path / "t.pth", {"model": {}}), depth=3)
 
 
 def test_pretrained_weights_without_a_network_are_a_user_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with user_error("--model resnet10t: pretrained weights cannot be had", "check the network"):
+    with tiny.user_error("--model resnet10t: pretrained weights cannot be had", "check the network"):
         build("resnet10t", pretrained=True)
-    with user_error("--teacher-model resnet10t: pretrained weights cannot be had"):
+    with tiny.user_error("--teacher-model resnet10t: pretrained weights cannot be had"):
         teach("resnet10t", pretrained=True)
 
 
 def test_distillation_needs_a_model_with_a_distillation_head():
-    with user_error("--distillation-type", PLAIN, "deit_tiny_distilled_patch16_224"):
+    with tiny.user_error("--distillation-type", PLAIN, "deit_tiny_distilled_patch16_224"):
         build(PLAIN, distilled=True)
 
 
@@ -182,7 +170,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_gradient_checkpointing_of_a_model_without_it_is_a_user_error():
-    with torch.device("meta"), user_error("--grad-checkpointing", "vgg11"):
+    with torch.device("meta"), tiny.user_error("--grad-checkpointing", "vgg11"):
         build("vgg11", grad_checkpointing=True)
 
 
@@ -223,7 +211,7 @@ def test_weights_are_found_under_any_key_and_prefix(key, prefix):
 
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3}, {"model": "deit"}, {"model": {"lr": 0.1}}])
 def test_file_without_weights_is_a_user_error(content):
-    with user_error("--finetune x.pth: not a checkpoint of a model"):
+    with tiny.user_error("--finetune x.pth: not a checkpoint of a model"):
         weights_of(content, "--finetune", "x.pth")
 
 
@@ -351,15 +339,15 @@ def test_other_model_other_grid_and_other_classes_at_once(tmp_path, old, new):
 )
 def test_weights_of_another_model_are_a_user_error(tmp_path, make):
     path = save(tmp_path / "x.pth", {"model": make().state_dict()})
-    with user_error("--finetune", path, "--model"):
+    with tiny.user_error("--finetune", path, "--model"):
         load_finetune_weights(build(), path)
 
 
 def test_missing_or_unreadable_file_is_a_user_error(tmp_path):
-    with user_error("--finetune", tmp_path / "typo.pth", "no such file"):
+    with tiny.user_error("--finetune", tmp_path / "typo.pth", "no such file"):
         load_finetune_weights(build(), str(tmp_path / "typo.pth"))
     (tmp_path / "text.pth").write_text("no weights")
-    with user_error("--finetune", tmp_path / "text.pth"):
+    with tiny.user_error("--finetune", tmp_path / "text.pth"):
         load_finetune_weights(build(), str(tmp_path / "text.pth"))
 
 
@@ -403,7 +391,7 @@ def test_exact_loading_takes_the_same_model():
 )
 def test_exact_loading_refuses_another_model(other, at):
     model = build(seed=2)
-    with user_error("--resume x.pth", at, "--finetune"):
+    with tiny.user_error("--resume x.pth", at, "--finetune"):
         load_exactly(model, build(seed=1, **other).state_dict(), "x.pth")
     assert_same(model.state_dict(), build(seed=2).state_dict())
 
@@ -430,7 +418,7 @@ def test_distilled_weights_may_teach_in_a_plain_model_of_another_grid(tmp_path):
 @pytest.mark.parametrize("name", [PLAIN, DISTILLED, "resnet10t"])
 def test_teacher_of_other_classes_is_a_user_error(tmp_path, name):
     path = save(tmp_path / "t.pth", {"model": build(name, num_classes=7).state_dict()})
-    with user_error("--teacher-path", path, "not for 5 classes", f"python main.py --model {name}"):
+    with tiny.user_error("--teacher-path", path, "not for 5 classes", f"python main.py --model {name}"):
         teach(name, path)
 
 
@@ -440,13 +428,13 @@ def test_pretrained_teacher_of_other_classes_is_a_user_error(monkeypatch):
         return timm.models.create_model(name, num_classes=1000)
 
     monkeypatch.setattr("timm.create_model", create_model)
-    with user_error("--teacher-pretrained", "resnet10t knows 1000 classes, the data have 5"):
+    with tiny.user_error("--teacher-pretrained", "resnet10t knows 1000 classes, the data have 5"):
         teach("resnet10t", pretrained=True)
     assert teach("resnet10t", pretrained=True, num_classes=1000).num_classes == 1000
 
 
 def test_teacher_without_weights_is_a_user_error():
-    with user_error("--teacher-path", "--teacher-pretrained"):
+    with tiny.user_error("--teacher-path", "--teacher-pretrained"):
         teach()
 
 
@@ -463,12 +451,12 @@ def test_teacher_without_weights_is_a_user_error():
 )
 def test_teacher_weights_of_another_model_are_a_user_error(tmp_path, name, make):
     path = save(tmp_path / "t.pth", {"model": make().state_dict()})
-    with user_error("--teacher-path", path, f"does not fit --teacher-model {name}"):
+    with tiny.user_error("--teacher-path", path, f"does not fit --teacher-model {name}"):
         teach(name, path)
 
 
 def test_missing_teacher_file_is_a_user_error(tmp_path):
-    with user_error("--teacher-path", tmp_path / "typo.pth", "no such file"):
+    with tiny.user_error("--teacher-path", tmp_path / "typo.pth", "no such file"):
         teach(path=tmp_path / "typo.pth")
 
 
@@ -497,7 +485,7 @@ def test_scope_attn_trains_attention_positions_and_heads(name):
 
 
 def test_scope_attn_of_a_convolutional_network_is_a_user_error():
-    with user_error("--train-scope attn", "--train-scope head"):
+    with tiny.user_error("--train-scope attn", "--train-scope head"):
         freeze(build_cnn(), "attn")
 
 

@@ -1,10 +1,15 @@
 """Runs small enough for a test: a DeiT of two narrow blocks on the bundled digits, as commands."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = ["--input-size", "32", "--patch-size", "8", "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
@@ -51,3 +56,13 @@ def torchrun(processes, *command, **options):
 
 def log_of(folder):
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def user_error(*words):
+    """Wants a UserError of one line which holds all these words."""
+    with pytest.raises(UserError) as info:
+        yield
+    message = str(info.value)
+    assert "\n" not in message
+    assert all(str(word) in message for word in words), message
