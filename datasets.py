@@ -570,7 +570,6 @@ class EpochLoader:
     loader: DataLoader
     counter: KeyedSampler | StreamingImages
     num_batches: int
-    seed: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.counter.set_epoch(epoch)

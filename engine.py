@@ -320,7 +320,7 @@ def evaluate(
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
 
 
-def _modules(state: TrainState) -> dict[str, nn.Module]:
+def modules_of(state: TrainState) -> dict[str, nn.Module]:
     """The model and, if there is one, its average, by their prefix in the log."""
     return {"test_": state.module} | ({"test_ema_": state.ema.module} if state.ema is not None else {})
 
@@ -328,7 +328,7 @@ def _modules(state: TrainState) -> dict[str, nn.Module]:
 def evaluate_state(state: TrainState, loader: Iterable[Batch]) -> dict[str, float]:
     """`evaluate` the model, and its average if there is one, as `test_*` and `test_ema_*` for the log."""
     stats = {}
-    for prefix, module in _modules(state).items():
+    for prefix, module in modules_of(state).items():
         result = evaluate(module, loader, autocast(module, state.amp_dtype))
         stats |= {prefix + name: value for name, value in result.items() if name != "images"}
     logger.info(describe(stats))
@@ -348,7 +348,7 @@ def _close_epoch(state: TrainState, epoch: int, world: World) -> None:
             f"checkpoint is intact"
         )
     if world.size > 1:  # each rank has gathered batch statistics of its own
-        for module in _modules(state).values():
+        for module in modules_of(state).values():
             distribute_bn(module, world.size, reduce=True)
 
 
@@ -389,7 +389,9 @@ def fit(
         state.epoch += 1
         _close_epoch(state, epoch, world)
         rate = trained.pop("images_per_second")
-        record = {f"train_{name}": value for name, value in trained.items()}
+        # Other schedules than the published train_lr go by their own name and with the value that is evaluated.
+        values = {schedule.name: schedule.value for schedule in schedules if schedule.name != "lr"}
+        record = {f"train_{name}": value for name, value in trained.items() if name not in values} | values
         if state.epoch % eval_interval == 0 or state.epoch == epochs:
             record |= evaluate_state(state, val_loader)
         is_best = record.get("test_acc1", -1.0) > state.best_acc1

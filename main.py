@@ -20,6 +20,7 @@ import datasets
 import engine
 import losses
 import models
+import models_evit
 import utils
 from samplers import random_key, seed_generators
 from utils import RunError, UserError, World, logger
@@ -162,6 +163,29 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-ema-force-cpu", action=_SWITCH, default=False, help="keep it in CPU memory (and evaluate it there)")
 
 
+def _layers(text: str) -> list[int]:
+    """`3,6,9` or `(3, 6, 9)` -> [3, 6, 9]."""
+    return [_NATURAL(layer) for layer in text.strip("()[] ").split(",") if layer.strip()]
+
+
+def _keep_rates(text: str) -> float | list[float]:
+    """`0.7` -> 0.7, `0.7,0.7,0.5` -> [0.7, 0.7, 0.5]."""
+    rates = [_SHARE(rate) for rate in text.strip("()[] ").split(",") if rate.strip()]
+    return rates[0] if len(rates) == 1 else rates
+
+
+def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("token reorganisation (evit_* models)").add_argument
+    add("--base-keep-rate", type=_keep_rates, metavar="RATE", help="share of the patches kept in a reducing layer, or "
+        "one share per layer: 0.7,0.7,0.5; default: the paper's 0.7")  # fmt: skip
+    add("--drop-loc", type=_layers, metavar="LAYERS", help="reducing layers from 0 on; default: the paper's 3,6,9")
+    add("--fuse-token", action=_SWITCH, default=None, help="fuse the dropped patches into one token; default: yes")
+    add("--shrink-start-epoch", type=_NATURAL, help="first epoch that reduces; default 10, which the paper uses from "
+        "scratch (for fine-tuning it uses 0)")  # fmt: skip
+    add("--shrink-epochs", type=_NATURAL, help="epochs in which the keep rate falls from 1 on a cosine; default 0, "
+        "which the paper uses for fine-tuning (from scratch it uses 100)")  # fmt: skip
+
+
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data-set", default="IMNET", help=f"{', '.join(datasets.NAMES)}, or timm's name starting with "
@@ -258,6 +282,7 @@ def get_parser(**options: Any) -> Parser:
     parser = Parser(description="Train and evaluate data-efficient image transformers.", **options)
     _add_run_arguments(parser)
     _add_model_arguments(parser)
+    _add_token_arguments(parser)
     _add_data_arguments(parser)
     _add_augmentation_arguments(parser)
     _add_optimization_arguments(parser)
@@ -282,6 +307,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             "--teacher-path and --teacher-pretrained both say where the teacher's weights come from; pass one"
         )
+    evit_flags = ("base_keep_rate", "drop_loc", "fuse_token", "shrink_start_epoch", "shrink_epochs")
+    given = next((flag.replace("_", "-") for flag in evit_flags if getattr(args, flag) is not None), None)
+    if given and not models_evit.is_evit(args.model):
+        raise UserError(f"--{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
     if len(args.input_size) > 2:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
@@ -310,6 +339,7 @@ def build_sources(args: argparse.Namespace, world: World) -> tuple[Any, Any]:
 def build_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
     """The model with its first weights, on the device."""
     seed_generators(random_key(args.seed, "weights"))
+    tokens = {"keep_rate": args.base_keep_rate, "drop_loc": args.drop_loc, "fuse_token": args.fuse_token}
     model = models.build_model(
         args.model,
         num_classes=num_classes,
@@ -318,7 +348,7 @@ def build_model(args: argparse.Namespace, num_classes: int, device: torch.device
         drop=args.drop,
         drop_path=args.drop_path,
         patch_size=args.patch_size,
-        model_kwargs=args.model_kwargs,
+        model_kwargs={key: value for key, value in tokens.items() if value is not None} | args.model_kwargs,
         distilled=args.distillation_type != "none",
         grad_checkpointing=args.grad_checkpointing,
     )
@@ -451,11 +481,11 @@ def build_state(args: argparse.Namespace, model: torch.nn.Module, world: World) 
 
 
 def build_schedules(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+    args: argparse.Namespace, state: engine.TrainState, updates_per_epoch: int
 ) -> list[engine.Schedule]:
     """Everything that follows the number of updates."""
     learning_rate = engine.build_lr_schedule(
-        optimizer,
+        state.optimizer,
         updates_per_epoch,
         args.epochs,
         args.warmup_epochs,
@@ -471,7 +501,17 @@ def build_schedules(
         noise_std=args.lr_noise_std,
         noise_seed=args.seed,
     )
-    return [learning_rate]
+    if not models_evit.is_evit(args.model):
+        return [learning_rate]
+    return [
+        learning_rate,
+        models_evit.KeepRate(
+            engine.modules_of(state).values(),
+            updates_per_epoch,
+            start_epoch=10 if args.shrink_start_epoch is None else args.shrink_start_epoch,
+            epochs=args.shrink_epochs or 0,
+        ),
+    ]
 
 
 def open_output(args: argparse.Namespace, first_epoch: int, world: World) -> tuple[Path | None, Any]:
@@ -538,7 +578,7 @@ def main(args: argparse.Namespace) -> None:
     criterion = build_criterion(args, model, train.num_classes, world.device)
     state = build_state(args, model, world)
     updates_per_epoch = len(train_loader) // args.accum_steps
-    schedules = build_schedules(args, state.optimizer, updates_per_epoch)
+    schedules = build_schedules(args, state, updates_per_epoch)
     if args.resume:
         state.resume(utils.read_checkpoint(args.resume, "--resume"), args.resume, updates_per_epoch)
     output_dir, writer = open_output(args, state.epoch, world)

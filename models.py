@@ -63,6 +63,7 @@ def _as_flag(option: str, value: Any, model_flag: str) -> str:
     if option == "img_size":
         return f"--input-size {' '.join(map(str, value))}"
     flags = {"drop_rate": "--drop", "drop_path_rate": "--drop-path", "patch_size": "--patch-size"}
+    flags |= {"keep_rate": "--base-keep-rate", "drop_loc": "--drop-loc", "fuse_token": "--fuse-token"}
     return f"{flags[option]} {value}" if option in flags else f"{model_flag}-kwargs {option}={value}"
 
 

@@ -393,9 +393,8 @@ class StepLog:
         self.pending.clear()
 
     def _say(self, latest: dict[str, float], steps: int) -> None:
-        self.bar.set_postfix_str(
-            f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {self.images_per_second:.0f} img/s"
-        )
+        rate = f"{self.images_per_second:.0f} images/s"
+        self.bar.set_postfix_str(f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {rate}", refresh=False)
         self.bar.update(steps)
         if self.bar.disable:
             seconds_left = (self.num_steps - self.step) * (time.perf_counter() - self.start) / self.step

@@ -1,0 +1,226 @@
+"""EViT as a transformer block, its registered models and its keep-rate schedule.
+
+EViT (Liang et al. 2022, arXiv 2202.07800) drops, in a few layers, the patches that the class token attends to least.
+Here that is a block of timm's `VisionTransformer` (`block_fn=EViTBlock`): it adds no parameters, so weights of the
+plain model fit, and prefix tokens (class, distillation, registers) survive by construction.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import deit, register_model
+from timm.models.vision_transformer import Attention, Block
+from torch import nn
+
+KEEP_RATE, DROP_LOC = 0.7, (3, 6, 9)  # the paper's
+
+
+def keep_attentive(patches: torch.Tensor, attentiveness: torch.Tensor, num_keep: int, fuse: bool) -> torch.Tensor:
+    """Keep the most attended patches; fuse the others into one (EViT section 3.2, equations 4 and 5).
+
+    Args:
+        patches: [B, N, D].
+        attentiveness: [B, N], how much the class token attends to each patch.
+        num_keep: n, how many to keep.
+        fuse: append Σ aᵢ xᵢ over the dropped patches, with the weights as they are.
+
+    Returns:
+        [B, n, D], or [B, n + 1, D] if fused; the kept patches in falling order of attentiveness.
+    """
+    kept = attentiveness.topk(num_keep, dim=1).indices  # (B, n)
+    reduced = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+    if not fuse:
+        return reduced
+    weights = attentiveness.scatter(1, kept, 0.0)  # (B, N), zero for the kept: the others need no index
+    fused = (patches * weights[..., None]).sum(dim=1, keepdim=True)  # (B, 1, D)
+    return torch.cat([reduced, fused.to(reduced.dtype)], dim=1)
+
+
+class EViTAttention(Attention):
+    """timm's attention, which can also tell how much the class tokens attend to each patch."""
+
+    def forward_with_attentiveness(
+        self, x: torch.Tensor, num_prefix_tokens: int, num_class_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [B, N, D] -> attention output [B, N, D], attentiveness [B, N - num_prefix_tokens].
+
+        The attentiveness is the mean over heads and over the first `num_class_tokens` rows of the attention matrix.
+        Only these rows are computed; the N×N matrix never exists.
+        """
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, heads, N, head_dim)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        rows = (q[:, :, :num_class_tokens] * self.scale) @ k.transpose(-2, -1)  # (B, heads, class tokens, N)
+        attentiveness = rows.softmax(dim=-1)[..., num_prefix_tokens:].mean(dim=(1, 2))  # (B, patches)
+        out = self.norm(out.transpose(1, 2).reshape(B, N, -1))
+        if getattr(self, "gate", None) is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out)), attentiveness
+
+
+class EViTBlock(Block):
+    """A timm block that keeps ceil(keep_rate · N) of its N patches between attention and MLP.
+
+    With a keep rate of 1 it is timm's block. A fused token of an earlier layer counts as a patch, as in the published
+    code. `reduce_tokens` sets the attributes below.
+    """
+
+    keep_rate: float = 1.0
+    fuse_token: bool = True
+    num_prefix_tokens: int = 1
+    num_class_tokens: int = 1  # class and distillation token: the first of the prefix
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"attn_layer": EViTAttention})
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """x [B, prefix + N, D] -> [B, prefix + n (+ 1 if fused), D] with n = ceil(keep_rate · N).
+
+        Raises:
+            NotImplementedError: for a masked attention, whose mask would not fit the tokens that are left.
+        """
+        if attn_mask is not None or is_causal:
+            raise NotImplementedError("EViT drops tokens; an attention mask has no meaning for what is left")
+        prefix = self.num_prefix_tokens
+        num_patches = x.shape[1] - prefix
+        num_keep = math.ceil(self.keep_rate * num_patches)
+        if num_keep >= num_patches:
+            return super().forward(x)
+        attended, attentiveness = self.attn.forward_with_attentiveness(self.norm1(x), prefix, self.num_class_tokens)
+        x = x + self.drop_path1(self.ls1(attended))
+        patches = keep_attentive(x[:, prefix:], attentiveness, num_keep, self.fuse_token)
+        x = torch.cat([x[:, :prefix], patches], dim=1)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def is_evit(name: str) -> bool:
+    """Whether this is one of the models registered here, by its name."""
+    return name.partition(".")[0] in default_cfgs
+
+
+def evit_blocks(model: nn.Module) -> list[EViTBlock]:
+    """The model's EViT blocks in order, whether or not they reduce."""
+    return [module for module in model.modules() if isinstance(module, EViTBlock)]
+
+
+def reduce_tokens(
+    model: nn.Module,
+    keep_rate: float | Sequence[float] = KEEP_RATE,
+    drop_loc: Sequence[int] = DROP_LOC,
+    fuse_token: bool = True,
+) -> nn.Module:
+    """Choose where and how much a model of EViT blocks reduces; returns the model.
+
+    Args:
+        model: any plain timm ViT built with `block_fn=EViTBlock`.
+        keep_rate: share of the patches to keep, in (0, 1]; one for all layers, or one for each of `drop_loc`.
+        drop_loc: the layers, counted from 0.
+        fuse_token: fuse what is dropped into one token.
+
+    Raises:
+        ValueError: no EViT blocks, no class token, layers that are not there, or rates that do not fit.
+    """
+    blocks = evit_blocks(model)
+    if not blocks:
+        raise ValueError("the model has no EViT blocks; build it with block_fn=EViTBlock")
+    if getattr(model, "cls_token", None) is None:
+        raise ValueError("the model has no class token, whose attention EViT goes by")
+    if any(not 0 <= layer < len(blocks) for layer in drop_loc):
+        raise ValueError(f"drop_loc {list(drop_loc)} names layers outside 0 to {len(blocks) - 1}")
+    rates = [keep_rate] * len(drop_loc) if isinstance(keep_rate, (int, float)) else list(keep_rate)
+    if len(rates) != len(drop_loc):
+        raise ValueError(f"{len(rates)} keep rates for {len(drop_loc)} layers; give one, or one for each")
+    if any(not 0 < rate <= 1 for rate in rates):
+        raise ValueError(f"keep rates {rates} are not in (0, 1]")
+    rate_of = dict(zip(drop_loc, rates, strict=True))
+    for layer, block in enumerate(blocks):
+        block.keep_rate = float(rate_of.get(layer, 1.0))
+        block.fuse_token = fuse_token
+        block.num_prefix_tokens = model.num_prefix_tokens
+        block.num_class_tokens = 1 + (getattr(model, "dist_token", None) is not None)
+    return model
+
+
+class KeepRate:
+    """The keep rate as a function of the number of updates (EViT section 4.1): 1, then a cosine, then its final value.
+
+    It moves in `steps` equal steps, so that a compiled model meets a bounded number of token counts.
+
+    Args:
+        models: models of EViT blocks, set up by `reduce_tokens` with their final rates; all follow the schedule.
+        updates_per_epoch: optimiser updates in an epoch.
+        start_epoch: epochs at rate 1.
+        epochs: epochs of the cosine; 0 for the final rate at once.
+        steps: number of steps in the cosine.
+    """
+
+    name = "keep_rate"
+
+    def __init__(
+        self, models: Iterable[nn.Module], updates_per_epoch: int, start_epoch: int, epochs: int, steps: int = 10
+    ) -> None:
+        self.blocks = [(block, block.keep_rate) for model in models for block in evit_blocks(model)]
+        self.start, self.length = start_epoch * updates_per_epoch, epochs * updates_per_epoch
+        self.steps = steps
+
+    def shrunk(self, num_updates: int) -> float:
+        """How far on the way from 1 to the final rate, in [0, 1]."""
+        if num_updates >= self.start + self.length:
+            return 1.0
+        if num_updates < self.start:
+            return 0.0
+        progress = (num_updates - self.start) / self.length
+        return round((1 - math.cos(math.pi * progress)) / 2 * self.steps) / self.steps
+
+    def step_update(self, num_updates: int) -> None:
+        shrunk = self.shrunk(num_updates)
+        for block, final in self.blocks:
+            block.keep_rate = final if shrunk == 1 else 1 - (1 - final) * shrunk
+
+    @property
+    def value(self) -> float:
+        """The lowest rate of any layer."""
+        return min(block.keep_rate for block, _ in self.blocks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+# -- registered models -------------------------------------------------------------------------------------------------
+
+default_cfgs = {}
+
+
+def _register(name: str, base: str) -> None:
+    """Register `name` with timm as timm's `base` with EViT blocks; weights and pretrained ones are those of `base`."""
+    default_cfgs[name] = copy.deepcopy(deit.default_cfgs[base])
+
+    def entry_point(
+        pretrained: bool = False,
+        keep_rate: float | Sequence[float] = KEEP_RATE,
+        drop_loc: Sequence[int] = DROP_LOC,
+        fuse_token: bool = True,
+        **kwargs: Any,
+    ) -> nn.Module:
+        model = getattr(deit, base)(pretrained=pretrained, block_fn=EViTBlock, **kwargs)
+        return reduce_tokens(model, keep_rate, drop_loc, fuse_token)
+
+    entry_point.__name__ = name
+    entry_point.__doc__ = (
+        f"`{base}` with EViT blocks: by default, {KEEP_RATE} of the patches kept in layers {DROP_LOC}."
+    )
+    globals()[name] = register_model(entry_point)
+
+
+for _size in ("tiny", "small", "base"):
+    _register(f"evit_{_size}_patch16_224", f"deit_{_size}_patch16_224")
+    _register(f"evit_{_size}_distilled_patch16_224", f"deit_{_size}_distilled_patch16_224")
+    _register(f"deit_{_size}_patch16_shrink_base", f"deit_{_size}_patch16_224")

@@ -1,0 +1,281 @@
+"""EViT blocks against timm's plain blocks and against a reference written from the paper's equations."""
+
+import copy
+import math
+
+import pytest
+import timm
+import tiny
+import torch
+
+import main
+import models_evit
+from models_evit import EViTBlock, KeepRate, evit_blocks, keep_attentive, reduce_tokens
+
+TINY = {"patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 7}
+RATES, LAYERS = 0.6, (1, 3)
+
+
+def evit(name="evit_tiny_patch16_224", seed=0, img_size=48, **options):
+    """A tiny model in evaluation mode, with attention that is far from uniform."""
+    torch.manual_seed(seed)
+    entry = {"drop_loc": LAYERS, "keep_rate": RATES} if name.startswith("evit") else {}
+    model = timm.create_model(name, **TINY | {"img_size": img_size} | entry | options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval()
+
+
+def images(count=3, height=48, width=48):
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def naive_block(block, x, keep_rate, fuse, prefix, class_rows):
+    """One image [N, D] through a block, with the whole attention matrix and a loop over heads and patches."""
+    attn, (N, D) = block.attn, x.shape
+    y = block.norm1(x)
+    qkv = y @ attn.qkv.weight.T + (attn.qkv.bias if attn.qkv.bias is not None else 0)
+    heads, size = attn.num_heads, D // attn.num_heads
+    outputs, attentiveness = [], torch.zeros(N)
+    for head in range(heads):
+        q, k, v = (qkv[:, part * D + head * size : part * D + (head + 1) * size] for part in range(3))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        matrix = torch.softmax(q @ k.T / math.sqrt(size), dim=-1)
+        outputs.append(matrix @ v)
+        for row in range(class_rows):
+            attentiveness += matrix[row] / (heads * class_rows)
+    x = x + block.ls1(attn.proj(torch.cat(outputs, dim=1)))
+    num_keep = math.ceil(keep_rate * (N - prefix))
+    if num_keep < N - prefix:
+        ranked = sorted(range(prefix, N), key=lambda i: -float(attentiveness[i]))
+        rows = [x[i] for i in range(prefix)] + [x[i] for i in ranked[:num_keep]]
+        if fuse:
+            fused = torch.zeros(D)
+            for i in ranked[num_keep:]:
+                fused = fused + attentiveness[i] * x[i]
+            rows.append(fused)
+        x = torch.stack(rows)
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def naive_features(model, batch, rate_of, fuse, class_rows):
+    x = model.norm_pre(model._pos_embed(model.patch_embed(batch)))
+    for layer, block in enumerate(model.blocks):
+        rate = rate_of.get(layer, 1.0)
+        x = torch.stack([naive_block(block, tokens, rate, fuse, model.num_prefix_tokens, class_rows) for tokens in x])
+    return model.norm(x)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_with_keep_rate_1_it_is_deit(distilled):
+    infix = "_distilled" if distilled else ""
+    model = reduce_tokens(evit(f"evit_tiny{infix}_patch16_224"), 1.0, LAYERS)
+    plain = evit(f"deit_tiny{infix}_patch16_224", seed=9)
+    plain.load_state_dict(model.state_dict())  # the same names: EViT adds no parameters
+    torch.testing.assert_close(model(images()), plain(images()), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_with_lower_rates_it_is_the_papers_equations(distilled, fuse):
+    name = f"evit_tiny{'_distilled' if distilled else ''}_patch16_224"
+    model = evit(name, fuse_token=fuse)
+    expected = naive_features(model, images(), dict.fromkeys(LAYERS, RATES), fuse, 1 + distilled)
+    found = model.forward_features(images())
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-6)
+
+
+OTHERS = {
+    "layer scale": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_small_patch16_224", {"reg_tokens": 4}),
+    "qk norm": ("vit_small_patch16_224", {"qk_norm": True}),
+    "no embedding of the class token": ("vit_small_patch16_224", {"no_embed_class": True}),
+    "other patches": ("vit_small_patch16_224", {"patch_size": 12}),
+    "not square": ("vit_small_patch16_224", {"img_size": (48, 32)}),
+    "average pooling": ("vit_small_patch16_224", {"global_pool": "avg"}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", OTHERS)
+def test_any_plain_vit_reduces_and_keeps_its_prefix(case):
+    name, options = OTHERS[case]
+    model = reduce_tokens(evit(name, block_fn=EViTBlock, **options), RATES, LAYERS)
+    batch = images(2, *model.patch_embed.img_size)
+    expected = naive_features(model, batch, dict.fromkeys(LAYERS, RATES), True, 1)
+    torch.testing.assert_close(model.forward_features(batch), expected, atol=5e-6, rtol=1e-5)
+    assert model(batch).shape == (2, 7)
+    patches = math.prod(model.patch_embed.grid_size)
+    for _ in LAYERS:
+        patches = math.ceil(RATES * patches) + 1
+    assert expected.shape[1] == model.num_prefix_tokens + patches
+
+
+def test_kept_patches_are_in_order_of_attentiveness_and_the_rest_is_fused_unnormalised():
+    patches = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
+    attentiveness = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    assert keep_attentive(patches, attentiveness, 2, False).flatten().tolist() == [2.0, 4.0]
+    fused = keep_attentive(patches, attentiveness, 2, True).flatten()
+    torch.testing.assert_close(fused, torch.tensor([2.0, 4.0, 0.1 * 1 + 0.2 * 3]))
+
+
+@torch.no_grad()
+def test_each_image_keeps_its_own_patches():
+    # the published code indexed the batch where it meant the tokens
+    model = evit("evit_tiny_distilled_patch16_224")
+    together = model(images())
+    for number in range(3):
+        torch.testing.assert_close(together[number], model(images()[number : number + 1])[0], atol=1e-5, rtol=0)
+
+
+def test_gradients_reach_every_parameter_and_both_heads():
+    model = evit("evit_tiny_distilled_patch16_224").train()
+    model.set_distilled_training(True)
+    class_logits, distillation_logits = model(images())
+    (class_logits.square().mean() + distillation_logits.square().mean()).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, again = evit().train(), evit().train()
+    again.set_grad_checkpointing()
+    for each in (model, again):
+        each(images()).square().mean().backward()
+    for first, second in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(first.grad, second.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_reduces_alike(dtype):
+    model = evit()
+    with torch.autocast("cpu", dtype=dtype):
+        assert model.forward_features(images()).shape == model.forward_features(images()).shape == (3, 16, 48)
+        assert model(images()).isfinite().all()
+
+
+def test_published_and_own_names_are_timm_models_with_deits_configuration():
+    for size in ("tiny", "small", "base"):
+        for name in (f"evit_{size}_patch16_224", f"deit_{size}_patch16_shrink_base"):
+            assert timm.get_pretrained_cfg(name).url == timm.get_pretrained_cfg(f"deit_{size}_patch16_224").url
+        assert timm.is_model(f"evit_{size}_distilled_patch16_224")
+
+
+def test_defaults_are_the_papers():
+    model = timm.create_model("evit_tiny_patch16_224")
+    assert [layer for layer, block in enumerate(evit_blocks(model)) if block.keep_rate == 0.7] == [3, 6, 9]
+    assert all(block.fuse_token for block in evit_blocks(model))
+
+
+def test_each_layer_may_have_its_rate():
+    model = reduce_tokens(evit(), (0.9, 0.5), LAYERS)
+    assert [block.keep_rate for block in evit_blocks(model)] == [1.0, 0.9, 1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"drop_loc": (1, 5)}, "outside 0 to 4"),
+        ({"keep_rate": (0.5,)}, "1 keep rates for 2 layers"),
+        ({"keep_rate": 0.0}, "not in"),
+        ({"keep_rate": 1.5}, "not in"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        reduce_tokens(evit(), **{"drop_loc": LAYERS} | options)
+
+
+def test_models_that_cannot_reduce_are_refused():
+    with pytest.raises(ValueError, match="no EViT blocks"):
+        reduce_tokens(evit("deit_tiny_patch16_224"))
+    headless = evit("vit_small_patch16_224", block_fn=EViTBlock, class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match="no class token"):
+        reduce_tokens(headless)
+    with pytest.raises(NotImplementedError, match="mask"):
+        evit_blocks(evit())[1](torch.zeros(1, 37, 48), is_causal=True)
+
+
+def test_keep_rate_is_1_then_a_cosine_then_final_in_bounded_steps():
+    model = evit()
+    average = copy.deepcopy(model)
+    schedule = KeepRate([model, average], updates_per_epoch=100, start_epoch=2, epochs=4, steps=10)
+    seen = []
+    for update in range(700):
+        schedule.step_update(update)
+        seen.append(schedule.value)
+        if 200 <= update < 600:  # within a step's half of the exact cosine
+            exact = RATES + (1 - RATES) * (math.cos((update - 200) / 400 * math.pi) + 1) / 2
+            assert schedule.value == pytest.approx(exact, abs=(1 - RATES) / 20 + 1e-9)
+    assert set(seen[:200]) == {1.0} and set(seen[600:]) == {RATES}
+    assert seen == sorted(seen, reverse=True) and len(set(seen)) == 11
+    assert [block.keep_rate for block in evit_blocks(average)] == [block.keep_rate for block in evit_blocks(model)]
+
+
+def test_keep_rate_depends_on_the_update_alone():
+    schedule = KeepRate([evit()], updates_per_epoch=10, start_epoch=1, epochs=3)
+    schedule.step_update(25)
+    value = schedule.value
+    for update in (0, 99, 25):
+        schedule.step_update(update)
+    assert schedule.value == value
+    at_once = KeepRate([evit()], updates_per_epoch=10, start_epoch=0, epochs=0)
+    at_once.step_update(0)
+    assert at_once.value == RATES
+
+
+def test_registration_leaves_nothing_but_models():
+    assert set(models_evit.default_cfgs) <= set(models_evit.__all__)
+
+
+RUN = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, *tiny.DATA, "--warmup-epochs", "0"]
+REDUCED = ["--drop-loc", "1", "--base-keep-rate", "0.5"]
+
+
+def test_a_distilled_evit_trains_resumes_and_is_evaluated_at_its_final_rate(tmp_path):
+    teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
+    main.cli([*teacher, "--output-dir", str(tmp_path / "teacher")])
+    run = [*RUN, *REDUCED, "--shrink_start_epoch", "1", "--shrink_epochs", "2", "--epochs", "4"]
+    run += ["--distillation-type", "hard", "--teacher-model", "test_resnet"]
+    run += ["--teacher-path", str(tmp_path / "teacher" / "best.pth"), "--output-dir", str(tmp_path / "student")]
+    main.cli(run)
+    whole = tiny.log_of(tmp_path / "student")
+    rates = [record["keep_rate"] for record in whole]
+    assert rates[0] == 1.0 and 0.5 < rates[1] < 1.0 and rates[2:] == [0.5, 0.5]
+    previous = tmp_path / "student" / "checkpoint_previous.pth"  # written after three of the four epochs
+    main.cli([*run, "--resume", str(previous)])
+    again = tiny.log_of(tmp_path / "student")
+    for name in ("keep_rate", "test_loss", "test_ema_loss"):
+        assert [record[name] for record in again] == [record[name] for record in whole]
+    output = tiny.run("main.py", *RUN, *REDUCED, "--eval", "--resume", tmp_path / "student" / "checkpoint.pth")
+    assert f"test_loss {whole[-1]['test_loss']:.4g}" in output
+    assert f"test_ema_loss {whole[-1]['test_ema_loss']:.4g}" in output
+
+
+def test_weights_of_a_deit_load_into_the_evit_and_back(tmp_path):
+    for name, start in (("deit", None), ("evit", "deit"), ("deit", "evit")):
+        flags = ["--model", f"{name}_tiny_patch16_224", *tiny.MODEL, *tiny.DATA, "--epochs", "1", "--overwrite"]
+        flags += ["--finetune", str(tmp_path / start / "best.pth")] if start else []
+        flags += REDUCED if name == "evit" else []
+        main.cli([*flags, "--output-dir", str(tmp_path / name)])
+        assert len(tiny.log_of(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize("flag", ["--base-keep-rate=0.5", "--drop-loc=1", "--no-fuse-token", "--shrink-epochs=3"])
+def test_flags_of_evit_with_another_model_are_a_line(flag, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main.cli([*tiny.TINY, flag])
+    assert exit_info.value.code == 2
+    assert "has no EViT blocks; use a model such as evit_small" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("spelling", ["3,6,9", "(3, 6, 9)", "[3,6,9]"])
+def test_layers_are_read_in_every_spelling(spelling):
+    assert main.get_parser().parse_args(["--drop_loc", spelling]).drop_loc == [3, 6, 9]
+
+
+def test_keep_rates_are_read_one_or_per_layer():
+    assert main.get_parser().parse_args(["--base_keep_rate", "0.5"]).base_keep_rate == 0.5
+    assert main.get_parser().parse_args(["--base-keep-rate", "0.7,0.7,0.5"]).base_keep_rate == [0.7, 0.7, 0.5]
