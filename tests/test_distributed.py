@@ -131,3 +131,11 @@ def test_distillation_runs_on_two_ranks(tmp_path):
 def test_threads_are_divided_among_local_ranks():
     code = "import torch, utils; utils.init_distributed('cpu'); print(torch.get_num_threads())"
     assert int(tiny.run("-c", code, OMP_NUM_THREADS=None)) == utils.available_cpus()
+
+
+def test_a_compiled_run_writes_the_names_of_an_uncompiled_one(tmp_path):
+    shallow = ["--model-kwargs", "embed_dim=48", "depth=1", "num_heads=3"]
+    tiny.run("main.py", *tiny.PLAIN, *shallow, "--compile", "--output-dir", tmp_path)
+    names = weights(tmp_path).keys()
+    assert "blocks.0.attn.qkv.weight" in names and not any("_orig_mod" in name for name in names)
+    assert tiny.log_of(tmp_path)[0]["train_loss"] < 3

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from tools import loop_overhead, summarize
-from tools.environment import describe_environment
+from tools import speed_test, summarize
+from tools.timing import describe_environment, rates_in_turn, ratio_row
 
 
 def test_summary_names_accuracies_and_files(tmp_path):
@@ -24,15 +24,17 @@ def test_summary_of_no_run_is_a_line(tmp_path):
     assert output.count("\n") == 1 and "has no log.txt" in output
 
 
-def test_overhead_is_a_ratio_of_rates():
+def test_works_take_turns_after_a_round_to_warm_up():
     calls = []
 
     def work(name, images):
         return lambda: calls.append(name) or images
 
-    result = loop_overhead.interleaved(work("a", 10), work("b", 5), 3, torch.device("cpu"))
-    assert sorted(calls) == ["a"] * 4 + ["b"] * 4  # a round to warm up, three that count
-    assert result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
+    rates = rates_in_turn([work("a", 10), work("b", 5)], 3, torch.device("cpu"))
+    assert calls == ["b", "a", "a", "b", "b", "a", "a", "b"]
+    assert [len(each) for each in rates] == [3, 3]
+    row = ratio_row([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
+    assert row == {"images_per_second": 4.0, "ratio": 2.0, "ratio_min": 1.0, "ratio_max": 3.0}
 
 
 def test_overhead_is_written_with_its_environment(tmp_path):
@@ -40,12 +42,47 @@ def test_overhead_is_written_with_its_environment(tmp_path):
     output = tiny.run("-m", "tools.loop_overhead", *flags, "--output", tmp_path / "out.json")
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["environment"]["torch"] == torch.__version__
-    assert written["loop"]["ratio"] == pytest.approx(
-        written["loop"]["images_per_second"] / written["loop"]["images_per_second_bare"]
-    )
+    loop = written["loop"]  # of a single round
+    assert loop["ratio"] == pytest.approx(loop["images_per_second"] / loop["images_per_second_bare"])
     assert output.count("ratio") == 3
 
 
 def test_environment_is_json_and_names_versions():
     environment = json.loads(json.dumps(describe_environment(torch.device("cpu"))))
     assert {"device", "torch", "torchvision", "timm", "python", "date"} <= environment.keys()
+
+
+def test_speed_rows_count_tokens_and_products(tmp_path, capsys):
+    flags = [
+        "--models",
+        "deit_tiny_patch16_224",
+        "evit_tiny_patch16_224",
+        "--keep-rates",
+        "0.5",
+        "--batch-sizes",
+        "1",
+        "2",
+    ]
+    flags += ["--input-size", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
+    speed_test.main([*flags, "--output", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(row["model"], row["batch_size"]) for row in rows] == [
+        (name, size) for size in (1, 2) for name in ("deit_tiny_patch16_224", "evit_tiny_patch16_224")
+    ]
+    deit, evit = rows[:2]
+    assert deit["ratio"] == 1.0 and deit["tokens"] == [17] * 12
+    # 16 patches -> 8 and the fused one -> 5 and the fused one -> 3 and the fused one, each with the class token
+    assert evit["tokens"] == [17] * 3 + [10] * 3 + [7] * 3 + [5] * 3
+    width, tokens = 192, 17
+    block = (
+        12 * width * width * tokens + 2 * tokens * tokens * width
+    )  # qkv, projection, MLP; q·kᵀ and its product with v
+    assert deit["macs"] == 12 * block + 16 * 768 * width + width * 1000
+    assert evit["parameters"] == deit["parameters"] and evit["macs"] < deit["macs"]
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_speed_of_an_unknown_model_is_a_line(capsys):
+    with pytest.raises(SystemExit):
+        speed_test.main(["--models", "deit_tinny_patch16_224", "--device", "cpu"])
+    assert "did you mean deit_tiny_patch16_224" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,30 +23,14 @@ import engine
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
-from tools.environment import describe_environment, synchronize
+from tools.timing import describe_environment, rates_in_turn, ratio_row
 from utils import StepLog, available_cpus, select_device
 
 
-def interleaved(first: Callable[[], int], second: Callable[[], int], rounds: int, device: torch.device) -> dict:
-    """Run both in turn; each returns how many images it handled. Images/s (medians) and their paired ratio."""
-    rates: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        # Alternate who goes first, so that a drift of the machine favours neither.
-        for which in (0, 1) if number % 2 else (1, 0):
-            synchronize(device)
-            start = time.perf_counter()
-            images = (first, second)[which]()
-            synchronize(device)
-            if number:  # round 0 warms up
-                rates[which].append(images / (time.perf_counter() - start))
-    ratios = [a / b for a, b in zip(*rates, strict=True)]
-    return {
-        "images_per_second": statistics.median(rates[0]),
-        "images_per_second_bare": statistics.median(rates[1]),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
+def compare(first: Callable[[], int], second: Callable[[], int], rounds: int, device: torch.device) -> dict:
+    """Images/s (medians) of both and their ratio round by round."""
+    rates = rates_in_turn([first, second], rounds, device)
+    return ratio_row(rates[0], rates[1]) | {"images_per_second_bare": statistics.median(rates[1])}
 
 
 def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
@@ -83,7 +66,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
             optimizer.zero_grad(set_to_none=True)
         return len(batches) * args.batch_size
 
-    return interleaved(ours, bare, args.rounds, device)
+    return compare(ours, bare, args.rounds, device)
 
 
 class UnkeyedImages(Dataset):
@@ -114,7 +97,7 @@ def measure_loader(input_size: int, views: int, rounds: int) -> dict:
         sampler.set_epoch(sampler.epoch + 1)  # other views each time: some draws cost more than others
         return sum(len(batch.targets) for batch in loader)
 
-    return interleaved(lambda: read(keyed), lambda: read(unkeyed), rounds, torch.device("cpu"))
+    return compare(lambda: read(keyed), lambda: read(unkeyed), rounds, torch.device("cpu"))
 
 
 def main() -> None:

@@ -1,0 +1,179 @@
+"""How fast models are, measured in turn in one process: `python -m tools.speed_test --models A B ...`.
+
+The first model of the table (at its first keep rate, for an EViT) is the reference of the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import engine
+import models_evit
+from models import create_model
+from tools.timing import describe_environment, rates_in_turn, ratio_row
+from utils import UserError, available_cpus, select_device
+
+
+def contestants(names: list[str], keep_rates: list[float]) -> list[tuple[str, float | None]]:
+    """(model, keep rate) pairs: an EViT once for each rate, any other model once."""
+    pairs = []
+    for name in names:
+        pairs += [(name, rate) for rate in keep_rates] if models_evit.is_evit(name) else [(name, None)]
+    return pairs
+
+
+def build(name: str, keep_rate: float | None, input_size: int, device: torch.device) -> nn.Module:
+    """A model with random weights: speed does not depend on them."""
+    options = {} if keep_rate is None else {"keep_rate": keep_rate}
+    size = (input_size, input_size)
+    model = create_model(name, flag="--models", num_classes=1000, input_size=size, **options)
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def describe(model: nn.Module, input_size: int) -> dict[str, Any]:
+    """Parameters, multiply-accumulates of one image, and the number of tokens that leave each block."""
+    tokens: list[int] = []
+    blocks = getattr(model, "blocks", None) or []
+    hooks = [block.register_forward_hook(lambda _m, _i, out: tokens.append(out.shape[1])) for block in blocks]
+    image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    # Fused attention on a CPU is not counted; as plain matrix products it is.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    for hook in hooks:
+        hook.remove()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # The counter counts a multiply-accumulate as two operations.
+    return {"parameters": parameters, "macs": counter.get_total_flops() // 2, "tokens": tokens}
+
+
+def inference(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, steps: int) -> Callable[[], int]:
+    """A work of `steps` forward passes without gradients."""
+
+    def work() -> int:
+        model.eval()
+        with torch.no_grad(), engine.autocast(model, amp):
+            for _ in range(steps):
+                model(images)
+        return steps * len(images)
+
+    return work
+
+
+def training(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, steps: int) -> Callable[[], int]:
+    """A work of `steps` forward passes, backward passes and AdamW updates."""
+    optimizer = engine.build_optimizer(model, "adamw", lr=1e-5, weight_decay=0.05)
+    targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def work() -> int:
+        model.train()
+        for _ in range(steps):
+            with engine.autocast(model, amp):
+                outputs = model(images)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                loss = sum(F.cross_entropy(logits, targets) for logits in outputs)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return steps * len(images)
+
+    return work
+
+
+def peak_memory(work: Callable[[], int], device: torch.device) -> int | None:
+    """Most bytes that torch held on a GPU during the work; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each batch size and contestant."""
+    pairs, amp = contestants(args.models, args.keep_rates), engine.select_amp(args.amp, device)
+    built = [build(name, rate, args.input_size, device) for name, rate in pairs]
+    facts = [describe(model, args.input_size) for model in built]
+    if args.compile:
+        for model in built:
+            model.compile()
+    rows = []
+    for batch_size in args.batch_sizes:
+        images = torch.randn(batch_size, 3, args.input_size, args.input_size, device=device)
+        make = training if args.train else inference
+        works = [make(model, images, amp, args.steps) for model in built]
+        rates = rates_in_turn(works, args.rounds, device)
+        for (name, rate), fact, work, own in zip(pairs, facts, works, rates, strict=True):
+            row = {"model": name, "keep_rate": rate, "batch_size": batch_size} | ratio_row(own, rates[0]) | fact
+            rows.append(row | {"peak_memory_bytes": peak_memory(work, device)})
+        gc.collect()
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for a terminal."""
+    lines = [
+        f"{'model':34s} {'keep':>5s} {'batch':>5s} {'images/s':>9s} {'ratio':>6s} {'Mparam':>7s} {'GMACs':>6s} "
+        f"{'peak MiB':>8s}  tokens after each block"
+    ]
+    for row in rows:
+        keep = "" if row["keep_rate"] is None else f"{row['keep_rate']:.2f}"
+        peak = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}"
+        lines.append(
+            f"{row['model']:34s} {keep:>5s} {row['batch_size']:5d} {row['images_per_second']:9.1f} {row['ratio']:6.2f} "
+            f"{row['parameters'] / 1e6:7.1f} {row['macs'] / 1e9:6.2f} {peak:>8s}  {' '.join(map(str, row['tokens']))}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--models",
+        nargs="+",
+        default=["deit_small_patch16_224", "evit_small_patch16_224"],
+        help="names of timm's or ours",
+    )
+    add("--batch-sizes", nargs="+", type=int, default=[32], help="images in a pass")
+    add("--keep-rates", nargs="+", type=float, default=[0.7], help="of every EViT among the models")
+    add("--input-size", type=int, default=224, help="pixels")
+    add("--train", action="store_true", help="forward, backward and update in place of inference")
+    add("--compile", action="store_true", help="torch.compile the models")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off is float32")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--steps", type=int, default=2, help="passes in a turn")
+    add("--rounds", type=int, default=9, help="counted turns of each")
+    add("--output", type=Path, help="write the rows to this JSON file as well")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(available_cpus())
+    try:
+        device = select_device(args.device, 0)
+        rows = measure(args, device)
+    except UserError as error:
+        print(f"speed_test: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(table(rows))
+    if args.output:
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        written = {"environment": describe_environment(device), "settings": settings, "rows": rows}
+        args.output.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Timing things in turn, and what it was done on: written into every file of results/."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from utils import available_cpus
+
+
+def describe_environment(device: torch.device) -> dict[str, str | int]:
+    """Device, processors, versions and date, as JSON values."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "device": name,
+        "cpus": available_cpus(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "timm": version("timm"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock tells when the work was done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def rates_in_turn(works: Sequence[Callable[[], int]], rounds: int, device: torch.device) -> list[list[float]]:
+    """Run all in turn, `rounds` times after one round to warm up; images/s of each in each counted round.
+
+    Each work returns how many images it handled. Taking turns cancels the moods of a machine; every other round goes
+    backwards, so that a drift favours nobody.
+    """
+    rates: list[list[float]] = [[] for _ in works]
+    for number in range(rounds + 1):
+        turns = range(len(works)) if number % 2 else reversed(range(len(works)))
+        for which in turns:
+            synchronize(device)
+            start = time.perf_counter()
+            images = works[which]()
+            synchronize(device)
+            if number:
+                rates[which].append(images / (time.perf_counter() - start))
+    return rates
+
+
+def ratio_row(rates: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Median rate and the median, smallest and largest ratio to the reference, round by round."""
+    ratios = [rate / other for rate, other in zip(rates, reference, strict=True)]
+    return {
+        "images_per_second": statistics.median(rates),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
