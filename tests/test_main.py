@@ -1,0 +1,117 @@
+"""Whole runs in this process: what they write, and flags that work together."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+
+PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
+
+
+def run(folder, *flags):
+    main.cli([*tiny.TINY, "--output-dir", str(folder), *map(str, flags)])
+    return tiny.log_of(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    run(folder, "--model", "deit_tiny_patch16_224", "--epochs", "2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher_flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
+    main.cli([*flags, "--output-dir", str(folder)])
+    return ["--teacher-model", "test_resnet", "--teacher-path", folder / "best.pth"]
+
+
+def test_log_has_a_line_per_epoch_with_the_published_keys(plain_run):
+    log = tiny.log_of(plain_run)
+    assert [record["epoch"] for record in log] == [0, 1]
+    for record in log:
+        assert record.keys() >= PUBLISHED_KEYS | {
+            "test_ema_loss",
+            "test_ema_acc1",
+            "test_ema_acc5",
+            "images_per_second",
+        }
+
+
+def test_tensorboard_has_the_log_and_every_step(plain_run):
+    events = EventAccumulator(str(plain_run / "tensorboard"))
+    events.Reload()
+    log = tiny.log_of(plain_run)
+    for name in PUBLISHED_KEYS - {"epoch"}:
+        values = [event.value for event in events.Scalars(f"epoch/{name}")]
+        assert values == pytest.approx([record[name] for record in log], rel=1e-6)
+    steps = events.Scalars("step/loss")
+    assert [event.step for event in steps] == list(range(44))  # 22 updates in each of two epochs
+    rates = [event.value for event in events.Scalars("step/lr")]
+    assert len(rates) == 44 and rates == sorted(rates, reverse=True)  # a cosine without warm-up
+    assert sum(event.value for event in steps[:22]) / 22 == pytest.approx(log[0]["train_loss"], rel=1e-5)
+
+
+def test_checkpoints_are_plain_and_hold_the_flags_as_json(plain_run):
+    checkpoint = torch.load(plain_run / "checkpoint.pth", weights_only=True)
+    expected = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "step", "best_acc1", "args"}
+    assert checkpoint.keys() == expected
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 44)
+    assert json.loads(json.dumps(checkpoint["args"]))["model"] == "deit_tiny_patch16_224"
+    assert checkpoint["best_acc1"] == max(record["test_acc1"] for record in tiny.log_of(plain_run))
+    assert torch.load(plain_run / "checkpoint_previous.pth", weights_only=True)["epoch"] == 1
+    assert (plain_run / "best.pth").exists()
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_plain_weights_are_fine_tuned_into_a_distilled_model_with_a_teacher(kind, plain_run, teacher_flags, tmp_path):
+    flags = ["--finetune", plain_run / "best.pth", "--distillation-type", kind, *teacher_flags]
+    (record,) = run(tmp_path, *flags, "--distillation-alpha", "0.3")
+    combined = 0.7 * record["train_loss_base"] + 0.3 * record["train_loss_distillation"]
+    assert record["train_loss"] == pytest.approx(combined, rel=1e-3)
+    assert 0 <= record["train_teacher_acc1"] <= 100 and 0 <= record["train_teacher_agreement"] <= 100
+
+
+def test_the_legacy_scale_divides_by_the_classes(teacher_flags, tmp_path):
+    flags = ["--distillation-type", "soft", *teacher_flags, "--lr", "1e-12", "--warmup-lr", "0", "--min-lr", "0"]
+    losses = {}
+    for scale in ("batchmean", "legacy"):
+        (record,) = run(tmp_path / scale, *flags, "--distillation-scale", scale)
+        losses[scale] = record["train_loss_distillation"]
+    assert losses["batchmean"] == pytest.approx(10 * losses["legacy"], rel=1e-3)
+
+
+def test_only_the_chosen_scope_is_trained(plain_run, tmp_path):
+    start = torch.load(plain_run / "best.pth", weights_only=True)["model"]
+    flags = ["--model", "deit_tiny_patch16_224", "--finetune", plain_run / "best.pth"]
+    for scope, moved in (("head", ("head.",)), ("attn", ("head.", ".attn.", "pos_embed"))):
+        run(tmp_path / scope, *flags, "--train-scope", scope)
+        end = torch.load(tmp_path / scope / "checkpoint.pth", weights_only=True)["model"]
+        changed = {name for name in end if not torch.equal(start[name], end[name])}
+        assert changed == {name for name in end if any(part in name for part in moved)}
+
+
+def test_flags_of_the_recipe_work_together(tmp_path):
+    flags = ["--bce-loss", "--clip-grad", "1", "--accum-steps", "2", "--batch-size", "16", "--grad-checkpointing"]
+    flags += ["--lr-scaling", "sqrt", "--drop", "0.1", "--amp", "bf16", "--opt", "lamb", "--mixup-mode", "elem"]
+    (record,) = run(tmp_path, *flags)
+    assert record["train_loss"] < 2  # binary cross-entropy of ten classes starts near log 2
+
+
+def test_an_earlier_run_is_resumed_or_kept_and_never_written_over(plain_run, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run(plain_run, "--model", "deit_tiny_patch16_224")
+    assert exit_info.value.code == 2
+    assert "--resume" in capsys.readouterr().err
+    assert len(tiny.log_of(plain_run)) == 2
+
+
+def test_a_fraction_of_the_data_is_logged(tmp_path, capsys):
+    run(tmp_path, "--train-fraction", "0.25", "--batch-size", "32", "--no-repeated-aug")
+    assert "352 views of 352 different images (of 360)" in capsys.readouterr().err
