@@ -612,9 +612,14 @@ def cli(argv: Sequence[str] | None = None) -> None:
         _end(f"main.py: error: {error}", 2)
     except RunError as error:
         _end(f"main.py: run ended: {utils.last_line(error)}", 1)
-    except Exception:
+    except Exception as error:
         if not utils.is_distributed():
             raise
+        if utils.is_lost_peer(error):
+            _end(
+                "main.py: run ended: another process is gone (its own message says why); the last checkpoint is intact",
+                1,
+            )
         _end(traceback.format_exc(), 1)
 
 

@@ -167,6 +167,11 @@ def is_main_process() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether this is what a process sees when another one of the run has ended."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def barrier() -> None:
     if is_distributed():
         dist.barrier()

@@ -87,12 +87,30 @@ def test_a_resumed_run_ends_with_the_bits_of_the_run_that_was_never_stopped(tmp_
     assert [record["train_lr"] for record in whole] == [record["train_lr"] for record in killed]
 
 
-def test_bare_srun_starts_a_process_group(tmp_path):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_a_lost_process_ends_the_others_with_a_line_and_an_intact_checkpoint(tmp_path):
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = ["main.py", *tiny.PLAIN, "--epochs", "99", "--log-interval", "5", "--output-dir", tmp_path]
+    ranks = [tiny.start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
+    for line in ranks[0].stdout:
+        if "epoch 1 " in line:
+            ranks[1].kill()
+            break
+    output = ranks[0].communicate(timeout=120)[0]
+    assert ranks[0].returncode == 1
+    assert output.splitlines()[-1].startswith("main.py: run ended: another process is gone")
+    assert "Traceback" not in output
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] >= 1
+
+
+def test_bare_srun_starts_a_process_group(tmp_path):
     shared = {"SLURM_JOB_ID": 7, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_ID": 0}
-    shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": free_port()}
     command = ["main.py", *tiny.PLAIN, "--batch-size", "32", "--output-dir", tmp_path]
     ranks = [tiny.start(command, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in (0, 1)]
     outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
