@@ -203,37 +203,31 @@ def build_sources(
             f"--data-set {name}: unknown; use one of {', '.join(NAMES)}, or a timm name that starts with "
             f"{', '.join(SCHEMES)}"
         )
+    if num_classes is not None:
+        raise UserError(f"--num-classes {num_classes}: {name} says itself how many classes it has; drop the flag")
     if name == "DIGITS":
         return _digits()
-    if data_path is None:
-        if name in ("IMNET", "INAT", "INAT19", "CARS"):
-            raise UserError(f"--data-path: {name} is not downloaded; name its folder, or try --data-set DIGITS")
-        data_path = "data"
-    elif not Path(data_path).is_dir():
-        raise UserError(f"--data-path {data_path}: no such folder; check the path, or try --data-set DIGITS")
-    root = Path(data_path)
+    root = _folder_of(name, data_path)
     if name == "IMNET":
         return _folder_tree(root, root / "val")
     if name.startswith("CIFAR"):
-        if name == "CIFAR":
-            logger.info("--data-set CIFAR is CIFAR-10; write CIFAR10 or CIFAR100 to be explicit")
-        held_out = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
-        if (root / "train").is_dir() and held_out is not None:
-            return _folder_tree(root, held_out)
-        with main_process_first(local_rank):
-            return _cifar(root, name)
+        return _cifar(root, name, local_rank)
     if name == "FLOWERS":
-        with main_process_first(local_rank):
-            return _flowers(root)
+        return _flowers(root, local_rank)
     if name == "CARS":
         return _cars(root)
-    try:
-        return _inaturalist(root, 2018 if name == "INAT" else 2019, inat_category)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--data-path {root}: its annotation files do not belong together or are damaged ({error!r}); fetch them "
-            f"again"
-        ) from None
+    return _inaturalist(root, 2018 if name == "INAT" else 2019, inat_category)
+
+
+def _folder_of(name: str, data_path: str | None) -> Path:
+    """Where the data are, or are to be downloaded."""
+    if data_path is None:
+        if name in ("IMNET", "INAT", "INAT19", "CARS"):
+            raise UserError(f"--data-path: {name} is not downloaded; name its folder, or try --data-set DIGITS")
+        return Path("data")
+    if not Path(data_path).is_dir():
+        raise UserError(f"--data-path {data_path}: no such folder; check the path, or try --data-set DIGITS")
+    return Path(data_path)
 
 
 def _digits() -> tuple[Source, Source]:
@@ -298,20 +292,28 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _cifar(root: Path, name: str) -> tuple[Source, Source]:
+def _cifar(root: Path, name: str, local_rank: int) -> tuple[Source, Source]:
+    """A folder tree of images if there is one, else the original files."""
+    if name == "CIFAR":
+        logger.info("--data-set CIFAR is CIFAR-10; write CIFAR10 or CIFAR100 to be explicit")
+    held_out = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+    if (root / "train").is_dir() and held_out is not None:
+        return _folder_tree(root, held_out)
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
-    parts = [_download(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
+    with main_process_first(local_rank):
+        parts = [_download(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
     train, val = (_source(PackedImages(part.data), part.targets, len(part.classes)) for part in parts)
     return train, val
 
 
-def _flowers(root: Path) -> tuple[Source, Source]:
+def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
     """Oxford Flowers-102: trained on the official train and val parts (2,040 images), tested on test (6,149)."""
     flowers = torchvision.datasets.Flowers102
-    train, val, test = (
-        _download("FLOWERS", root, partial(flowers, str(root), split, download=True))
-        for split in ("train", "val", "test")
-    )
+    with main_process_first(local_rank):
+        train, val, test = (
+            _download("FLOWERS", root, partial(flowers, str(root), split, download=True))
+            for split in ("train", "val", "test")
+        )
     paths, labels = train._image_files + val._image_files, train._labels + val._labels
     return _source(PathImages(paths), labels, 102), _source(PathImages(test._image_files), test._labels, 102)
 
@@ -333,42 +335,49 @@ def _cars(root: Path) -> tuple[Source, Source]:
 
 
 def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
-    """iNaturalist 2018 or 2019 from its official files: `{train,val}YEAR.json`, `categories.json` and the images.
-
-    Classes are numbered in the order in which they first appear by ascending category id, so that `name` gives the
-    official ids.
-    """
-
-    def read(name: str) -> Any:
-        try:
-            return json.loads((root / name).read_text())
-        except FileNotFoundError:
-            raise UserError(f"--data-path {root}: has no {name}; put the official annotation files there") from None
-        except (OSError, ValueError):
-            raise UserError(f"--data-path {root}: {name} is not valid JSON; fetch it again") from None
-
-    parts = {part: read(f"{part}{year}.json") for part in ("train", "val")}
-    categories = read("categories.json") if (root / "categories.json").exists() else parts["train"]["categories"]
-    level_of = {entry.get("id", number): entry for number, entry in enumerate(categories)}
-    if any(category not in entry for entry in categories):
-        known = ", ".join(level for level in INAT_CATEGORIES if level in categories[0])
+    """iNaturalist 2018 or 2019 from its official files: `{train,val}YEAR.json`, `categories.json` and the images."""
+    train, val = (_read_json(root, f"{part}{year}.json") for part in ("train", "val"))
+    try:
+        has_taxonomy = (root / "categories.json").exists()
+        categories = _read_json(root, "categories.json") if has_taxonomy else train["categories"]
+        class_of = _classes_of_categories(root, categories, category)
+        return _annotated(root, train, class_of), _annotated(root, val, class_of)
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--inat-category {category}: {root} does not say it; use one of {known}, or add the official "
-            f"categories.json"
+            f"--data-path {root}: its annotation files do not belong together or are damaged ({error!r}); fetch them "
+            f"again"
+        ) from None
+
+
+def _read_json(root: Path, name: str) -> Any:
+    try:
+        return json.loads((root / name).read_text())
+    except FileNotFoundError:
+        raise UserError(f"--data-path {root}: has no {name}; put the official annotation files there") from None
+    except (OSError, ValueError):
+        raise UserError(f"--data-path {root}: {name} is not valid JSON; fetch it again") from None
+
+
+def _classes_of_categories(root: Path, categories: list[dict[str, Any]], level: str) -> dict[int, int]:
+    """Category id -> class: classes are numbered as they first appear by ascending id, so `name` gives the ids."""
+    if any(level not in entry for entry in categories):
+        known = ", ".join(name for name in INAT_CATEGORIES if name in categories[0])
+        raise UserError(
+            f"--inat-category {level}: {root} does not say it; use one of {known}, or add the official categories.json"
         )
+    named = {entry.get("id", number): entry[level] for number, entry in enumerate(categories)}
     class_index: dict[str, int] = {}
-    for number in sorted(level_of):
-        class_index.setdefault(level_of[number][category], len(class_index))
+    return {number: class_index.setdefault(named[number], len(class_index)) for number in sorted(named)}
 
-    def source(part: dict[str, Any]) -> Source:
-        file_of = {image["id"]: root / image["file_name"] for image in part["images"]}
-        labels = [class_index[level_of[note["category_id"]][category]] for note in part["annotations"]]
-        paths = [file_of[note["image_id"]] for note in part["annotations"]]
-        if not paths:
-            raise LookupError("no annotations")
-        return _source(PathImages(paths), labels, len(class_index))
 
-    return source(parts["train"]), source(parts["val"])
+def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int]) -> Source:
+    """One part of iNaturalist from its annotations."""
+    file_of = {image["id"]: root / image["file_name"] for image in part["images"]}
+    paths = [file_of[note["image_id"]] for note in part["annotations"]]
+    if not paths:
+        raise LookupError("no annotations")
+    labels = [class_of[note["category_id"]] for note in part["annotations"]]
+    return _source(PathImages(paths), labels, max(class_of.values()) + 1)
 
 
 def _timm_sources(
@@ -565,11 +574,21 @@ def build_eval_transform(
 
 @dataclass
 class EpochLoader:
-    """Batches of one epoch after the other; `set_epoch` must precede each iteration."""
+    """Batches of one epoch after the other; `set_epoch` must precede each iteration.
+
+    Attributes:
+        loader: this rank's batches.
+        counter: what has to know the epoch.
+        num_batches: batches per epoch and rank.
+        images_per_batch: images in one batch of every rank together.
+        updates_per_epoch: optimiser updates in an epoch.
+    """
 
     loader: DataLoader
     counter: KeyedSampler | StreamingImages
     num_batches: int
+    images_per_batch: int
+    updates_per_epoch: int
 
     def set_epoch(self, epoch: int) -> None:
         self.counter.set_epoch(epoch)
@@ -604,7 +623,12 @@ def build_train_loader(
             f"--batch-size {batch_size}: an update takes {per_update} images (batch size x processes x --accum-steps), "
             f"the training data hold {len(source)}; lower --batch-size"
         )
-    num_batches = len(source) // per_update * accum_steps
+    updates = len(source) // per_update
+    counts = {
+        "num_batches": updates * accum_steps,
+        "images_per_batch": batch_size * world.size,
+        "updates_per_epoch": updates,
+    }
     if isinstance(source, StreamingImages):
         source.transform, source.seed, source.rank, source.world_size = transform, seed, world.rank, world.size
         reader = source.dataset.reader
@@ -615,16 +639,16 @@ def build_train_loader(
         if repeats > 1:
             logger.info("repeated augmentation needs an index, which a stream has not: each image is seen once")
         loader = _loader(source, None, batch_size, num_workers, pin_memory)
-        return EpochLoader(loader, source, num_batches)
+        return EpochLoader(loader, source, **counts)
     sampler = KeyedSampler(
         len(source), seed=seed, repeats=repeats, rank=world.rank, world_size=world.size, multiple=per_update
     )
     logger.info(
         "an epoch holds %d views of %d different images (of %d), in %d updates",
-        *(sampler.num_positions, sampler.num_distinct, len(source), num_batches // accum_steps),
+        *(sampler.num_positions, sampler.num_distinct, len(source), updates),
     )
     loader = _loader(KeyedImages(source, transform), sampler, batch_size, num_workers, pin_memory)
-    return EpochLoader(loader, sampler, num_batches)
+    return EpochLoader(loader, sampler, **counts)
 
 
 def _workers_with_shards(reader: Any, num_workers: int, world: World) -> int:

@@ -148,7 +148,7 @@ class TrainState:
         clip_grad: largest gradient norm, or None.
         ema: moving average of the module's weights, or None.
         num_updates: optimiser updates made.
-        best_acc1: best top-1 accuracy so far, in per cent.
+        best_acc1: best top-1 accuracy so far, in per cent; -1 before the first evaluation.
         epoch: the epoch to train next.
     """
 
@@ -160,7 +160,7 @@ class TrainState:
     clip_grad: float | None = None
     ema: ModelEmaV3 | None = None
     num_updates: int = 0
-    best_acc1: float = 0.0
+    best_acc1: float = -1.0
     epoch: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
     _micro_step: int = field(default=0, init=False)
@@ -383,8 +383,8 @@ def fit(
     while state.epoch < epochs:
         epoch = state.epoch
         train_loader.set_epoch(epoch)
-        batch_images = (train_loader.loader.batch_size or 1) * world.size
-        log = StepLog(epoch, len(train_loader), batch_images, log_interval, writer, epoch * len(train_loader))
+        num_steps = len(train_loader)
+        log = StepLog(epoch, num_steps, train_loader.images_per_batch, log_interval, writer, epoch * num_steps)
         trained = train_one_epoch(state, train_loader, criterion, prepare, schedules, log, seed=seed, rank=world.rank)
         state.epoch += 1
         _close_epoch(state, epoch, world)
@@ -395,7 +395,7 @@ def fit(
         if state.epoch % eval_interval == 0 or state.epoch == epochs:
             record |= evaluate_state(state, val_loader)
         is_best = record.get("test_acc1", -1.0) > state.best_acc1
-        state.best_acc1 = max(state.best_acc1, record.get("test_acc1", 0.0))
+        state.best_acc1 = record["test_acc1"] if is_best else state.best_acc1
         record |= {"epoch": epoch, "n_parameters": num_parameters, "images_per_second": rate}
         if world.is_main and output_dir is not None:
             append_log(output_dir, record)  # first: a resumed run drops the lines of epochs that it repeats

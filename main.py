@@ -450,9 +450,11 @@ def build_criterion(
     )
 
 
-def build_state(args: argparse.Namespace, model: torch.nn.Module, world: World) -> engine.TrainState:
+def build_state(
+    args: argparse.Namespace, model: torch.nn.Module, images_per_batch: int, world: World
+) -> engine.TrainState:
     """Optimiser, precision, weight average, compilation and DDP around a model."""
-    effective_batch = args.batch_size * args.accum_steps * world.size
+    effective_batch = images_per_batch * args.accum_steps
     lr = args.lr * {"linear": effective_batch / 512, "sqrt": (effective_batch / 512) ** 0.5, "none": 1}[args.lr_scaling]
     logger.info("effective batch %d images, peak learning rate %.3g", effective_batch, lr)
     optimizer = engine.build_optimizer(
@@ -495,7 +497,6 @@ def build_schedules(
         decay_epochs=args.decay_epochs,
         decay_rate=args.decay_rate,
         cooldown_epochs=args.cooldown_epochs,
-        patience_epochs=args.patience_epochs,
         noise=args.lr_noise,
         noise_pct=args.lr_noise_pct,
         noise_std=args.lr_noise_std,
@@ -576,11 +577,10 @@ def main(args: argparse.Namespace) -> None:
     train_loader = build_train_loader(args, train, model, world)
     prepare = build_prepare(args, train.num_classes, world.device)
     criterion = build_criterion(args, model, train.num_classes, world.device)
-    state = build_state(args, model, world)
-    updates_per_epoch = len(train_loader) // args.accum_steps
-    schedules = build_schedules(args, state, updates_per_epoch)
+    state = build_state(args, model, train_loader.images_per_batch, world)
+    schedules = build_schedules(args, state, train_loader.updates_per_epoch)
     if args.resume:
-        state.resume(utils.read_checkpoint(args.resume, "--resume"), args.resume, updates_per_epoch)
+        state.resume(utils.read_checkpoint(args.resume, "--resume"), args.resume, train_loader.updates_per_epoch)
     output_dir, writer = open_output(args, state.epoch, world)
     engine.fit(
         state,

@@ -145,7 +145,7 @@ def build_teacher(
     input_size: tuple[int, int],
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a frozen teacher with its weights.
+    """Build a teacher with its weights; `losses.FrozenTeacher` freezes it.
 
     Raises:
         UserError: unknown model, no weights, or weights that do not fit the model or have another number of classes.
@@ -176,7 +176,7 @@ def build_teacher(
             f"teacher on this data set first and pass it as --teacher-path"
         )
     _try_out(teacher, f"--teacher-model {name}", input_size)
-    return teacher.eval().requires_grad_(False)
+    return teacher
 
 
 def _check_teacher_weights(

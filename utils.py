@@ -163,10 +163,6 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def is_main_process() -> bool:
-    return not is_distributed() or dist.get_rank() == 0
-
-
 def is_lost_peer(error: Exception) -> bool:
     """Whether this is what a process sees when another one of the run has ended."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -262,16 +258,7 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
         UserError: if there is no such file, or it is not such a file.
     """
     if path.startswith(("https://", "http://")):
-        # torch.hub would take any two files called best.pth for one.
-        name = f"{zlib.crc32(path.encode()):08x}-{path.partition('?')[0].rpartition('/')[2]}"
-        try:
-            return torch.hub.load_state_dict_from_url(
-                path, map_location="cpu", weights_only=True, progress=False, file_name=name
-            )
-        except Exception as error:
-            raise UserError(
-                f"{flag} {path}: cannot be downloaded ({type(error).__name__}); give a local file"
-            ) from error
+        path = _download(path, flag)
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: no such file; check the path")
     try:
@@ -290,6 +277,22 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint; give a checkpoint.pth")
     return checkpoint
+
+
+def _download(address: str, flag: str) -> str:
+    """Fetch a file into torch's cache, once; its path."""
+    # The part before the name keeps two files called best.pth apart.
+    name = f"{zlib.crc32(address.encode()):08x}-{address.partition('?')[0].rpartition('/')[2]}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, str(path), progress=False)
+    except Exception as error:
+        raise UserError(
+            f"{flag} {address}: cannot be downloaded ({type(error).__name__}); give a local file"
+        ) from error
+    return str(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,7 +366,7 @@ class StepLog:
         self.totals: dict[str, float] = {}
         self.step = 0
         self.start = time.perf_counter()
-        on_terminal = is_main_process() and sys.stderr.isatty()
+        on_terminal = logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()  # only rank 0 talks
         self.bar = tqdm(total=num_steps, desc=f"epoch {epoch}", unit="step", disable=not on_terminal, leave=False)
 
     def update(self, values: dict[str, torch.Tensor | float]) -> None:

@@ -402,7 +402,8 @@ class Blobs(Dataset):
 
 def train_loader(seed=0, accum_steps=1):
     sampler = KeyedSampler(len(Blobs()), seed=seed, multiple=BATCH * accum_steps)
-    return EpochLoader(DataLoader(Blobs(), BATCH, sampler=sampler), sampler, len(sampler) // BATCH)
+    batches = len(sampler) // BATCH
+    return EpochLoader(DataLoader(Blobs(), BATCH, sampler=sampler), sampler, batches, BATCH, batches // accum_steps)
 
 
 def val_loader():

@@ -199,6 +199,7 @@ CASES = {
     "cutmix region reversed": ("--cutmix-minmax 0.9 0.1", "--cutmix-minmax", "swap them"),
     # data
     "unknown data set": ("--data-set CIFAR11", "--data-set CIFAR11", "use one of CIFAR"),
+    "classes of a data set that knows them": ("--num-classes 7", "--num-classes 7", "drop the flag"),
     "unknown timm data set": ("--data-set torch/nothing", "--data-set torch/nothing", "check the name"),
     "unknown hub data set": ("--data-set hfds/", "--data-set hfds/", "check the name"),
     "no data path": ("--data-set IMNET", "--data-path", "name its folder"),

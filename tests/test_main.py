@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import timm
 import tiny
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import utils
 
 PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
 
@@ -115,3 +117,42 @@ def test_an_earlier_run_is_resumed_or_kept_and_never_written_over(plain_run, cap
 def test_a_fraction_of_the_data_is_logged(tmp_path, capsys):
     run(tmp_path, "--train-fraction", "0.25", "--batch-size", "32", "--no-repeated-aug")
     assert "352 views of 352 different images (of 360)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scaling, lr", [("linear", "6.25e-05"), ("sqrt", "0.000177"), ("none", "0.0005")])
+def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
+    # 16 images in each of 4 forward passes: 5e-4 x 64 / 512, x its root, x 1
+    run(tmp_path, "--lr-scaling", scaling, "--batch-size", "16", "--accum-steps", "4")
+    assert f"effective batch 64 images, peak learning rate {lr}" in capsys.readouterr().err
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("step/lr")[0].value == pytest.approx(float(lr), rel=5e-3)  # there is no warm-up
+
+
+@pytest.mark.parametrize("local_size", [1, 2])
+def test_loader_processes_default_to_the_cpus_of_a_rank(local_size):
+    args = main.get_parser().parse_args([])
+    world = utils.World(0, local_size, 0, local_size, torch.device("cpu"))
+    expected = min(10, max(1, utils.available_cpus() // local_size))
+    assert main._loader_options(args, world)["num_workers"] == expected
+    args = main.get_parser().parse_args(["--num-workers", "0"])
+    assert main._loader_options(args, world)["num_workers"] == 0
+
+
+def test_pretrained_weights_are_where_training_starts(tmp_path):
+    # a folder in the hub's format stands in for the download
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model = timm.create_model("deit_tiny_patch16_224", **shape)
+    timm.models.save_for_hf(model, tmp_path / "hub", model_args=shape)
+    args = ["--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", "--input-size", "32", "--drop-path", "0"]
+    built = main.build_model(main.get_parser().parse_args(args), 10, torch.device("cpu"))
+    assert built.head.out_features == 10
+    for name, value in model.state_dict().items():
+        assert name.startswith("head.") or torch.equal(built.state_dict()[name], value)
+
+
+def test_the_best_checkpoint_is_there_even_if_nothing_was_right(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.evaluate", lambda *_: {"loss": 1.0, "acc1": 0.0, "acc5": 0.0, "images": 1})
+    run(tmp_path, "--epochs", "2")
+    assert torch.load(tmp_path / "best.pth", weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["best_acc1"] == 0.0
