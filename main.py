@@ -168,7 +168,7 @@ def _layers(text: str) -> list[int]:
     return [_NATURAL(layer) for layer in text.strip("()[] ").split(",") if layer.strip()]
 
 
-def _keep_rates(text: str) -> float | list[float]:
+def keep_rates(text: str) -> float | list[float]:
     """`0.7` -> 0.7, `0.7,0.7,0.5` -> [0.7, 0.7, 0.5]."""
     rates = [_SHARE(rate) for rate in text.strip("()[] ").split(",") if rate.strip()]
     return rates[0] if len(rates) == 1 else rates
@@ -176,7 +176,7 @@ def _keep_rates(text: str) -> float | list[float]:
 
 def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token reorganisation (evit_* models)").add_argument
-    add("--base-keep-rate", type=_keep_rates, metavar="RATE", help="share of the patches kept in a reducing layer, or "
+    add("--base-keep-rate", type=keep_rates, metavar="RATE", help="share of the patches kept in a reducing layer, or "
         "one share per layer: 0.7,0.7,0.5; default: the paper's 0.7")  # fmt: skip
     add("--drop-loc", type=_layers, metavar="LAYERS", help="reducing layers from 0 on; default: the paper's 3,6,9")
     add("--fuse-token", action=_SWITCH, default=None, help="fuse the dropped patches into one token; default: yes")
@@ -377,11 +377,15 @@ def _loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
     }
 
 
-def build_val_loader(args: argparse.Namespace, source: Any, model: torch.nn.Module, world: World) -> Any:
-    transform = datasets.build_eval_transform(
+def build_eval_transform(args: argparse.Namespace, model: torch.nn.Module) -> Callable[[Any], torch.Tensor]:
+    """How the model is shown an image that it is asked about."""
+    return datasets.build_eval_transform(
         _size(args), *models.normalization(model), interpolation="bicubic", crop_ratio=args.eval_crop_ratio
     )
-    return datasets.build_eval_loader(source, transform, **_loader_options(args, world))
+
+
+def build_val_loader(args: argparse.Namespace, source: Any, model: torch.nn.Module, world: World) -> Any:
+    return datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, world))
 
 
 def build_train_loader(
@@ -471,6 +475,9 @@ def build_state(
         device = torch.device("cpu") if args.model_ema_force_cpu else None
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
     if args.compile:
+        # An EViT is compiled anew at each step of its keep rate, for training and for evaluation; after 8 times torch
+        # would silently compile no more.
+        torch._dynamo.config.cache_size_limit = 4 * (models_evit.SHRINK_STEPS + 1)
         model.compile()  # in place, so that parameter names keep no prefix
     wrapped = model
     if world.size > 1:

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
 KEEP_RATE, DROP_LOC = 0.7, (3, 6, 9)  # the paper's
+SHRINK_STEPS = 10  # the paper's keep rate changes with every update, for which a compiled model would be compiled anew
 
 
 def keep_attentive(patches: torch.Tensor, attentiveness: torch.Tensor, num_keep: int, fuse: bool) -> torch.Tensor:
@@ -40,6 +41,13 @@ def keep_attentive(patches: torch.Tensor, attentiveness: torch.Tensor, num_keep:
     weights = attentiveness.scatter(1, kept, 0.0)  # (B, N), zero for the kept: the others need no index
     fused = (patches * weights[..., None]).sum(dim=1, keepdim=True)  # (B, 1, D)
     return torch.cat([reduced, fused.to(reduced.dtype)], dim=1)
+
+
+class KeepAttentive(nn.Module):
+    """`keep_attentive` as a module without state, so that a forward hook can follow which patches a layer keeps."""
+
+    def forward(self, patches: torch.Tensor, attentiveness: torch.Tensor, num_keep: int, fuse: bool) -> torch.Tensor:
+        return keep_attentive(patches, attentiveness, num_keep, fuse)
 
 
 class EViTAttention(Attention):
@@ -80,6 +88,7 @@ class EViTBlock(Block):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"attn_layer": EViTAttention})
+        self.keep = KeepAttentive()
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """x [B, prefix + N, D] -> [B, prefix + n (+ 1 if fused), D] with n = ceil(keep_rate · N).
@@ -96,7 +105,7 @@ class EViTBlock(Block):
             return super().forward(x)
         attended, attentiveness = self.attn.forward_with_attentiveness(self.norm1(x), prefix, self.num_class_tokens)
         x = x + self.drop_path1(self.ls1(attended))
-        patches = keep_attentive(x[:, prefix:], attentiveness, num_keep, self.fuse_token)
+        patches = self.keep(x[:, prefix:], attentiveness, num_keep, self.fuse_token)
         x = torch.cat([x[:, :prefix], patches], dim=1)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -165,7 +174,7 @@ class KeepRate:
     name = "keep_rate"
 
     def __init__(
-        self, models: Iterable[nn.Module], updates_per_epoch: int, start_epoch: int, epochs: int, steps: int = 10
+        self, models: Iterable[nn.Module], updates_per_epoch: int, start_epoch: int, epochs: int, steps: int = SHRINK_STEPS
     ) -> None:
         self.blocks = [(block, block.keep_rate) for model in models for block in evit_blocks(model)]
         self.start, self.length = start_epoch * updates_per_epoch, epochs * updates_per_epoch

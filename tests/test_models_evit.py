@@ -7,7 +7,11 @@ import pytest
 import timm
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine
 import main
 import models_evit
 from models_evit import EViTBlock, KeepRate, evit_blocks, keep_attentive, reduce_tokens
@@ -156,6 +160,37 @@ def test_under_autocast_it_reduces_alike(dtype):
         assert model(images()).isfinite().all()
 
 
+class Squares(TorchDispatchMode):
+    """Counts the tensors that operators make of square matrices, with their sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.sides = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, torch.Tensor) and result.ndim >= 3 and result.shape[-1] == result.shape[-2] > 1:
+                self.sides.append(result.shape[-1])
+        return results
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_layer_makes_the_whole_attention_matrix(training):
+    model = evit("evit_tiny_distilled_patch16_224", img_size=96).train(training)  # 146, then 90, then 56 tokens
+
+    def sides():
+        with Squares() as squares:
+            output = model(images(height=96, width=96))
+            if training:
+                output.sum().backward()
+        return set(squares.sides) & {146, 90, 56}
+
+    assert sides() == set()
+    with sdpa_kernel(SDPBackend.MATH):  # the same model with plain matrix products: the check does see them
+        assert sides() == {146, 90, 56}
+
+
 def test_published_and_own_names_are_timm_models_with_deits_configuration():
     for size in ("tiny", "small", "base"):
         for name in (f"evit_{size}_patch16_224", f"deit_{size}_patch16_shrink_base"):
@@ -224,6 +259,38 @@ def test_keep_rate_depends_on_the_update_alone():
     at_once = KeepRate([evit()], updates_per_epoch=10, start_epoch=0, epochs=0)
     at_once.step_update(0)
     assert at_once.value == RATES
+
+
+def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
+    # Recompilations do not depend on the backend; this one does without a C++ compiler.
+    counter, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=counter))
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
+    torch._dynamo.reset()
+    flags = [*RUN, *REDUCED, "--patch-size", "4", "--compile", "--no-model-ema", "--amp", "off"]
+    args = main.get_parser().parse_args([*flags, "--shrink-start-epoch", "1", "--shrink-epochs", "4"])
+    world = main.utils.init_distributed("cpu")
+    model = main.build_model(args, 10, world.device)
+    state = main.build_state(args, model, images_per_batch=4, world=world)
+    _, schedule = main.build_schedules(args, state, updates_per_epoch=10)
+    rates = set()
+    for update in range(0, 60, 2):
+        schedule.step_update(update)
+        rates.add(schedule.value)
+        state.model.train()
+        state.model(torch.randn(4, 3, 32, 32)).sum().backward()
+        list_of_batches = [
+            main.datasets.Batch(torch.randn(n, 3, 32, 32), torch.zeros(n).long(), torch.arange(n)) for n in (4, 3)
+        ]
+        engine.evaluate(model, list_of_batches, engine.autocast(model, None))
+    assert len(rates) == 11
+    # two modes for each rate, and once each more while torch finds out that the batch and the rate change
+    assert 2 * len(rates) <= counter.frame_count <= 2 * len(rates) + 3
+    eager = copy.deepcopy(model)
+    eager._compiled_call_impl = None
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.allclose(model(x), eager(x), atol=1e-5)
+    assert schedule.value == 0.5 and evit_blocks(eager)[1].keep_rate == 0.5
 
 
 def test_registration_leaves_nothing_but_models():
