@@ -8,7 +8,6 @@ Two ratios, each of two things done in turn in one process, so that a machine's 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ import engine
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
-from tools.timing import describe_environment, rates_in_turn, ratio_row
+from tools.timing import rates_in_turn, ratio_row, write_results
 from utils import StepLog, available_cpus, select_device
 
 
@@ -112,19 +111,17 @@ def main() -> None:
     device = select_device(args.device, 0)
     torch.set_num_threads(available_cpus())
     results = {
-        "environment": describe_environment(device),
         "loop": measure_loop(args, device),
         "loader_32px": measure_loader(32, args.views, args.rounds),
         "loader_224px": measure_loader(224, args.views // 5, args.rounds),
     }
-    for name in ("loop", "loader_32px", "loader_224px"):
-        row = results[name]
+    for name, row in results.items():
         print(
             f"{name:13s} {row['images_per_second']:8.0f} images/s, bare {row['images_per_second_bare']:8.0f}, "
             f"ratio {row['ratio']:.3f} (from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
         )
     if args.output:
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(args.output, device, vars(args), results)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ The first model of the table (at its first keep rate, for an EViT) is the refere
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 import models_evit
 from models import create_model
-from tools.timing import describe_environment, rates_in_turn, ratio_row
-from utils import UserError, available_cpus, select_device
+from tools.command import errors_in_a_line
+from tools.timing import rates_in_turn, ratio_row, write_results
+from utils import available_cpus, select_device
 
 
 def contestants(names: list[str], keep_rates: list[float]) -> list[tuple[str, float | None]]:
@@ -45,12 +46,12 @@ def build(name: str, keep_rate: float | None, input_size: int, device: torch.dev
 
 
 @torch.no_grad()
-def describe(model: nn.Module, input_size: int) -> dict[str, Any]:
-    """Parameters, multiply-accumulates of one image, and the number of tokens that leave each block."""
+def describe(model: nn.Module, input_size: tuple[int, int]) -> dict[str, Any]:
+    """Parameters, multiply-accumulates of one (height, width) image, and the number of tokens that leave each block."""
     tokens: list[int] = []
     blocks = getattr(model, "blocks", None) or []
     hooks = [block.register_forward_hook(lambda _m, _i, out: tokens.append(out.shape[1])) for block in blocks]
-    image = torch.zeros(1, 3, input_size, input_size, device=next(model.parameters()).device)
+    image = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
     # Fused attention on a CPU is not counted; as plain matrix products it is.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(image)
@@ -95,20 +96,30 @@ def training(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, st
 
 
 def peak_memory(work: Callable[[], int], device: torch.device) -> int | None:
-    """Most bytes that torch held on a GPU during the work; None elsewhere."""
-    if device.type != "cuda":
+    """Most bytes that torch's allocator held at once during the work, beyond those held before; None on MPS."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
         return None
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # negative where memory is given back
+        peak = max(peak, held)
+    return peak
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """A row for each batch size and contestant."""
     pairs, amp = contestants(args.models, args.keep_rates), engine.select_amp(args.amp, device)
     built = [build(name, rate, args.input_size, device) for name, rate in pairs]
-    facts = [describe(model, args.input_size) for model in built]
+    facts = [describe(model, (args.input_size, args.input_size)) for model in built]
     if args.compile:
         for model in built:
             model.compile()
@@ -117,10 +128,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
         images = torch.randn(batch_size, 3, args.input_size, args.input_size, device=device)
         make = training if args.train else inference
         works = [make(model, images, amp, args.steps) for model in built]
-        rates = rates_in_turn(works, args.rounds, device)
-        for (name, rate), fact, work, own in zip(pairs, facts, works, rates, strict=True):
+        with sdpa_kernel(SDPBackend.MATH) if args.attention == "math" else contextlib.nullcontext():
+            rates = rates_in_turn(works, args.rounds, device)
+            peaks = [peak_memory(work, device) for work in works]
+        for (name, rate), fact, peak, own in zip(pairs, facts, peaks, rates, strict=True):
             row = {"model": name, "keep_rate": rate, "batch_size": batch_size} | ratio_row(own, rates[0]) | fact
-            rows.append(row | {"peak_memory_bytes": peak_memory(work, device)})
+            rows.append(row | {"peak_memory_bytes": peak})
         gc.collect()
     return rows
 
@@ -155,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--input-size", type=int, default=224, help="pixels")
     add("--train", action="store_true", help="forward, backward and update in place of inference")
     add("--compile", action="store_true", help="torch.compile the models")
+    add("--attention", choices=("fused", "math"), default="fused", help="math: with the whole attention matrix in "
+        "memory, as the published code has it")  # fmt: skip
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off is float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--steps", type=int, default=2, help="passes in a turn")
@@ -162,17 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", type=Path, help="write the rows to this JSON file as well")
     args = parser.parse_args(argv)
     torch.set_num_threads(available_cpus())
-    try:
+    with errors_in_a_line("speed_test"):
         device = select_device(args.device, 0)
         rows = measure(args, device)
-    except UserError as error:
-        print(f"speed_test: error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(table(rows))
     if args.output:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        written = {"environment": describe_environment(device), "settings": settings, "rows": rows}
-        args.output.write_text(json.dumps(written, indent=1) + "\n")
+        write_results(args.output, device, vars(args), {"rows": rows})
 
 
 if __name__ == "__main__":

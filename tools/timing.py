@@ -1,14 +1,16 @@
-"""Timing things in turn, and what it was done on: written into every file of results/."""
+"""Timing things in turn, and files of results/, which say what they were measured on."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,3 +73,10 @@ def ratio_row(rates: Sequence[float], reference: Sequence[float]) -> dict[str, f
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
     }
+
+
+def write_results(file: Path, device: torch.device, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Write a file of results/: where and when, with what flags, and the figures."""
+    written = {"environment": describe_environment(device), "settings": settings} | results
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(written, indent=1, default=str) + "\n")

@@ -1,0 +1,97 @@
+"""What the tools have in common: errors of one line, and the trained model that `--resume` names."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import main
+from models import load_exactly, weights_of
+from utils import RunError, UserError, read_checkpoint
+
+# Flags in a checkpoint that say what the model is and what it was evaluated on.
+KEPT = ("model", "input_size", "patch_size", "model_kwargs", "base_keep_rate", "drop_loc", "fuse_token")
+KEPT += ("data_set", "data_path", "inat_category", "val_split", "train_split", "num_classes", "eval_crop_ratio")
+
+
+@contextlib.contextmanager
+def errors_in_a_line(tool: str) -> Iterator[None]:
+    """A user's mistake ends the tool with status 2 and a line."""
+    try:
+        yield
+    except (UserError, RunError) as error:
+        print(f"{tool}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def get_parser(tool: str, description: str | None) -> main.Parser:
+    """A parser with `--resume` and `--ema`, for a tool that also takes the flags of main.py."""
+    parser = main.Parser(
+        prog=f"python -m tools.{tool}",
+        description=description,
+        epilog="The model and the data are those that the checkpoint names. Flags of main.py may follow and go before "
+        "those: --data-path, --device, --batch-size, --num-workers, --amp, --model, --base-keep-rate, ...",
+    )
+    parser.add_argument("--resume", required=True, help="checkpoint (file or https address), such as output/best.pth")
+    parser.add_argument("--ema", action="store_true", help="take its averaged weights")
+    return parser
+
+
+def parse(
+    parser: main.Parser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, argparse.Namespace, dict[str, torch.Tensor]]:
+    """Read the tool's own flags, the flags of the run, which stand in the checkpoint, and the checkpoint's weights.
+
+    Raises:
+        UserError
+    """
+    own, rest = parser.parse_known_args(argv)
+    checkpoint = read_checkpoint(own.resume, "--resume")
+    if own.ema and not checkpoint.get("model_ema"):
+        raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
+    weights = weights_of({"model": checkpoint["model_ema"]} if own.ema else checkpoint, "--resume", own.resume)
+    run_parser = main.get_parser(prog=parser.prog)
+    flags = _flags_in(checkpoint)
+    run_parser.set_defaults(**flags)
+    run = run_parser.parse_args(rest)
+    if "model" not in flags and not any(word.startswith("--model") for word in rest):
+        raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
+    main.check_flags(run)
+    return own, run, weights
+
+
+def _flags_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that describe model and data, of a checkpoint of ours or of the published code."""
+    args = checkpoint.get("args") or {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    flags = {name: args[name] for name in KEPT if args.get(name) is not None}
+    if isinstance(flags.get("input_size"), int):  # so in the published code
+        flags["input_size"] = [flags["input_size"]]
+    return flags
+
+
+def build_model(
+    run: argparse.Namespace, weights: Mapping[str, torch.Tensor], path: str, device: torch.device
+) -> nn.Module:
+    """The trained model, to be evaluated.
+
+    Raises:
+        UserError: if the weights are not those of the model that the flags describe.
+    """
+    model = main.build_model(run, _num_classes(run.model, weights), device)
+    load_exactly(model, weights, path)
+    return model.eval()
+
+
+def _num_classes(model: str, weights: Mapping[str, torch.Tensor]) -> int:
+    config = timm.get_pretrained_cfg(model)
+    heads = config.classifier if config is not None else None
+    head = weights.get(f"{heads if isinstance(heads, str) else (heads or [''])[0]}.weight")
+    return 1000 if head is None else len(head)

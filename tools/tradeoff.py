@@ -1,0 +1,115 @@
+"""Accuracy and speed of one trained checkpoint at several keep rates, to choose an operating point from.
+
+    python -m tools.tradeoff --resume output/best.pth --keep-rates 1 0.9 0.8 0.7 0.6 0.5 --output tradeoff.json
+
+A DeiT can be asked as well: add `--model` with the evit_* model of its size. Speed is that of inference, in turn in one
+process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine
+import main as training
+from models_evit import evit_blocks
+from tools import command
+from tools.speed_test import describe, inference
+from tools.timing import rates_in_turn, ratio_row, write_results
+from utils import UserError, World, available_cpus, init_distributed
+
+
+def measure(
+    own: argparse.Namespace, run: argparse.Namespace, weights: dict[str, torch.Tensor], world: World
+) -> list[dict[str, Any]]:
+    """A row for each keep rate; the ratios of images/s are to the first."""
+    models = []
+    for rate in own.keep_rates:
+        changed = copy.copy(run)
+        changed.base_keep_rate, changed.eval = rate, True
+        models.append(command.build_model(changed, weights, own.resume, world.device))
+        if run.compile:
+            models[-1].compile()
+    if not evit_blocks(models[0]):
+        raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
+    _, val = training.build_sources(changed, world)
+    if val.num_classes != models[0].num_classes:
+        raise UserError(f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}")
+    loader, amp = training.build_val_loader(changed, val, models[0], world), engine.select_amp(run.amp, world.device)
+    stats = [engine.evaluate(model, loader, engine.autocast(model, amp)) for model in models]
+    height, width = run.input_size[0], run.input_size[-1]
+    images = torch.randn(run.batch_size, 3, height, width, device=world.device)
+    works = [inference(model, images, amp, own.steps) for model in models]
+    rates = rates_in_turn(works, own.rounds, world.device)
+    return [
+        {"keep_rate": rate}
+        | {name: stat[name] for name in ("acc1", "acc5", "loss", "images")}
+        | ratio_row(own_rates, rates[0])
+        | describe(model, (height, width))
+        for rate, stat, own_rates, model in zip(own.keep_rates, stats, rates, models, strict=True)
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a terminal."""
+    lines = [f"{'keep rate':>12s} {'top-1 %':>8s} {'top-5 %':>8s} {'images/s':>9s} {'ratio':>6s} {'GMACs':>7s}"]
+    for row in rows:
+        lines.append(
+            f"{label(row['keep_rate']):>12s} {row['acc1']:8.2f} {row['acc5']:8.2f} {row['images_per_second']:9.1f} "
+            f"{row['ratio']:6.2f} {row['macs'] / 1e9:7.3f}"
+        )
+    return "\n".join(lines)
+
+
+def label(keep_rate: float | Sequence[float]) -> str:
+    """`0.7`, or `0.7,0.7,0.5` if each layer has its own."""
+    return ",".join(f"{rate:g}" for rate in ([keep_rate] if isinstance(keep_rate, float) else keep_rate))
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Accuracy over images/s, a point for each keep rate."""
+    from matplotlib.figure import Figure  # slow to import; this class needs no display
+
+    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    axes.plot([row["images_per_second"] for row in rows], [row["acc1"] for row in rows], marker="o")
+    for row in rows:
+        place = (row["images_per_second"], row["acc1"])
+        axes.annotate(label(row["keep_rate"]), place, xytext=(4, 4), textcoords="offset points")
+    axes.set_xlabel("images/s")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_title("keep rate")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.get_parser("tradeoff", __doc__)
+    default = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    add = parser.add_argument
+    add("--keep-rates", nargs="+", type=training.keep_rates, default=default, metavar="RATE", help="one for all "
+        "reducing layers, or one per layer: 0.7,0.7,0.5")  # fmt: skip
+    add("--steps", type=training.number(int, 1), default=2, help="passes in a turn of the speed measurement")
+    add("--rounds", type=training.number(int, 1), default=5, help="counted turns of each keep rate")
+    add("--output", type=Path, help="write the rows to this JSON file, and a plot beside it")
+    with command.errors_in_a_line("tradeoff"):
+        own, run, weights = command.parse(parser, argv)
+        torch.set_num_threads(available_cpus())
+        world = init_distributed(run.device)
+        rows = measure(own, run, weights, world)
+        print(table(rows))
+        if own.output:
+            settings = {name: getattr(run, name) for name in (*command.KEPT, "batch_size", "amp")}
+            settings |= {name: getattr(own, name) for name in ("resume", "ema", "steps", "rounds")}
+            write_results(own.output, world.device, settings, {"rows": rows})
+            plot(rows, own.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

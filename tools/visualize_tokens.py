@@ -1,0 +1,154 @@
+"""Draw which patches of an image an EViT keeps: the image, then what is left after each reducing layer.
+
+    python -m tools.visualize_tokens --resume output/best.pth --images photo.jpg folder/
+    python -m tools.visualize_tokens --resume output/best.pth --num-images 8      # of the validation data
+
+Patches that are no longer tokens of their own are dimmed, whether they were dropped or fused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+import datasets
+import main as training
+from models import normalization
+from models_evit import EViTBlock, evit_blocks, keep_attentive
+from tools import command
+from utils import UserError, World, init_distributed
+
+GAP, HEADING, SMALLEST_PANEL = 4, 14, 160  # pixels
+
+
+@dataclass
+class Reduction:
+    """What a layer left.
+
+    Attributes:
+        layer: its number, from 0.
+        kept: [N] bool, which patches of the image are still tokens of their own.
+    """
+
+    layer: int
+    kept: torch.Tensor
+
+
+@torch.no_grad()
+def follow(model: nn.Module, image: torch.Tensor) -> list[Reduction]:
+    """Run one image [3, H, W] through the model and note what each reducing layer leaves of its N patches.
+
+    Each token is followed by its row of shares in the N patches: a patch starts with a one in its own column, and the
+    layer mixes these rows as it mixes the tokens. Whatever was fused, and fused again, then has no one left.
+    """
+    shares = torch.eye(model.patch_embed.num_patches)[None]  # (1, tokens, N)
+    reductions: list[Reduction] = []
+
+    def note(layer: int, args: tuple[Any, ...]) -> None:
+        nonlocal shares
+        _, attentiveness, num_keep, fuse = args
+        shares = keep_attentive(shares, attentiveness.float().cpu(), num_keep, fuse)
+        reductions.append(Reduction(layer, (shares[0] == 1).any(dim=0)))
+
+    hooks = [
+        block.keep.register_forward_hook(lambda _module, args, _output, layer=layer: note(layer, args))
+        for layer, block in enumerate(model.blocks)
+        if isinstance(block, EViTBlock)
+    ]
+    try:
+        model(image[None].to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reductions
+
+
+def draw(pixels: np.ndarray, reductions: Sequence[Reduction], grid: tuple[int, int]) -> Image.Image:
+    """The image, uint8 [H, W, 3], beside itself after each reduction, enlarged if it is small."""
+    height, width, _ = pixels.shape
+    zoom = max(1, -(-SMALLEST_PANEL // width))
+    dimmed = (0.2 * pixels + 0.8 * 255).astype(np.uint8)
+    panels = [("image", pixels)]
+    for reduction in reductions:
+        kept = reduction.kept.reshape(*grid, 1).numpy()
+        kept = kept.repeat(height // grid[0], axis=0).repeat(width // grid[1], axis=1)  # (H, W, 1)
+        heading = f"layer {reduction.layer}: {int(reduction.kept.sum())}/{reduction.kept.numel()}"
+        panels.append((heading, np.where(kept, pixels, dimmed)))
+    step = width * zoom + GAP
+    canvas = Image.new("RGB", (step * len(panels) - GAP, height * zoom + HEADING), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, (heading, panel) in enumerate(panels):
+        pen.text((column * step + 1, 1), heading, fill="black")
+        enlarged = Image.fromarray(panel).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        canvas.paste(enlarged, (column * step, HEADING))
+    return canvas
+
+
+def find_images(paths: Sequence[str]) -> datasets.Source:
+    """The image files named, and those in the folders named, as a data set of one class.
+
+    Raises:
+        UserError
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"--images {path}: no such file or folder; check the path")
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        files += inside if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--images {' '.join(paths)}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+    count = len(files)
+    return datasets.Source(datasets.PathImages(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
+
+
+def validation_images(run: argparse.Namespace, world: World, number: int) -> datasets.Source:
+    """`number` images spread evenly over the validation data.
+
+    Raises:
+        UserError
+    """
+    run.eval = True  # no training images are needed
+    _, source = training.build_sources(run, world)
+    if not isinstance(source, datasets.Source):
+        raise UserError(f"--data-set {run.data_set}: a stream has no single images; pass files with --images")
+    chosen = np.linspace(0, len(source) - 1, min(number, len(source))).astype(int)
+    return replace(source, order=source.order[chosen])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.get_parser("visualize_tokens", __doc__)
+    parser.add_argument("--images", nargs="+", help="files and folders; default: the validation data")
+    parser.add_argument("--num-images", type=training.number(int, 1), default=8, help="how many validation images")
+    parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
+    with command.errors_in_a_line("visualize_tokens"):
+        own, run, weights = command.parse(parser, argv)
+        world = init_distributed(run.device)
+        model = command.build_model(run, weights, own.resume, world.device)
+        if not any(block.keep_rate < 1 for block in evit_blocks(model)):
+            raise UserError(f"--model {run.model}: drops no patches; add --base-keep-rate 0.7, or --model evit_...")
+        source = find_images(own.images) if own.images else validation_images(run, world, own.num_images)
+        transform, (mean, std) = training.build_eval_transform(run, model), normalization(model)
+        own.output.mkdir(parents=True, exist_ok=True)
+        for number in range(len(source)):
+            view = transform(source[number][0])
+            reductions = follow(model, view)
+            pixels = (view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1) * 255
+            picture = draw(pixels.round().byte().permute(1, 2, 0).numpy(), reductions, model.patch_embed.grid_size)
+            file = own.output / f"{number:04d}.png"
+            picture.save(file)
+            left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions)
+            print(f"{file}: {source.images.describe(source.order[number])}, {len(reductions[0].kept)} patches, {left}")
+
+
+if __name__ == "__main__":
+    main()
