@@ -174,7 +174,12 @@ class KeepRate:
     name = "keep_rate"
 
     def __init__(
-        self, models: Iterable[nn.Module], updates_per_epoch: int, start_epoch: int, epochs: int, steps: int = SHRINK_STEPS
+        self,
+        models: Iterable[nn.Module],
+        updates_per_epoch: int,
+        start_epoch: int,
+        epochs: int,
+        steps: int = SHRINK_STEPS,
     ) -> None:
         self.blocks = [(block, block.keep_rate) for model in models for block in evit_blocks(model)]
         self.start, self.length = start_epoch * updates_per_epoch, epochs * updates_per_epoch

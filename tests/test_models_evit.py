@@ -290,7 +290,7 @@ def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
     eager._compiled_call_impl = None
     x = torch.randn(4, 3, 32, 32)
     assert torch.allclose(model(x), eager(x), atol=1e-5)
-    assert schedule.value == 0.5 and evit_blocks(eager)[1].keep_rate == 0.5
+    assert schedule.value == 0.5 and evit_blocks(eager)[0].keep_rate == 0.5
 
 
 def test_registration_leaves_nothing_but_models():
@@ -298,10 +298,10 @@ def test_registration_leaves_nothing_but_models():
 
 
 RUN = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, *tiny.DATA, "--warmup-epochs", "0"]
-REDUCED = ["--drop-loc", "1", "--base-keep-rate", "0.5"]
+REDUCED = ["--drop-loc", "0", "--base-keep-rate", "0.5"]
 
 
-def test_a_distilled_evit_trains_resumes_and_is_evaluated_at_its_final_rate(tmp_path):
+def test_a_distilled_evit_trains_resumes_and_is_evaluated_at_its_final_rate(tmp_path, monkeypatch):
     teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
     main.cli([*teacher, "--output-dir", str(tmp_path / "teacher")])
     run = [*RUN, *REDUCED, "--shrink_start_epoch", "1", "--shrink_epochs", "2", "--epochs", "4"]
@@ -319,6 +319,15 @@ def test_a_distilled_evit_trains_resumes_and_is_evaluated_at_its_final_rate(tmp_
     output = tiny.run("main.py", *RUN, *REDUCED, "--eval", "--resume", tmp_path / "student" / "checkpoint.pth")
     assert f"test_loss {whole[-1]['test_loss']:.4g}" in output
     assert f"test_ema_loss {whole[-1]['test_ema_loss']:.4g}" in output
+    rates, evaluate = [], engine.evaluate
+
+    def noting(model, *rest):
+        rates.append([block.keep_rate for block in evit_blocks(model)])
+        return evaluate(model, *rest)
+
+    monkeypatch.setattr(engine, "evaluate", noting)
+    main.cli([*RUN, *REDUCED, "--eval", "--resume", str(previous)])
+    assert rates == [[0.5, 1.0]] * 2  # the weights and their average
 
 
 def test_weights_of_a_deit_load_into_the_evit_and_back(tmp_path):

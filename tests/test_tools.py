@@ -86,3 +86,23 @@ def test_speed_of_an_unknown_model_is_a_line(capsys):
     with pytest.raises(SystemExit):
         speed_test.main(["--models", "deit_tinny_patch16_224", "--device", "cpu"])
     assert "did you mean deit_tiny_patch16_224" in capsys.readouterr().err
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def work():
+        first = torch.zeros(1 << 20)  # 4 MiB
+        del first
+        return torch.zeros(1 << 20).add(1).numel()  # two more at once
+
+    assert speed_test.peak_memory(work, torch.device("cpu")) == pytest.approx(2 * 4 * 2**20, rel=0.01)
+
+
+def test_the_whole_attention_matrix_takes_its_memory(tmp_path):
+    peaks = {}
+    for attention in ("fused", "math"):
+        flags = ["--models", "deit_tiny_patch16_224", "--attention", attention, "--batch-sizes", "2", "--device", "cpu"]
+        flags += ["--input-size", "384", "--rounds", "1", "--steps", "1", "--output", str(tmp_path / attention)]
+        speed_test.main(flags)
+        peaks[attention] = json.loads((tmp_path / attention).read_text())["rows"][0]["peak_memory_bytes"]
+    matrix = 2 * 3 * 577 * 577 * 4  # images, heads, tokens, tokens, bytes
+    assert peaks["math"] - peaks["fused"] > matrix

@@ -18,7 +18,7 @@ import torch
 
 import engine
 import main as training
-from models_evit import evit_blocks
+from models_evit import is_evit
 from tools import command
 from tools.speed_test import describe, inference
 from tools.timing import rates_in_turn, ratio_row, write_results
@@ -29,6 +29,8 @@ def measure(
     own: argparse.Namespace, run: argparse.Namespace, weights: dict[str, torch.Tensor], world: World
 ) -> list[dict[str, Any]]:
     """A row for each keep rate; the ratios of images/s are to the first."""
+    if not is_evit(run.model):
+        raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
     models = []
     for rate in own.keep_rates:
         changed = copy.copy(run)
@@ -36,8 +38,6 @@ def measure(
         models.append(command.build_model(changed, weights, own.resume, world.device))
         if run.compile:
             models[-1].compile()
-    if not evit_blocks(models[0]):
-        raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
     _, val = training.build_sources(changed, world)
     if val.num_classes != models[0].num_classes:
         raise UserError(f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}")

@@ -1,0 +1,273 @@
+"""Tools that take a trained model: the patches they draw, the accuracies they measure, the files they export."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import tiny
+import torch
+from PIL import Image
+
+import main
+from models_evit import EViTBlock, evit_blocks, reduce_tokens
+from tools import command, export, tradeoff, visualize_tokens
+
+MODEL = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, "--drop-loc", "0", "--base-keep-rate", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Output folder of an EViT trained for an epoch; 16 patches, of which layer 0 keeps 8."""
+    folder = tmp_path_factory.mktemp("run")
+    main.cli([*MODEL, *tiny.DATA, "--shrink-start-epoch", "0", "--warmup-epochs", "0", "--epochs", "1", "--amp", "off",
+              "--model-ema-decay", "0.9", "--output-dir", str(folder)])  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run):
+    return str(run / "best.pth")
+
+
+def line_of(capsys, tool, *flags):
+    """The one line with which the tool refuses."""
+    with pytest.raises(SystemExit) as exit_info:
+        tool.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+def model_of(checkpoint):
+    args = torch.load(checkpoint, weights_only=True)
+    model = timm.create_model(
+        "evit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3,
+        num_classes=10, drop_loc=(0,), keep_rate=0.5)  # fmt: skip
+    model.load_state_dict(args["model"])
+    return model.eval()
+
+
+# -- what checkpoints say ----------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_names_model_and_data_and_flags_go_before_it(checkpoint):
+    own, run, weights = command.parse(command.get_parser("x", None), ["--resume", checkpoint])
+    assert (run.model, run.data_set, run.drop_loc) == ("evit_tiny_distilled_patch16_224", "DIGITS", [0])
+    assert run.output_dir == "output" and run.resume == ""  # how it was trained is not what is asked now
+    _, run, _ = command.parse(
+        command.get_parser("x", None), ["--base_keep_rate", "0.25", "--resume", checkpoint, "--data_set", "CIFAR"]
+    )
+    assert (run.base_keep_rate, run.data_set) == (0.25, "CIFAR")
+    model = command.build_model(run, weights, own.resume, torch.device("cpu"))
+    assert evit_blocks(model)[0].keep_rate == 0.25 and not model.training and model.num_classes == 10
+
+
+def test_a_checkpoint_of_the_published_code_is_read_by_its_own_flags(checkpoint, tmp_path):
+    published = argparse.Namespace(
+        model="evit_tiny_distilled_patch16_224", input_size=32, drop_loc="(0,)", base_keep_rate=0.5, fuse_token=False,
+        data_set="CIFAR", data_path="/data", lr=1e-3, patch_size=8)  # fmt: skip
+    torch.save({"model": model_of(checkpoint).state_dict(), "args": published}, tmp_path / "their.pth")
+    flags = ["--resume", str(tmp_path / "their.pth"), "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
+    own, run, weights = command.parse(command.get_parser("x", None), flags)
+    assert run.input_size == [32] and run.drop_loc == [0] and run.fuse_token is False
+    assert not evit_blocks(command.build_model(run, weights, own.resume, torch.device("cpu")))[0].fuse_token
+
+
+def test_averaged_weights_are_taken_when_asked_for(checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)
+    for flags, name in (([], "model"), (["--ema"], "model_ema")):
+        _, _, weights = command.parse(command.get_parser("x", None), ["--resume", checkpoint, *flags])
+        assert all(torch.equal(weights[key], value) for key, value in saved[name].items())
+
+
+def test_checkpoints_that_do_not_say_enough_are_a_line(checkpoint, tmp_path, capsys):
+    bare = tmp_path / "bare.pth"
+    torch.save({"model": model_of(checkpoint).state_dict()}, bare)
+    assert "does not name its model; add --model" in line_of(capsys, tradeoff, "--resume", bare)
+    assert "has no averaged weights" in line_of(capsys, tradeoff, "--resume", bare, *MODEL, "--ema")
+    assert "no such file" in line_of(capsys, tradeoff, "--resume", tmp_path / "gone.pth")
+    assert "holds another model" in line_of(capsys, tradeoff, "--resume", checkpoint, "--patch-size", "4")
+    assert "did you mean --base-keep-rate" in line_of(capsys, tradeoff, "--resume", checkpoint, "--base-keep-rat=1")
+
+
+# -- visualize_tokens --------------------------------------------------------------------------------------------------
+
+
+def naive_follow(model, image):
+    """The kept patches by lists of names: a fused token has the name None, whatever it was made of."""
+    said = []
+    hooks = [block.keep.register_forward_hook(lambda _m, args, _o: said.append(args)) for block in evit_blocks(model)]
+    with torch.no_grad():
+        model(image[None])
+    for hook in hooks:
+        hook.remove()
+    names, kept = list(range(model.patch_embed.num_patches)), []
+    for _, attentiveness, num_keep, fuse in said:
+        ranked = sorted(range(len(names)), key=lambda token: -attentiveness[0, token].item())
+        names = [names[token] for token in ranked[:num_keep]] + ([None] if fuse else [])
+        kept.append(names)
+    return kept
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_followed_patches_are_those_the_layers_keep(fuse):
+    survivals = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        size = {"img_size": (48, 80), "depth": 5, "embed_dim": 48, "num_heads": 3}
+        model = timm.create_model("vit_tiny_patch16_224", **size, block_fn=EViTBlock)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        reduce_tokens(model.eval(), 0.6, drop_loc=(1, 2, 4), fuse_token=fuse)
+        image = torch.randn(3, 48, 80)
+        reductions, expected = visualize_tokens.follow(model, image), naive_follow(model, image)
+        assert [reduction.layer for reduction in reductions] == [1, 2, 4]
+        for reduction, names in zip(reductions, expected, strict=True):
+            assert reduction.kept.nonzero()[:, 0].tolist() == sorted(name for name in names if name is not None)
+        survivals += any(names.count(None) > 1 for names in expected)
+    # the interesting case did occur: a fused token that a later layer kept
+    assert survivals > 0 if fuse else survivals == 0
+
+
+def test_kept_patches_are_drawn_as_they_are_and_others_dimmed():
+    pixels = np.random.default_rng(0).integers(0, 200, (160, 320, 3), dtype=np.uint8)
+    kept = torch.tensor([True, False, False, True, True, False, True, True])  # of 2 rows and 4 columns
+    picture = np.asarray(visualize_tokens.draw(pixels, [visualize_tokens.Reduction(3, kept)], (2, 4)))
+    top, right = visualize_tokens.HEADING, 320 + visualize_tokens.GAP
+    assert picture.shape == (160 + top, 640 + visualize_tokens.GAP, 3)
+    assert (picture[top:, :320] == pixels).all()
+    for patch in range(8):
+        row, column = divmod(patch, 4)
+        place = np.s_[row * 80 : row * 80 + 80, column * 80 : column * 80 + 80]
+        drawn = picture[top:, right:][place]
+        if kept[patch]:
+            assert (drawn == pixels[place]).all()
+        else:
+            assert (drawn > pixels[place]).all() and np.ptp(drawn) <= 0.2 * 200
+
+
+def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
+    visualize_tokens.main(["--resume", checkpoint, "--num-images", "3", "--output", str(tmp_path / "digits")])
+    assert capsys.readouterr().out.count("16 patches, 8 after layer 0") == 3
+    assert len(list((tmp_path / "digits").glob("*.png"))) == 3
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "in" / "deep" / "a.jpg")
+    Image.new("L", (32, 32)).save(tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    lone = tmp_path / "lone.webp"
+    Image.new("RGB", (32, 32), "blue").save(lone)
+    flags = ["--resume", checkpoint, "--images", str(tmp_path / "in"), str(lone), "--output", str(tmp_path / "files")]
+    visualize_tokens.main(flags)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split(",")[0] for line in said] == [
+        str(tmp_path / "in" / "b.png"), str(tmp_path / "in" / "deep" / "a.jpg"), str(lone)]  # fmt: skip
+    size = Image.open(tmp_path / "files" / "0001.png").size  # 32 px enlarged to at least 160, twice, and a gap
+    assert size == (2 * 160 + visualize_tokens.GAP, 160 + visualize_tokens.HEADING)
+
+
+def test_what_cannot_be_drawn_is_a_line(checkpoint, tmp_path, capsys):
+    tool, resume = visualize_tokens, ("--resume", checkpoint, "--output", tmp_path / "out")
+    assert "no such file or folder" in line_of(capsys, tool, *resume, "--images", tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in line_of(capsys, tool, *resume, "--images", tmp_path / "empty")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    assert "cannot read image" in line_of(capsys, tool, *resume, "--images", tmp_path / "broken.jpg")
+    assert "drops no patches" in line_of(capsys, tool, *resume, "--base-keep-rate", "1")
+
+
+# -- tradeoff ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tradeoff_has_the_accuracy_of_the_run_at_its_own_rate(run, checkpoint, tmp_path, capsys):
+    file = tmp_path / "new" / "tradeoff.json"
+    flags = ["--resume", checkpoint, "--keep-rates", "1", "0.5", "--amp", "off", "--rounds", "1", "--steps", "1"]
+    tradeoff.main([*flags, "--num-workers", "0", "--batch-size", "50", "--output", str(file)])
+    written = json.loads(file.read_text())
+    whole, half = written["rows"]
+    logged = tiny.log_of(run)[-1]
+    assert half["acc1"] == logged["test_acc1"] and half["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
+    assert whole["loss"] != half["loss"] and whole["images"] == half["images"] == 355
+    assert (whole["tokens"], half["tokens"]) == ([18, 18], [11, 11]) and half["macs"] < whole["macs"]
+    assert whole["ratio"] == 1.0 and half["ratio"] == pytest.approx(
+        half["images_per_second"] / whole["images_per_second"]
+    )
+    assert written["settings"]["batch_size"] == 50 and "date" in written["environment"]
+    assert Image.open(file.with_suffix(".png")).width > 100
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_each_layer_may_have_its_rate_and_a_deit_may_be_asked_too(checkpoint, tmp_path, capsys):
+    bare = tmp_path / "deit.pth"
+    torch.save({"model": model_of(checkpoint).state_dict()}, bare)
+    flags = ["--resume", str(bare), *MODEL, *tiny.DATA, "--drop-loc", "0,1", "--rounds", "1"]
+    tradeoff.main([*flags, "--keep-rates", "1", "0.5,0.25", "--output", str(tmp_path / "t.json")])
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert rows[1]["keep_rate"] == [0.5, 0.25]
+    assert rows[1]["tokens"] == [2 + 8 + 1, 2 + 3 + 1]
+    assert "0.5,0.25" in capsys.readouterr().out
+
+
+def test_what_has_no_tradeoff_is_a_line(checkpoint, tmp_path, capsys):
+    deit = ["--model", "deit_tiny_distilled_patch16_224", *tiny.MODEL]
+    bare = tmp_path / "deit.pth"
+    torch.save({"model": model_of(checkpoint).state_dict()}, bare)
+    assert "no EViT blocks" in line_of(capsys, tradeoff, "--resume", bare, *deit, *tiny.DATA)
+    assert "1.5 is not above 0 and at most 1" in line_of(
+        capsys, tradeoff, "--resume", checkpoint, "--keep-rates", "1.5"
+    )
+    for part in ("train", "val"):
+        for kind in ("a", "b"):
+            (tmp_path / "data" / part / kind).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / "data" / part / kind / "1.png")
+    flags = ["--resume", checkpoint, "--data-set", "IMNET", "--data-path", tmp_path / "data"]
+    assert "has 2 classes, the model 10" in line_of(capsys, tradeoff, *flags)
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fuse", ["--fuse-token", "--no-fuse-token"])
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_exported_files_compute_what_the_model_computes(checkpoint, tmp_path, suffix, fuse, capsys):
+    file = tmp_path / f"model{suffix}"
+    export.main(["--resume", checkpoint, "--output", str(file), fuse])
+    assert "logits within" in capsys.readouterr().out
+    model = model_of(checkpoint)
+    evit_blocks(model)[0].fuse_token = fuse == "--fuse-token"
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            expected = model(images)
+        if suffix == ".onnx":
+            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        else:
+            found = torch.export.load(file).module()(images)
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_the_keep_rate_of_the_file_is_that_of_the_flags(checkpoint, tmp_path, rate):
+    export.main(["--resume", checkpoint, "--output", str(tmp_path / "m.onnx"), "--base-keep-rate", str(rate)])
+    model, images = model_of(checkpoint), torch.randn(2, 3, 32, 32)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    with torch.no_grad():
+        assert not torch.allclose(found, model(images), atol=1e-5)
+        assert torch.allclose(found, reduce_tokens(model, rate, drop_loc=(0,))(images), atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_a_line(checkpoint, tmp_path, capsys, monkeypatch):
+    assert "name it .onnx or .pt2" in line_of(
+        capsys, export, "--resume", checkpoint, "--output", tmp_path / "model.bin"
+    )
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    assert "do not use it" in line_of(capsys, export, "--resume", checkpoint, "--output", tmp_path / "m.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    error = line_of(capsys, export, "--resume", checkpoint, "--output", tmp_path / "m.onnx")
+    assert "pip install onnx onnxscript onnxruntime" in error
