@@ -43,6 +43,18 @@ def test_gradient_accumulation_over_two_ranks_has_it_too(two_ranks, tmp_path):
         assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
 
 
+def test_an_evit_on_two_ranks_has_the_loss_curve_of_one_while_its_keep_rate_falls(tmp_path):
+    evit = [*tiny.PLAIN, "--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "0", "--base-keep-rate", "0.5"]
+    evit += ["--shrink-start-epoch", "0", "--shrink-epochs", "1", "--epochs", "2"]
+    tiny.run("main.py", *evit, "--batch-size", "64", "--output-dir", tmp_path / "one")
+    checkpointed = ["--grad-checkpointing", "--batch-size", "32", "--output-dir", tmp_path / "two"]
+    tiny.torchrun(2, "main.py", *evit, *checkpointed)
+    for one, two in zip(tiny.log_of(tmp_path / "one"), tiny.log_of(tmp_path / "two"), strict=True):
+        assert one["keep_rate"] == two["keep_rate"] == 0.5
+        for name in ("train_loss", "test_loss", "test_ema_loss"):
+            assert two[name] == pytest.approx(one[name], abs=1e-4), name
+
+
 def test_only_the_first_rank_talks(two_ranks):
     folder, output = two_ranks
     assert output.count("effective batch 64 images") == 1
