@@ -24,7 +24,7 @@ TOLERANCE = 1e-3  # of the largest logit
 
 def export(model: nn.Module, input_size: tuple[int, int]) -> torch.export.ExportedProgram:
     """`torch.export` of the model in evaluation mode, for any number of images of that (height, width)."""
-    batch = {0: torch.export.Dim("batch")}
+    batch = {0: torch.export.Dim("batch", max=2**20)}  # torch 2.6 wants a limit
     # Two images: an example of one would fix the batch size.
     return torch.export.export(model.eval(), (torch.zeros(2, 3, *input_size),), dynamic_shapes=(batch,))
 
