@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ import engine
 import losses
 import models
 import models_evit
+import teacher_cache
 import utils
 from samplers import random_key, seed_generators
 from utils import RunError, UserError, World, logger
@@ -222,6 +224,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixup-prob", type=_RATE, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=_RATE, default=0.5, help="probability of CutMix when both are on")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one λ")
+    add("--augmentation-epochs", type=_COUNT, metavar="K", help="show the same views again every K epochs; default: "
+        "new views in every epoch")  # fmt: skip
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
 
@@ -264,6 +268,8 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature τ of soft distillation")
     add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help="soft distillation "
         "divided by the batch or, as in the published code, by batch times classes")  # fmt: skip
+    add("--distill-on-class-token", action=_SWITCH, default=False, help="let the one head follow labels and teacher, "
+        "for models without a distillation token")  # fmt: skip
     add("--teacher-model", default="regnety_160", help="any model of timm's")
     add("--teacher-path", default="", help="its checkpoint (file or https address)")
     add("--teacher-pretrained", action=_SWITCH, default=False, help="timm's published weights (a download)")
@@ -275,6 +281,22 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="further arguments of it",
     )
+    add("--teacher-cache", default="", metavar="FOLDER", help="store of the teacher's answers to every view of a run; "
+        "what is missing is computed and added")  # fmt: skip
+    add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help="soft distillation stores so many of the "
+        "largest probabilities of a view; as many as there are classes for all")  # fmt: skip
+    add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
+    add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help="of these epochs only, TO left out, to share "
+        "them out among machines")  # fmt: skip
+
+
+def _epoch_range(text: str) -> range:
+    """`0:30` -> range(0, 30)."""
+    first, _, end = text.partition(":")
+    epochs = range(_NATURAL(first), _NATURAL(end))
+    if not epochs:
+        raise argparse.ArgumentTypeError(f"{text} holds no epochs")
+    return epochs
 
 
 def get_parser(**options: Any) -> Parser:
@@ -307,6 +329,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             "--teacher-path and --teacher-pretrained both say where the teacher's weights come from; pass one"
         )
+    if args.distillation_type == "none" and (args.teacher_cache or args.distill_on_class_token):
+        flag = "--teacher-cache" if args.teacher_cache else "--distill-on-class-token"
+        raise UserError(f"{flag}: no distillation is asked for; add --distillation-type hard, or drop it")
+    if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
+        raise UserError("--precompute-teacher: there is no place for the answers; add --teacher-cache FOLDER")
+    if args.precompute_epochs and not args.precompute_teacher:
+        raise UserError("--precompute-epochs: add --precompute-teacher")
     evit_flags = ("base_keep_rate", "drop_loc", "fuse_token", "shrink_start_epoch", "shrink_epochs")
     given = next((flag.replace("_", "-") for flag in evit_flags if getattr(args, flag) is not None), None)
     if given and not models_evit.is_evit(args.model):
@@ -349,7 +378,7 @@ def build_model(args: argparse.Namespace, num_classes: int, device: torch.device
         drop_path=args.drop_path,
         patch_size=args.patch_size,
         model_kwargs={key: value for key, value in tokens.items() if value is not None} | args.model_kwargs,
-        distilled=args.distillation_type != "none",
+        distilled=args.distillation_type != "none" and not args.distill_on_class_token,
         grad_checkpointing=args.grad_checkpointing,
     )
     if args.finetune:
@@ -427,13 +456,10 @@ def build_prepare(args: argparse.Namespace, num_classes: int, device: torch.devi
     return datasets.build_prepare(device, mixup)
 
 
-def build_criterion(
+def build_teacher(
     args: argparse.Namespace, student: torch.nn.Module, num_classes: int, device: torch.device
-) -> losses.Criterion:
-    """The base criterion, with a teacher if there is one."""
-    base = losses.build_base_criterion(args.bce_loss, args.smoothing)
-    if args.distillation_type == "none":
-        return losses.SupervisedLoss(base)
+) -> losses.FrozenTeacher:
+    """The teacher with its weights, on the device."""
     model = models.build_teacher(
         args.teacher_model,
         path=args.teacher_path,
@@ -443,7 +469,80 @@ def build_criterion(
         model_kwargs=args.teacher_model_kwargs,
     )
     _place(model, device)
-    teacher = losses.FrozenTeacher(model, *models.normalization(model), *models.normalization(student))
+    return losses.FrozenTeacher(model, *models.normalization(model), *models.normalization(student))
+
+
+def build_cached_teacher(
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+) -> teacher_cache.CachedTeacher:
+    """The store of the teacher's answers; the teacher itself only if answers are missing.
+
+    Raises:
+        UserError: if the store is of another run, or the disk too small, or answers and teacher are missing.
+    """
+    if not isinstance(source, datasets.Source):
+        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose views have no place; drop the flag")
+    hard, folder = args.distillation_type == "hard", Path(args.teacher_cache)
+    codec = (
+        teacher_cache.Labels(source.num_classes)
+        if hard
+        else teacher_cache.LogProbabilities(source.num_classes, args.teacher_cache_topk)
+    )
+    num_positions = loader.counter.num_positions
+    cache = teacher_cache.TeacherCache(folder, codec, num_positions, world.rank, world.size)
+    missing = [epoch for epoch in _view_epochs(args) if not cache.is_whole(epoch)]
+    live = None
+    if missing:
+        if not args.teacher_path and not args.teacher_pretrained:
+            raise UserError(
+                f"--teacher-cache {folder}: {len(missing)} epochs are missing, the first is {missing[0]}; add "
+                f"--teacher-path FILE or --teacher-pretrained, or precompute them"
+            )
+        needed = teacher_cache.check_space(folder, codec, num_positions, len(missing))
+        logger.info("%s: %d epochs are missing and will take %.1f MiB", folder, len(missing), needed / 2**20)
+        live = build_teacher(args, student, source.num_classes, world.device)
+    with utils.main_process_first(world.local_rank):
+        teacher_cache.check_fingerprint(folder, fingerprint(args, student, source, loader, world))
+    return teacher_cache.CachedTeacher(cache, lambda: loader.counter.epoch, live)
+
+
+def _view_epochs(args: argparse.Namespace) -> range:
+    """The epochs of different views that a run sees, or precomputes."""
+    return args.precompute_epochs or range(min(args.epochs, args.augmentation_epochs or args.epochs))
+
+
+def fingerprint(
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+) -> dict[str, Any]:
+    """All that shapes the views of a run and what a teacher says about them; None for what is not known here."""
+    flags = ("data_set", "train_fraction", "seed", "input_size", "repeated_aug", "hflip", "color_jitter", "aa")
+    flags += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
+    flags += ("mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model", "teacher_model_kwargs")
+    mixes = bool(args.mixup or args.cutmix or args.cutmix_minmax)
+    teacher = utils.file_hash(args.teacher_path) if args.teacher_path else "timm" if args.teacher_pretrained else None
+    return {name: getattr(args, name) for name in flags} | {
+        "views": loader.counter.num_positions,
+        "labels": zlib.crc32(source.targets[source.order].tobytes()),
+        "normalization": models.normalization(student),
+        "batch_size": args.batch_size if mixes else 0,  # what is mixed with what
+        "processes": world.size if mixes else 0,
+        "teacher_weights": teacher,
+        "precision": str(engine.select_amp(args.amp, world.device)),
+        "topk": None if args.distillation_type == "hard" else args.teacher_cache_topk,
+    }
+
+
+def build_criterion(
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+) -> losses.SupervisedLoss | losses.DistillationLoss:
+    """The base criterion, with a teacher if there is one."""
+    base = losses.build_base_criterion(args.bce_loss, args.smoothing)
+    if args.distillation_type == "none":
+        return losses.SupervisedLoss(base)
+    if args.teacher_cache:
+        teacher = build_cached_teacher(args, student, source, loader, world)
+    else:
+        teacher = build_teacher(args, student, source.num_classes, world.device)
     return losses.DistillationLoss(
         base,
         teacher,
@@ -583,7 +682,19 @@ def main(args: argparse.Namespace) -> None:
         return utils.shut_down_distributed()
     train_loader = build_train_loader(args, train, model, world)
     prepare = build_prepare(args, train.num_classes, world.device)
-    criterion = build_criterion(args, model, train.num_classes, world.device)
+    criterion = build_criterion(args, model, train, train_loader, world)
+    if args.precompute_teacher:
+        engine.precompute(
+            criterion.teacher,
+            train_loader,
+            prepare,
+            _view_epochs(args),
+            engine.autocast(model, engine.select_amp(args.amp, world.device)),
+            seed=args.seed,
+            world=world,
+            log_interval=args.log_interval,
+        )
+        return utils.shut_down_distributed()
     state = build_state(args, model, train_loader.images_per_batch, world)
     schedules = build_schedules(args, state, train_loader.updates_per_epoch)
     if args.resume:
@@ -604,6 +715,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         log_interval=args.log_interval,
         eval_interval=args.eval_interval,
+        augmentation_epochs=args.augmentation_epochs,
     )
     if writer is not None:
         writer.close()
