@@ -377,6 +377,19 @@ def evaluate(
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
 
 
+@torch.no_grad()
+def features(model: nn.Module, loader: Iterable[Batch], autocast: contextlib.AbstractContextManager) -> torch.Tensor:
+    """What a timm model hands to its classification layer, float32 [N, D] on the CPU, for each image of the loader."""
+    model.eval()
+    device = next(model.parameters()).device
+    rows = []
+    for batch in loader:
+        with autocast:
+            maps = model.forward_features(to_device(batch, device).images)
+            rows.append(model.forward_head(maps, pre_logits=True).float().cpu())
+    return torch.cat(rows)
+
+
 def modules_of(state: TrainState) -> dict[str, nn.Module]:
     """The model and, if there is one, its average, by their prefix in the log."""
     return {"test_": state.module} | ({"test_ema_": state.ema.module} if state.ema is not None else {})

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import shlex
 import sys
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3, ParseKwargs
 from torch.nn.parallel import DistributedDataParallel
@@ -157,6 +160,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's published weights (a download)")
     add("--finetune", default="", help="start from the weights of this checkpoint (file or https address)")
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
+    add("--cache-features", action=_SWITCH, default=False, help="with --train-scope head: run the frozen part once, "
+        "over the images as they are evaluated, and train the head on what it gives")  # fmt: skip
     add("--attn-only", dest="train_scope", action="store_const", const="attn", help="the published spelling of "
         "--train-scope attn")  # fmt: skip
     add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save an average of the weights")
@@ -334,6 +339,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{flag}: no distillation is asked for; add --distillation-type hard, or drop it")
     if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
         raise UserError("--precompute-teacher: there is no place for the answers; add --teacher-cache FOLDER")
+    if args.cache_features:
+        _check_features(args)
     if args.precompute_epochs and not args.precompute_teacher:
         raise UserError("--precompute-epochs: add --precompute-teacher")
     evit_flags = ("base_keep_rate", "drop_loc", "fuse_token", "shrink_start_epoch", "shrink_epochs")
@@ -344,6 +351,17 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+
+
+def _check_features(args: argparse.Namespace) -> None:
+    """`--cache-features` leaves no room for what changes the images or the frozen part."""
+    if args.train_scope != "head" or args.distillation_type != "none":
+        raise UserError("--cache-features: needs --train-scope head, and no distillation, whose teacher wants images")
+    off = {"aa": "none", "color_jitter": 0, "hflip": 0, "reprob": 0, "mixup": 0, "cutmix": 0, "drop": 0, "drop_path": 0}
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in off.items() if getattr(args, name) != value]
+    flags += ["--no-repeated-aug"] if args.repeated_aug else []
+    if flags or args.cutmix_minmax:
+        raise UserError(f"--cache-features: every image has one view; add {' '.join(flags) or 'no --cutmix-minmax'}")
 
 
 # -- wiring ------------------------------------------------------------------------------------------------------------
@@ -417,10 +435,9 @@ def build_val_loader(args: argparse.Namespace, source: Any, model: torch.nn.Modu
     return datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, world))
 
 
-def build_train_loader(
-    args: argparse.Namespace, source: Any, model: torch.nn.Module, world: World
-) -> datasets.EpochLoader:
-    transform = datasets.build_train_transform(
+def build_train_transform(args: argparse.Namespace, model: torch.nn.Module) -> Callable[[Any], torch.Tensor]:
+    """How the model is shown an image to learn from."""
+    return datasets.build_train_transform(
         _size(args),
         *models.normalization(model),
         interpolation=args.train_interpolation,
@@ -431,6 +448,31 @@ def build_train_loader(
         re_mode=args.remode,
         re_count=args.recount,
     )
+
+
+def cache_features(
+    args: argparse.Namespace, model: torch.nn.Module, source: Any, world: World
+) -> tuple[datasets.Source, Callable[[torch.Tensor], torch.Tensor], torch.nn.Module]:
+    """Features of the training images as a data set, the way they are shown (as they are), and the head they go to.
+
+    Every process computes them all.
+    """
+    if not isinstance(source, datasets.Source):
+        raise UserError(f"--cache-features: {args.data_set} is a stream, whose images have no place; drop the flag")
+    head = models.linear_head(model, args.model)
+    alone = dataclasses.replace(world, rank=0, size=1)
+    loader = datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, alone))
+    amp = engine.autocast(model, engine.select_amp(args.amp, world.device))
+    start = time.perf_counter()
+    features = engine.features(model, loader, amp)
+    logger.info("features of %d images in %.0f s", len(features), time.perf_counter() - start)
+    order = np.arange(len(features))
+    return datasets.Source(features, source.targets[source.order], source.num_classes, order), torch.clone, head
+
+
+def build_train_loader(
+    args: argparse.Namespace, source: Any, transform: Callable[[Any], torch.Tensor], world: World
+) -> datasets.EpochLoader:
     return datasets.build_train_loader(
         source,
         transform,
@@ -554,9 +596,9 @@ def build_criterion(
 
 
 def build_state(
-    args: argparse.Namespace, model: torch.nn.Module, images_per_batch: int, world: World
+    args: argparse.Namespace, model: torch.nn.Module, trained: torch.nn.Module, images_per_batch: int, world: World
 ) -> engine.TrainState:
-    """Optimiser, precision, weight average, compilation and DDP around a model."""
+    """Optimiser, precision, weight average, compilation and DDP around a model, or the part of it that is trained."""
     effective_batch = images_per_batch * args.accum_steps
     lr = args.lr * {"linear": effective_batch / 512, "sqrt": (effective_batch / 512) ** 0.5, "none": 1}[args.lr_scaling]
     logger.info("effective batch %d images, peak learning rate %.3g", effective_batch, lr)
@@ -578,10 +620,10 @@ def build_state(
         # would silently compile no more.
         torch._dynamo.config.cache_size_limit = 4 * (models_evit.SHRINK_STEPS + 1)
         model.compile()  # in place, so that parameter names keep no prefix
-    wrapped = model
+    wrapped = trained
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
     amp_dtype = engine.select_amp(args.amp, world.device)
     return engine.TrainState(
         wrapped, model, optimizer, amp_dtype=amp_dtype, accum_steps=args.accum_steps, clip_grad=args.clip_grad, ema=ema
@@ -680,7 +722,10 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_only(args, model, val_loader, world)
         return utils.shut_down_distributed()
-    train_loader = build_train_loader(args, train, model, world)
+    transform, trained = build_train_transform(args, model), model
+    if args.cache_features:
+        train, transform, trained = cache_features(args, model, train, world)
+    train_loader = build_train_loader(args, train, transform, world)
     prepare = build_prepare(args, train.num_classes, world.device)
     criterion = build_criterion(args, model, train, train_loader, world)
     if args.precompute_teacher:
@@ -695,7 +740,7 @@ def main(args: argparse.Namespace) -> None:
             log_interval=args.log_interval,
         )
         return utils.shut_down_distributed()
-    state = build_state(args, model, train_loader.images_per_batch, world)
+    state = build_state(args, model, trained, train_loader.images_per_batch, world)
     schedules = build_schedules(args, state, train_loader.updates_per_epoch)
     if args.resume:
         state.resume(utils.read_checkpoint(args.resume, "--resume"), args.resume, train_loader.updates_per_epoch)

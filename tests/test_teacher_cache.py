@@ -350,3 +350,81 @@ def test_without_mixing_another_number_of_processes_may_read(teacher, tmp_path):
     tiny.torchrun(2, "main.py", *RUN, *plain, *teacher, "--batch-size", "16", "--precompute-teacher")
     tiny.run("main.py", *RUN, *plain, "--output-dir", tmp_path / "run")
     assert len(tiny.log_of(tmp_path / "run")) == 2
+
+
+# -- heads on stored features ------------------------------------------------------------------------------------------
+
+HEAD = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--train-scope", "head", "--cache-features"]
+ONE_VIEW = [
+    "--aa",
+    "none",
+    "--color-jitter",
+    "0",
+    "--hflip",
+    "0",
+    "--reprob",
+    "0",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--drop-path",
+    "0",
+    "--no-repeated-aug",
+]
+
+
+def test_features_are_what_the_head_is_given(teacher):
+    args = main.get_parser().parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
+    world = main.utils.init_distributed("cpu")
+    source, _ = main.build_sources(args, world)
+    model = main.build_model(args, 10, CPU)
+    cached, as_it_is, head = main.cache_features(args, model, source, world)
+    assert head is model.get_classifier() and len(cached) == len(source)
+    seen = []
+    head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    transform = main.build_eval_transform(args, model)
+    for index in (0, 7, len(source) - 1):
+        image, target = source[index]
+        with torch.no_grad():
+            model.eval()(transform(image)[None])
+        assert cached[index][1] == target
+        torch.testing.assert_close(as_it_is(cached[index][0]), seen[-1][0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_on_stored_features_is_trained_alone_and_saved_whole(teacher, tmp_path, capsys):
+    run = [*HEAD, *ONE_VIEW, "--finetune", teacher[1], "--epochs", "30", "--lr", "1e-2", "--lr-scaling", "none"]
+    main.cli([*run, "--weight-decay", "0", "--eval-interval", "30", "--output-dir", str(tmp_path)])
+    before = torch.load(teacher[1], weights_only=True)["model"]
+    after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    evaluated = tiny.run("main.py", "--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--eval", "--resume",
+                         tmp_path / "checkpoint.pth")  # fmt: skip
+    accuracy = tiny.log_of(tmp_path)[-1]["test_acc1"]
+    assert accuracy > 75 and f"test_acc1 {accuracy:.4g}" in evaluated
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (ONE_VIEW[:-1], "add --no-repeated-aug"),
+        (ONE_VIEW[2:], "add --aa none"),
+        ([*ONE_VIEW, "--train-scope", "all"], "needs --train-scope head"),
+        ([*ONE_VIEW, "--cutmix-minmax", "0.1", "0.2"], "no --cutmix-minmax"),
+        ([*ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224"], "does not end in one linear layer"),
+    ],
+)
+def test_features_that_would_not_do_are_a_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main.cli([*HEAD, *flags, "--output-dir", ""])
+    assert exit_info.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_of_one_head_learns_from_both(teacher, tmp_path):
+    plain = ["--model", "deit_tiny_patch16_224", "--distillation-type", "hard", *teacher]
+    main.cli([*RUN, *plain, "--distill-on-class-token", "--output-dir", str(tmp_path)])
+    record = tiny.log_of(tmp_path)[-1]
+    combined = 0.5 * record["train_loss_base"] + 0.5 * record["train_loss_distillation"]
+    assert record["train_loss"] == pytest.approx(combined, abs=1e-4)
+    assert not any("dist" in name for name in torch.load(tmp_path / "best.pth", weights_only=True)["model"])
