@@ -593,6 +593,10 @@ class EpochLoader:
     def set_epoch(self, epoch: int) -> None:
         self.counter.set_epoch(epoch)
 
+    def skip(self, num_batches: int) -> None:
+        """Leave out so many batches of the epoch, unread. (A stream cannot.)"""
+        self.counter.set_epoch(self.counter.epoch, num_batches * self.loader.batch_size)
+
     def __len__(self) -> int:
         return self.num_batches
 
@@ -699,7 +703,8 @@ def _loader(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    images, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
+    return Batch(images, targets, batch.positions)
 
 
 def build_prepare(device: torch.device, mixup: Mixup | None) -> Callable[[Batch], Batch]:

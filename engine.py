@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +18,13 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from datasets import EpochLoader, to_device
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
 from samplers import Batch, random_key, seed_generators
+from teacher_cache import CachedTeacher
 from utils import RunError, StepLog, UserError, World, all_reduce_sum, append_log, logger, save_checkpoint
 
 
@@ -252,6 +255,21 @@ class TrainState:
             )
 
 
+def prepared(
+    loader: Iterable[Batch], prepare: Callable[[Batch], Batch], *, seed: int, epoch: int, rank: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """The batches of an epoch as models see them: on the device and mixed, whoever asks.
+
+    Args:
+        loader: this rank's batches from `first_step` on.
+        prepare: takes a batch to the device and mixes it.
+        seed, epoch, rank: with the step they seed Mixup and CutMix.
+    """
+    for step, batch in enumerate(loader, first_step):
+        seed_generators(random_key(seed, "mix", epoch, step, rank))
+        yield prepare(batch)
+
+
 def train_one_epoch(
     state: TrainState,
     loader: EpochLoader | Sequence[Batch],
@@ -262,6 +280,7 @@ def train_one_epoch(
     *,
     seed: int = 0,
     rank: int = 0,
+    view_epoch: int | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader` once.
 
@@ -270,6 +289,7 @@ def train_one_epoch(
         schedules: all are set to the number of updates made before each step.
         log: takes every step's loss, terms and schedule values.
         seed, rank: with the epoch and the step they seed Mixup, dropout and stochastic depth.
+        view_epoch: the epoch that Mixup is seeded with, if it is another one.
 
     Returns:
         Mean over steps of all that was logged, and `images_per_second`.
@@ -278,16 +298,53 @@ def train_one_epoch(
         RunError: on all ranks, if the loss is not finite.
     """
     set_train_mode(state.model)
-    for step, batch in enumerate(loader):
+    view_epoch = state.epoch if view_epoch is None else view_epoch
+    for step, batch in enumerate(prepared(loader, prepare, seed=seed, epoch=view_epoch, rank=rank)):
         for schedule in schedules:
             schedule.step_update(state.num_updates)
         seed_generators(random_key(seed, "step", state.epoch, step, rank), state.device)
-        batch = prepare(batch)
         with state.forward():
             loss, terms = criterion(state.model(batch.images), batch)
         state.step(loss)
         log.update({"loss": loss} | terms | {schedule.name: schedule.value for schedule in schedules})
     return log.close()
+
+
+def precompute(
+    teacher: CachedTeacher,
+    loader: EpochLoader,
+    prepare: Callable[[Batch], Batch],
+    epochs: range,
+    autocast: contextlib.AbstractContextManager,
+    *,
+    seed: int,
+    world: World,
+    log_interval: int = 50,
+) -> None:
+    """Ask the teacher about every view of these epochs that its store has no answer to.
+
+    Ranks do not wait for each other: each goes on where it stopped.
+    """
+    open_steps, done, start = len(loader) * len(epochs), 0, time.perf_counter()
+    bar = tqdm(total=open_steps, unit="step", disable=not world.is_main or not sys.stderr.isatty())
+    for epoch in epochs:
+        loader.set_epoch(epoch)
+        teacher.cache.open(epoch)
+        first = teacher.cache.next_missing() // (loader.images_per_batch // world.size)
+        loader.skip(first)
+        open_steps -= first
+        for batch in prepared(loader, prepare, seed=seed, epoch=epoch, rank=world.rank, first_step=first):
+            with autocast:
+                teacher(batch)
+            done += 1
+            bar.update()
+            if bar.disable and (done % log_interval == 0 or done == open_steps):
+                rate = done / (time.perf_counter() - start)
+                logger.info(
+                    "teacher: epoch %d of %d  %.0f images/s  %.0f s left",
+                    *(epoch, epochs.stop, rate * loader.images_per_batch, (open_steps - done) / rate),
+                )
+    bar.close()
 
 
 @torch.no_grad()
@@ -318,6 +375,19 @@ def evaluate(
     loss, top1, top5, images = all_reduce_sum(totals).tolist()
     images = max(images, 1)
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
+
+
+@torch.no_grad()
+def features(model: nn.Module, loader: Iterable[Batch], autocast: contextlib.AbstractContextManager) -> torch.Tensor:
+    """What a timm model hands to its classification layer, float32 [N, D] on the CPU, for each image of the loader."""
+    model.eval()
+    device = next(model.parameters()).device
+    rows = []
+    for batch in loader:
+        with autocast:
+            maps = model.forward_features(to_device(batch, device).images)
+            rows.append(model.forward_head(maps, pre_logits=True).float().cpu())
+    return torch.cat(rows)
 
 
 def modules_of(state: TrainState) -> dict[str, nn.Module]:
@@ -368,6 +438,7 @@ def fit(
     seed: int = 0,
     log_interval: int = 50,
     eval_interval: int = 1,
+    augmentation_epochs: int | None = None,
 ) -> None:
     """Train from `state.epoch` to `epochs`: one line of log.txt, one evaluation and one checkpoint per epoch.
 
@@ -377,15 +448,19 @@ def fit(
         writer: a TensorBoard writer on rank 0, or None.
         log_interval: steps between two lines and two checks for a non-finite loss.
         eval_interval: epochs between two evaluations; the last epoch is always evaluated.
+        augmentation_epochs: after so many epochs the same views come again.
     """
     start = time.time()
     num_parameters = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
     while state.epoch < epochs:
         epoch = state.epoch
-        train_loader.set_epoch(epoch)
+        view_epoch = epoch % (augmentation_epochs or epochs)
+        train_loader.set_epoch(view_epoch)
         num_steps = len(train_loader)
         log = StepLog(epoch, num_steps, train_loader.images_per_batch, log_interval, writer, epoch * num_steps)
-        trained = train_one_epoch(state, train_loader, criterion, prepare, schedules, log, seed=seed, rank=world.rank)
+        trained = train_one_epoch(
+            state, train_loader, criterion, prepare, schedules, log, seed=seed, rank=world.rank, view_epoch=view_epoch
+        )
         state.epoch += 1
         _close_epoch(state, epoch, world)
         rate = trained.pop("images_per_second")

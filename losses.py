@@ -116,6 +116,8 @@ def hard_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Ten
 class DistillationLoss:
     """(1 - α) base(class head, labels) + α distillation(distillation head, teacher), DeiT section 4.
 
+    A model with one head learns both with it, as in Hinton et al. 2015 (arXiv 1503.02531, section 2).
+
     The logged terms are the two losses before weighting, the teacher's top-1 accuracy (with Mixup, against the label
     with the larger share) and the share of images on which the student's distillation head agrees with the teacher.
 
@@ -146,9 +148,9 @@ class DistillationLoss:
         )
 
     def __call__(
-        self, outputs: tuple[torch.Tensor, torch.Tensor], batch: Batch
+        self, outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        class_logits, distillation_logits = outputs
+        class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         teacher_logits = self.teacher(batch)
         base_loss = self.base(class_logits, batch.targets)
         distillation_loss = self.distil(distillation_logits, teacher_logits)

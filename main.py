@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import shlex
 import sys
+import time
 import traceback
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3, ParseKwargs
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +25,7 @@ import engine
 import losses
 import models
 import models_evit
+import teacher_cache
 import utils
 from samplers import random_key, seed_generators
 from utils import RunError, UserError, World, logger
@@ -155,6 +160,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's published weights (a download)")
     add("--finetune", default="", help="start from the weights of this checkpoint (file or https address)")
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
+    add("--cache-features", action=_SWITCH, default=False, help="with --train-scope head: run the frozen part once, "
+        "over the images as they are evaluated, and train the head on what it gives")  # fmt: skip
     add("--attn-only", dest="train_scope", action="store_const", const="attn", help="the published spelling of "
         "--train-scope attn")  # fmt: skip
     add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save an average of the weights")
@@ -222,6 +229,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixup-prob", type=_RATE, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=_RATE, default=0.5, help="probability of CutMix when both are on")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one λ")
+    add("--augmentation-epochs", type=_COUNT, metavar="K", help="show the same views again every K epochs; default: "
+        "new views in every epoch")  # fmt: skip
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
 
@@ -264,6 +273,8 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature τ of soft distillation")
     add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help="soft distillation "
         "divided by the batch or, as in the published code, by batch times classes")  # fmt: skip
+    add("--distill-on-class-token", action=_SWITCH, default=False, help="let the one head follow labels and teacher, "
+        "for models without a distillation token")  # fmt: skip
     add("--teacher-model", default="regnety_160", help="any model of timm's")
     add("--teacher-path", default="", help="its checkpoint (file or https address)")
     add("--teacher-pretrained", action=_SWITCH, default=False, help="timm's published weights (a download)")
@@ -275,6 +286,22 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="further arguments of it",
     )
+    add("--teacher-cache", default="", metavar="FOLDER", help="store of the teacher's answers to every view of a run; "
+        "what is missing is computed and added")  # fmt: skip
+    add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help="soft distillation stores so many of the "
+        "largest probabilities of a view; as many as there are classes for all")  # fmt: skip
+    add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
+    add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help="of these epochs only, TO left out, to share "
+        "them out among machines")  # fmt: skip
+
+
+def _epoch_range(text: str) -> range:
+    """`0:30` -> range(0, 30)."""
+    first, _, end = text.partition(":")
+    epochs = range(_NATURAL(first), _NATURAL(end))
+    if not epochs:
+        raise argparse.ArgumentTypeError(f"{text} holds no epochs")
+    return epochs
 
 
 def get_parser(**options: Any) -> Parser:
@@ -307,6 +334,15 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             "--teacher-path and --teacher-pretrained both say where the teacher's weights come from; pass one"
         )
+    if args.distillation_type == "none" and (args.teacher_cache or args.distill_on_class_token):
+        flag = "--teacher-cache" if args.teacher_cache else "--distill-on-class-token"
+        raise UserError(f"{flag}: no distillation is asked for; add --distillation-type hard, or drop it")
+    if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
+        raise UserError("--precompute-teacher: there is no place for the answers; add --teacher-cache FOLDER")
+    if args.cache_features:
+        _check_features(args)
+    if args.precompute_epochs and not args.precompute_teacher:
+        raise UserError("--precompute-epochs: add --precompute-teacher")
     evit_flags = ("base_keep_rate", "drop_loc", "fuse_token", "shrink_start_epoch", "shrink_epochs")
     given = next((flag.replace("_", "-") for flag in evit_flags if getattr(args, flag) is not None), None)
     if given and not models_evit.is_evit(args.model):
@@ -315,6 +351,17 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+
+
+def _check_features(args: argparse.Namespace) -> None:
+    """`--cache-features` leaves no room for what changes the images or the frozen part."""
+    if args.train_scope != "head" or args.distillation_type != "none":
+        raise UserError("--cache-features: needs --train-scope head, and no distillation, whose teacher wants images")
+    off = {"aa": "none", "color_jitter": 0, "hflip": 0, "reprob": 0, "mixup": 0, "cutmix": 0, "drop": 0, "drop_path": 0}
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in off.items() if getattr(args, name) != value]
+    flags += ["--no-repeated-aug"] if args.repeated_aug else []
+    if flags or args.cutmix_minmax:
+        raise UserError(f"--cache-features: every image has one view; add {' '.join(flags) or 'no --cutmix-minmax'}")
 
 
 # -- wiring ------------------------------------------------------------------------------------------------------------
@@ -349,7 +396,7 @@ def build_model(args: argparse.Namespace, num_classes: int, device: torch.device
         drop_path=args.drop_path,
         patch_size=args.patch_size,
         model_kwargs={key: value for key, value in tokens.items() if value is not None} | args.model_kwargs,
-        distilled=args.distillation_type != "none",
+        distilled=args.distillation_type != "none" and not args.distill_on_class_token,
         grad_checkpointing=args.grad_checkpointing,
     )
     if args.finetune:
@@ -388,10 +435,9 @@ def build_val_loader(args: argparse.Namespace, source: Any, model: torch.nn.Modu
     return datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, world))
 
 
-def build_train_loader(
-    args: argparse.Namespace, source: Any, model: torch.nn.Module, world: World
-) -> datasets.EpochLoader:
-    transform = datasets.build_train_transform(
+def build_train_transform(args: argparse.Namespace, model: torch.nn.Module) -> Callable[[Any], torch.Tensor]:
+    """How the model is shown an image to learn from."""
+    return datasets.build_train_transform(
         _size(args),
         *models.normalization(model),
         interpolation=args.train_interpolation,
@@ -402,6 +448,31 @@ def build_train_loader(
         re_mode=args.remode,
         re_count=args.recount,
     )
+
+
+def cache_features(
+    args: argparse.Namespace, model: torch.nn.Module, source: Any, world: World
+) -> tuple[datasets.Source, Callable[[torch.Tensor], torch.Tensor], torch.nn.Module]:
+    """Features of the training images as a data set, the way they are shown (as they are), and the head they go to.
+
+    Every process computes them all.
+    """
+    if not isinstance(source, datasets.Source):
+        raise UserError(f"--cache-features: {args.data_set} is a stream, whose images have no place; drop the flag")
+    head = models.linear_head(model, args.model)
+    alone = dataclasses.replace(world, rank=0, size=1)
+    loader = datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, alone))
+    amp = engine.autocast(model, engine.select_amp(args.amp, world.device))
+    start = time.perf_counter()
+    features = engine.features(model, loader, amp)
+    logger.info("features of %d images in %.0f s", len(features), time.perf_counter() - start)
+    order = np.arange(len(features))
+    return datasets.Source(features, source.targets[source.order], source.num_classes, order), torch.clone, head
+
+
+def build_train_loader(
+    args: argparse.Namespace, source: Any, transform: Callable[[Any], torch.Tensor], world: World
+) -> datasets.EpochLoader:
     return datasets.build_train_loader(
         source,
         transform,
@@ -427,13 +498,10 @@ def build_prepare(args: argparse.Namespace, num_classes: int, device: torch.devi
     return datasets.build_prepare(device, mixup)
 
 
-def build_criterion(
+def build_teacher(
     args: argparse.Namespace, student: torch.nn.Module, num_classes: int, device: torch.device
-) -> losses.Criterion:
-    """The base criterion, with a teacher if there is one."""
-    base = losses.build_base_criterion(args.bce_loss, args.smoothing)
-    if args.distillation_type == "none":
-        return losses.SupervisedLoss(base)
+) -> losses.FrozenTeacher:
+    """The teacher with its weights, on the device."""
     model = models.build_teacher(
         args.teacher_model,
         path=args.teacher_path,
@@ -443,7 +511,80 @@ def build_criterion(
         model_kwargs=args.teacher_model_kwargs,
     )
     _place(model, device)
-    teacher = losses.FrozenTeacher(model, *models.normalization(model), *models.normalization(student))
+    return losses.FrozenTeacher(model, *models.normalization(model), *models.normalization(student))
+
+
+def build_cached_teacher(
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+) -> teacher_cache.CachedTeacher:
+    """The store of the teacher's answers; the teacher itself only if answers are missing.
+
+    Raises:
+        UserError: if the store is of another run, or the disk too small, or answers and teacher are missing.
+    """
+    if not isinstance(source, datasets.Source):
+        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose views have no place; drop the flag")
+    hard, folder = args.distillation_type == "hard", Path(args.teacher_cache)
+    codec = (
+        teacher_cache.Labels(source.num_classes)
+        if hard
+        else teacher_cache.LogProbabilities(source.num_classes, args.teacher_cache_topk)
+    )
+    num_positions = loader.counter.num_positions
+    cache = teacher_cache.TeacherCache(folder, codec, num_positions, world.rank, world.size)
+    missing = [epoch for epoch in _view_epochs(args) if not cache.is_whole(epoch)]
+    live = None
+    if missing:
+        if not args.teacher_path and not args.teacher_pretrained:
+            raise UserError(
+                f"--teacher-cache {folder}: {len(missing)} epochs are missing, the first is {missing[0]}; add "
+                f"--teacher-path FILE or --teacher-pretrained, or precompute them"
+            )
+        needed = teacher_cache.check_space(folder, codec, num_positions, len(missing))
+        logger.info("%s: %d epochs are missing and will take %.1f MiB", folder, len(missing), needed / 2**20)
+        live = build_teacher(args, student, source.num_classes, world.device)
+    with utils.main_process_first(world.local_rank):
+        teacher_cache.check_fingerprint(folder, fingerprint(args, student, source, loader, world))
+    return teacher_cache.CachedTeacher(cache, lambda: loader.counter.epoch, live)
+
+
+def _view_epochs(args: argparse.Namespace) -> range:
+    """The epochs of different views that a run sees, or precomputes."""
+    return args.precompute_epochs or range(min(args.epochs, args.augmentation_epochs or args.epochs))
+
+
+def fingerprint(
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+) -> dict[str, Any]:
+    """All that shapes the views of a run and what a teacher says about them; None for what is not known here."""
+    flags = ("data_set", "train_fraction", "seed", "input_size", "repeated_aug", "hflip", "color_jitter", "aa")
+    flags += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
+    flags += ("mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model", "teacher_model_kwargs")
+    mixes = bool(args.mixup or args.cutmix or args.cutmix_minmax)
+    teacher = utils.file_hash(args.teacher_path) if args.teacher_path else "timm" if args.teacher_pretrained else None
+    return {name: getattr(args, name) for name in flags} | {
+        "views": loader.counter.num_positions,
+        "labels": zlib.crc32(source.targets[source.order].tobytes()),
+        "normalization": models.normalization(student),
+        "batch_size": args.batch_size if mixes else 0,  # what is mixed with what
+        "processes": world.size if mixes else 0,
+        "teacher_weights": teacher,
+        "precision": str(engine.select_amp(args.amp, world.device)),
+        "topk": None if args.distillation_type == "hard" else args.teacher_cache_topk,
+    }
+
+
+def build_criterion(
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+) -> losses.SupervisedLoss | losses.DistillationLoss:
+    """The base criterion, with a teacher if there is one."""
+    base = losses.build_base_criterion(args.bce_loss, args.smoothing)
+    if args.distillation_type == "none":
+        return losses.SupervisedLoss(base)
+    if args.teacher_cache:
+        teacher = build_cached_teacher(args, student, source, loader, world)
+    else:
+        teacher = build_teacher(args, student, source.num_classes, world.device)
     return losses.DistillationLoss(
         base,
         teacher,
@@ -455,9 +596,9 @@ def build_criterion(
 
 
 def build_state(
-    args: argparse.Namespace, model: torch.nn.Module, images_per_batch: int, world: World
+    args: argparse.Namespace, model: torch.nn.Module, trained: torch.nn.Module, images_per_batch: int, world: World
 ) -> engine.TrainState:
-    """Optimiser, precision, weight average, compilation and DDP around a model."""
+    """Optimiser, precision, weight average, compilation and DDP around a model, or the part of it that is trained."""
     effective_batch = images_per_batch * args.accum_steps
     lr = args.lr * {"linear": effective_batch / 512, "sqrt": (effective_batch / 512) ** 0.5, "none": 1}[args.lr_scaling]
     logger.info("effective batch %d images, peak learning rate %.3g", effective_batch, lr)
@@ -479,10 +620,10 @@ def build_state(
         # would silently compile no more.
         torch._dynamo.config.cache_size_limit = 4 * (models_evit.SHRINK_STEPS + 1)
         model.compile()  # in place, so that parameter names keep no prefix
-    wrapped = model
+    wrapped = trained
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
     amp_dtype = engine.select_amp(args.amp, world.device)
     return engine.TrainState(
         wrapped, model, optimizer, amp_dtype=amp_dtype, accum_steps=args.accum_steps, clip_grad=args.clip_grad, ema=ema
@@ -581,10 +722,25 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_only(args, model, val_loader, world)
         return utils.shut_down_distributed()
-    train_loader = build_train_loader(args, train, model, world)
+    transform, trained = build_train_transform(args, model), model
+    if args.cache_features:
+        train, transform, trained = cache_features(args, model, train, world)
+    train_loader = build_train_loader(args, train, transform, world)
     prepare = build_prepare(args, train.num_classes, world.device)
-    criterion = build_criterion(args, model, train.num_classes, world.device)
-    state = build_state(args, model, train_loader.images_per_batch, world)
+    criterion = build_criterion(args, model, train, train_loader, world)
+    if args.precompute_teacher:
+        engine.precompute(
+            criterion.teacher,
+            train_loader,
+            prepare,
+            _view_epochs(args),
+            engine.autocast(model, engine.select_amp(args.amp, world.device)),
+            seed=args.seed,
+            world=world,
+            log_interval=args.log_interval,
+        )
+        return utils.shut_down_distributed()
+    state = build_state(args, model, trained, train_loader.images_per_batch, world)
     schedules = build_schedules(args, state, train_loader.updates_per_epoch)
     if args.resume:
         state.resume(utils.read_checkpoint(args.resume, "--resume"), args.resume, train_loader.updates_per_epoch)
@@ -604,6 +760,7 @@ def main(args: argparse.Namespace) -> None:
         seed=args.seed,
         log_interval=args.log_interval,
         eval_interval=args.eval_interval,
+        augmentation_epochs=args.augmentation_epochs,
     )
     if writer is not None:
         writer.close()

@@ -382,6 +382,18 @@ def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
     return str(list(shapes[key])) if key in shapes else "nothing"
 
 
+def linear_head(model: nn.Module, name: str) -> nn.Linear:
+    """The classification layer of a model whose logits are this layer's of `forward_head(..., pre_logits=True)`.
+
+    Raises:
+        UserError: if it has no such layer.
+    """
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"--cache-features: {name} does not end in one linear layer; drop the flag")
+    return head
+
+
 # -- partial training --------------------------------------------------------------------------------------------------
 
 

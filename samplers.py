@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # [B, 3, H, W], normalised
     targets: torch.Tensor  # [B] class indices, or [B, C] class probabilities after Mixup
-    positions: torch.Tensor  # [B], place in the epoch's global order
+    positions: torch.Tensor  # [B], place in the epoch's global order; always on the CPU
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -98,16 +98,16 @@ class KeyedSampler(Sampler):
         self.length, self.seed, self.shuffle, self.repeats = length, seed, shuffle, repeats
         self.rank, self.world_size = rank, world_size
         self.num_positions = length // multiple * multiple
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
     @property
     def num_distinct(self) -> int:
         """How many different images an epoch holds."""
         return -(-self.num_positions // self.repeats)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration yields."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order the next iteration yields, without the first `start` samples of this rank."""
+        self.epoch, self.start = epoch, start
 
     def _global_order(self) -> np.ndarray:
         """Sample index at each position, [num_positions]."""
@@ -118,7 +118,7 @@ class KeyedSampler(Sampler):
         return np.repeat(order[: self.num_distinct], self.repeats)[: self.num_positions]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        positions = np.arange(self.rank, self.num_positions, self.world_size)
+        positions = np.arange(self.rank, self.num_positions, self.world_size)[self.start :]
         keys = random_keys(self.seed, "view", self.epoch, positions)
         return iter(list(zip(self._global_order()[positions].tolist(), positions.tolist(), keys.tolist(), strict=True)))
 

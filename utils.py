@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -277,6 +278,13 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint; give a checkpoint.pth")
     return checkpoint
+
+
+def file_hash(path: str) -> str | None:
+    """SHA-256 of a file; for a download, whose name holds a part of it, the address; None if there is no such file."""
+    if path.startswith(("https://", "http://")):
+        return path
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
 def _download(address: str, flag: str) -> str:

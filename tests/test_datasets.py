@@ -1046,6 +1046,6 @@ def test_odd_batch_is_a_user_error():
         mixup_with(batch_size=7)
 
 
-def test_every_tensor_goes_to_the_device():
+def test_images_and_targets_go_to_the_device_and_positions_stay():
     batch = build_prepare(torch.device("meta"), None)(batch_of_six())
-    assert isinstance(batch, Batch) and all(tensor.device.type == "meta" for tensor in batch)
+    assert isinstance(batch, Batch) and [tensor.device.type for tensor in batch] == ["meta", "meta", "cpu"]

@@ -271,7 +271,7 @@ def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
     args = main.get_parser().parse_args([*flags, "--shrink-start-epoch", "1", "--shrink-epochs", "4"])
     world = main.utils.init_distributed("cpu")
     model = main.build_model(args, 10, world.device)
-    state = main.build_state(args, model, images_per_batch=4, world=world)
+    state = main.build_state(args, model, model, images_per_batch=4, world=world)
     _, schedule = main.build_schedules(args, state, updates_per_epoch=10)
     rates = set()
     for update in range(0, 60, 2):

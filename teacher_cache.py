@@ -1,0 +1,310 @@
+"""The store of what a teacher said about every view of a run, at its epoch and position.
+
+The views of a run are a function of its flags, Mixup and CutMix included, so an answer that was computed once stays
+right. Each rank writes its own file of an epoch and nobody else's. A finished file has its checksum in its name:
+
+    fingerprint.json                          what shaped the views and the answers
+    epoch_0007_rank1of4.part.npy              being written; rows that are all ones are still missing
+    epoch_0007_rank1of4.crc1a2b3c4d.npy       whole
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from samplers import Batch
+from utils import RunError, UserError
+
+FLAG = "--teacher-cache"
+
+
+# -- what is stored ----------------------------------------------------------------------------------------------------
+
+
+class Labels:
+    """The arg-max class, two bytes a view: all that hard distillation asks for."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.dtype = np.dtype([("label", "<u2")])
+
+    def encode(self, logits: torch.Tensor) -> np.ndarray:
+        """logits [B, C] -> records [B]."""
+        rows = np.empty(len(logits), self.dtype)
+        rows["label"] = logits.argmax(dim=1).cpu().numpy()
+        return rows
+
+    def decode(self, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Records [B] -> [B, C] with a one at the class: logits with the same arg-max."""
+        labels = torch.from_numpy(rows["label"].astype(np.int64)).to(device, non_blocking=True)
+        return F.one_hot(labels, self.num_classes).float()
+
+    def missing(self, rows: np.ndarray) -> np.ndarray:
+        """Which records, bool [B], were never written."""
+        return rows["label"] == 0xFFFF
+
+
+class LogProbabilities:
+    """The k largest log-probabilities as float16; what is left of the mass is spread evenly over the other classes.
+
+    Args:
+        num_classes: C.
+        topk: k; C stores all of them, in order and without their classes.
+    """
+
+    def __init__(self, num_classes: int, topk: int) -> None:
+        self.num_classes, self.topk = num_classes, min(topk, num_classes)
+        fields = [] if self.topk == num_classes else [("classes", "<u2", (self.topk,))]
+        self.dtype = np.dtype([*fields, ("values", "<f2", (self.topk,))])
+
+    def encode(self, logits: torch.Tensor) -> np.ndarray:
+        """logits [B, C] -> records [B]."""
+        values = F.log_softmax(logits.float(), dim=1).clamp(min=-60000)  # float16 ends at -65504
+        rows = np.empty(len(logits), self.dtype)
+        if self.topk < self.num_classes:
+            values, classes = values.topk(self.topk, dim=1)
+            rows["classes"] = classes.cpu().numpy()
+        rows["values"] = values.cpu().numpy()
+        return rows
+
+    def decode(self, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Records [B] -> log-probabilities [B, C], which serve as logits at any temperature."""
+        values = torch.from_numpy(rows["values"].astype(np.float32)).to(device, non_blocking=True)
+        if self.topk == self.num_classes:
+            return values
+        rest = (1 - values.exp().sum(dim=1, keepdim=True)).clamp(min=1e-8) / (self.num_classes - self.topk)
+        classes = torch.from_numpy(rows["classes"].astype(np.int64)).to(device, non_blocking=True)
+        return rest.log().repeat(1, self.num_classes).scatter(1, classes, values)
+
+    def missing(self, rows: np.ndarray) -> np.ndarray:
+        """Which records, bool [B], were not written to the end."""
+        unwritten = np.isnan(rows["values"]).any(axis=1)
+        return unwritten | (rows["classes"] == 0xFFFF).any(axis=1) if "classes" in rows.dtype.names else unwritten
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+class TeacherCache:
+    """Answers by (epoch, position) for one rank, whose positions are rank, rank + world_size, ...
+
+    Args:
+        folder: where the files are.
+        codec: `Labels` or `LogProbabilities`.
+        num_positions: N, the views of an epoch over all ranks.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self, folder: Path, codec: Labels | LogProbabilities, num_positions: int, rank: int, world_size: int
+    ) -> None:
+        self.folder, self.codec = folder, codec
+        self.num_positions, self.rank, self.world_size = num_positions, rank, world_size
+        self.epoch = -1  # the one that is open
+        self.files: dict[int, np.ndarray] = {}  # its records by the rank that wrote them,
+        self.writers = world_size  # of so many
+        self.left = 0  # views of this rank that are still missing
+        self.lock: Any = None
+
+    @property
+    def views_of_rank(self) -> int:
+        """How many views of an epoch are this rank's."""
+        return len(range(self.rank, self.num_positions, self.world_size))
+
+    def is_whole(self, epoch: int) -> bool:
+        """Whether all ranks of some run have finished this epoch."""
+        return bool(self._finished(epoch))
+
+    def _finished(self, epoch: int) -> list[Path]:
+        """The finished files of an epoch by rank, if there is one of each rank."""
+        found: dict[int, dict[int, Path]] = {}
+        for path in sorted(self.folder.glob(f"epoch_{epoch:04d}_rank*of*.crc*.npy")):
+            rank, writers = map(int, re.search(r"_rank(\d+)of(\d+)\.", path.name).groups())
+            found.setdefault(writers, {})[rank] = path
+        complete = [writers for writers, files in found.items() if len(files) == writers]
+        writers = self.world_size if self.world_size in complete else min(complete, default=0)
+        return [found[writers][rank] for rank in range(writers)]
+
+    def open(self, epoch: int) -> None:
+        """Turn to an epoch: for reading if it is finished, else for adding to it.
+
+        Raises:
+            RunError: if a file is damaged, the disk is full, or another run is writing this epoch.
+        """
+        if epoch == self.epoch:
+            return
+        self.close()
+        finished = self._finished(epoch)
+        if finished:
+            self.writers = len(finished)
+            self.files = {rank: self._read(path, rank) for rank, path in enumerate(finished)}
+        else:
+            self.writers = self.world_size
+            own = list(self.folder.glob(f"{self._stem(epoch)}.crc*.npy"))
+            self.files = {self.rank: self._read(own[0], self.rank) if own else self._resume(epoch)}
+        self.epoch = epoch
+
+    def close(self) -> None:
+        """Let go of the open epoch."""
+        self.epoch, self.files, self.left = -1, {}, 0
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+    def _stem(self, epoch: int) -> str:
+        return f"epoch_{epoch:04d}_rank{self.rank}of{self.world_size}"
+
+    def _read(self, path: Path, rank: int) -> np.ndarray:
+        rows = self._load(path, rank, "r")
+        if f".crc{zlib.crc32(rows):08x}." not in path.name:
+            raise RunError(f"{FLAG}: {path} is damaged (wrong checksum); delete it and precompute its epoch again")
+        return rows
+
+    def _load(self, path: Path, rank: int, mode: str) -> np.ndarray:
+        length = len(range(rank, self.num_positions, self.writers))
+        try:
+            rows = np.load(path, mmap_mode=mode)
+            if rows.shape != (length,) or rows.dtype != self.codec.dtype:
+                raise ValueError(f"not {length} answers of this kind")
+            return rows
+        except (OSError, ValueError, EOFError) as error:
+            raise RunError(f"{FLAG}: {path} is damaged ({error}); delete it and precompute its epoch again") from None
+
+    def _resume(self, epoch: int) -> np.ndarray:
+        """This rank's unfinished file, made if there is none. Its lock is held as long as it is open."""
+        path = self.folder / f"{self._stem(epoch)}.part.npy"
+        try:
+            self.lock = path.with_suffix(".lock").open("w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists():
+                # Written out in full: a file with holes would end the process when the disk is full.
+                rows = np.empty(self.views_of_rank, self.codec.dtype)
+                rows.view(np.uint8)[:] = 0xFF
+                np.save(path.with_suffix(".new.npy"), rows)
+                path.with_suffix(".new.npy").replace(path)
+        except BlockingIOError:
+            raise RunError(f"{FLAG}: another run is adding to {path}; wait for it, or share out the epochs") from None
+        except OSError as error:
+            raise RunError(f"{FLAG}: {path} cannot be written ({error.strerror}); what is there is intact") from None
+        rows = self._load(path, self.rank, "r+")
+        self.left = int(self.codec.missing(rows).sum())
+        return rows
+
+    def next_missing(self) -> int:
+        """How many of this rank's views, in its order, come before the first that is missing in the open epoch."""
+        if not self.left:
+            return self.views_of_rank
+        return int(self.codec.missing(self.files[self.rank]).argmax())
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """Records [B] at positions [B] of the open epoch."""
+        rows = np.empty(len(positions), self.codec.dtype)
+        for writer in np.unique(positions % self.writers):
+            chosen = positions % self.writers == writer
+            rows[chosen] = self.files[writer][positions[chosen] // self.writers]
+        return rows
+
+    def write(self, positions: np.ndarray, rows: np.ndarray) -> None:
+        """Add records [B] at this rank's positions [B]; the last one that is missing finishes the file."""
+        own, places = self.files[self.rank], positions // self.world_size
+        self.left -= int(self.codec.missing(own[places]).sum())
+        own[places] = rows
+        if not self.left:
+            own.flush()
+            path = self.folder / f"{self._stem(self.epoch)}.part.npy"
+            path.replace(self.folder / f"{self._stem(self.epoch)}.crc{zlib.crc32(own):08x}.npy")
+            path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+class CachedTeacher:
+    """What a teacher said, and where it has not spoken yet, what it says now, which is added to the store.
+
+    Args:
+        cache: the store.
+        epoch: tells whose epoch's views the batches are.
+        live: the teacher, or None if the store has to do without.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, epoch: Callable[[], int], live: Callable[[Batch], torch.Tensor] | None
+    ) -> None:
+        self.cache, self.epoch, self.live = cache, epoch, live
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Logits [B, C] with the arg-max, or the probabilities, of the teacher's.
+
+        Raises:
+            RunError: if an answer is missing and there is no teacher, or a file is damaged.
+        """
+        self.cache.open(self.epoch())
+        positions, codec = batch.positions.numpy(), self.cache.codec
+        rows = self.cache.read(positions)
+        if codec.missing(rows).any():
+            if self.live is None:
+                raise RunError(f"{FLAG}: answers of epoch {self.epoch()} are missing; add --precompute-teacher first")
+            rows = codec.encode(self.live(batch))
+            self.cache.write(positions, rows)
+        return codec.decode(rows, batch.images.device)
+
+
+# -- what the answers belong to ----------------------------------------------------------------------------------------
+
+
+def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Make sure that the store is of this very stream of views and this teacher; a new store takes the fingerprint.
+
+    A value of None is not known, and not compared.
+
+    Raises:
+        UserError: naming the fields that differ.
+    """
+    path = folder / "fingerprint.json"
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        stored = None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{FLAG} {folder}: fingerprint.json cannot be read ({error}); name another folder") from None
+    if stored is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".new").write_text(json.dumps(fingerprint, indent=1) + "\n")
+            path.with_suffix(".new").replace(path)
+        except OSError as error:
+            raise UserError(f"{FLAG} {folder}: cannot be written ({error.strerror}); name another folder") from None
+        return
+    ours = json.loads(json.dumps(fingerprint))  # tuples become lists, as they did in the file
+    differing = [
+        f"{name} ({stored.get(name)} there, {ours.get(name)} here)"
+        for name in {**stored, **ours}
+        if ours.get(name) is not None and stored.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise UserError(f"{FLAG} {folder}: is of another run: {', '.join(differing)}; match the flags, or name another")
+
+
+def check_space(folder: Path, codec: Labels | LogProbabilities, num_positions: int, epochs: int) -> int:
+    """Bytes that so many epochs will take.
+
+    Raises:
+        UserError: if the disk has less.
+    """
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    needed, free = epochs * num_positions * codec.dtype.itemsize, shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{FLAG} {folder}: {epochs} epochs take {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f}; "
+            f"lower --teacher-cache-topk, or set --augmentation-epochs"
+        )
+    return needed

@@ -1,0 +1,430 @@
+"""The store of a teacher's answers: exact, resumable, checked; as files, and as whole runs."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import main
+from samplers import Batch
+from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint, check_space
+from utils import RunError
+
+CPU = torch.device("cpu")
+
+
+# -- what is stored ----------------------------------------------------------------------------------------------------
+
+
+def logits(count=6, classes=10, seed=0):
+    return torch.randn(count, classes, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_labels_are_the_arg_max_in_two_bytes():
+    codec = Labels(10)
+    rows = codec.encode(logits())
+    assert rows.dtype.itemsize == 2
+    decoded = codec.decode(rows, CPU)
+    assert decoded.shape == (6, 10) and torch.equal(decoded.argmax(1), logits().argmax(1))
+
+
+def test_all_log_probabilities_serve_as_logits_at_any_temperature():
+    codec = LogProbabilities(10, 10)
+    rows = codec.encode(logits())
+    assert rows.dtype.itemsize == 2 * 10
+    for tau in (1.0, 3.0):
+        found, expected = F.softmax(codec.decode(rows, CPU) / tau, 1), F.softmax(logits() / tau, 1)
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)  # float16: 11 bits of a logarithm of up to 16
+
+
+def test_of_the_largest_the_rest_of_the_mass_is_spread_evenly():
+    codec = LogProbabilities(10, 3)
+    rows = codec.encode(logits())
+    assert rows.dtype.itemsize == 3 * (2 + 2)
+    found, exact = F.softmax(codec.decode(rows, CPU), 1), F.softmax(logits(), 1)
+    for row, expected in zip(found, exact, strict=True):
+        largest = expected.argsort(descending=True)
+        torch.testing.assert_close(row[largest[:3]], expected[largest[:3]], rtol=5e-3, atol=0)
+        torch.testing.assert_close(row[largest[3:]], expected[largest[3:]].mean().expand(7), rtol=0.05, atol=1e-4)
+
+
+def test_logits_of_any_size_are_stored():
+    sharp = torch.tensor([[1e5, 0.0, -1e5], [0.0, 0.0, 0.0]])
+    for codec in (LogProbabilities(3, 3), LogProbabilities(3, 1)):
+        rows = codec.encode(sharp)
+        assert not codec.missing(rows).any()
+        assert torch.allclose(F.softmax(codec.decode(rows, CPU), 1)[0], torch.tensor([1.0, 0.0, 0.0]), atol=1e-3)
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fill(tmp_path):
+    """Fills an epoch of 12 views in batches of two per rank, as far as told; returns each rank's store."""
+
+    def run(world_size=1, epoch=0, batches=None, codec=None, folder=tmp_path):
+        caches = []
+        for rank in range(world_size):
+            cache = TeacherCache(folder, codec or Labels(10), 12, rank, world_size)
+            cache.open(epoch)
+            own = np.arange(rank, 12, world_size)
+            for start in list(range(0, len(own), 2))[:batches]:
+                positions = own[start : start + 2]
+                cache.write(positions, cache.codec.encode(F.one_hot(torch.from_numpy(positions % 10), 10).float()))
+            caches.append(cache)
+        return caches
+
+    return run
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(1, 1), (2, 2), (3, 1), (1, 4), (2, 3)])
+def test_any_number_of_ranks_reads_what_any_number_wrote(fill, tmp_path, writers, readers):
+    fill(writers)
+    for rank in range(readers):
+        cache = TeacherCache(tmp_path, Labels(10), 12, rank, readers)
+        assert cache.is_whole(0) and not cache.is_whole(1)
+        cache.open(0)
+        positions = np.arange(rank, 12, readers)
+        assert cache.read(positions)["label"].tolist() == (positions % 10).tolist()
+
+
+def test_a_file_goes_on_where_it_stopped(fill, tmp_path):
+    (cache,) = fill(batches=4)
+    assert not cache.is_whole(0) and cache.next_missing() == 8
+    cache.close()
+    again = TeacherCache(tmp_path, Labels(10), 12, 0, 1)
+    again.open(0)
+    assert again.next_missing() == 8
+    assert again.codec.missing(again.read(np.arange(12))).tolist() == [False] * 8 + [True] * 4
+    again.write(np.arange(8, 12), again.codec.encode(torch.eye(10)[:4]))
+    assert again.is_whole(0) and again.next_missing() == 12
+    assert not list(tmp_path.glob("*.part.*")) and not list(tmp_path.glob("*.new*"))
+
+
+def test_an_epoch_is_whole_when_all_ranks_have_finished_it(fill, tmp_path):
+    _, second = fill(2, batches=None)
+    assert second.is_whole(0)
+    second.close()
+    next(tmp_path.glob("*rank1of2*")).unlink()
+    assert not second.is_whole(0)
+    first = TeacherCache(tmp_path, Labels(10), 12, 0, 2)
+    first.open(0)
+    assert first.next_missing() == 6  # of its own views it has all
+    assert first.read(np.arange(0, 12, 2))["label"].tolist() == [0, 2, 4, 6, 8, 0]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "another kind", "another length"])
+def test_a_damaged_file_is_named(fill, tmp_path, harm):
+    (cache,) = fill()
+    cache.close()
+    (path,) = tmp_path.glob("*.crc*")
+    content = bytearray(path.read_bytes())
+    if harm == "flipped":
+        content[-3] ^= 1
+    path.write_bytes({"truncated": content[:-2], "flipped": content, "empty": b""}.get(harm, content))
+    codec = LogProbabilities(10, 10) if harm == "another kind" else Labels(10)
+    reader = TeacherCache(tmp_path, codec, 14 if harm == "another length" else 12, 0, 1)
+    with pytest.raises(RunError, match="is damaged") as info:
+        reader.open(0)
+    assert path.name in str(info.value)
+
+
+def test_two_writers_of_one_file_are_refused(fill, tmp_path):
+    (first,) = fill(batches=2)
+    second = TeacherCache(tmp_path, Labels(10), 12, 0, 1)
+    with pytest.raises(RunError, match="another run is adding"):
+        second.open(0)
+    second.open(1)  # another epoch is free
+    first.close()
+    TeacherCache(tmp_path, Labels(10), 12, 0, 1).open(0)
+
+
+def test_a_full_disk_is_said_before_and_while_writing(tmp_path, monkeypatch):
+    with tiny.user_error("--teacher-cache", "MiB", "--augmentation-epochs"):
+        check_space(tmp_path / "new", LogProbabilities(1000, 1000), 10**9, 300)
+    assert check_space(tmp_path / "new", Labels(1000), 1281167 // 1024 * 1024, 300) < 800e6  # ImageNet
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(RunError, match="No space left"):
+        TeacherCache(tmp_path, Labels(10), 12, 0, 1).open(0)
+
+
+@pytest.mark.parametrize("codec", [Labels(10), LogProbabilities(10, 4), LogProbabilities(10, 10)])
+def test_the_teacher_is_asked_once_about_each_view(tmp_path, codec):
+    asked = []
+
+    def live(batch):
+        asked.extend(batch.positions.tolist())
+        return logits(len(batch.positions), seed=int(batch.positions[0]))
+
+    def answers(teacher):
+        batches = [Batch(torch.zeros(3, 1), None, torch.arange(start, start + 3)) for start in (0, 3, 6, 9)]
+        return torch.cat([teacher(batch) for batch in batches])
+
+    first = answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, live))
+    again = answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, None))
+    assert asked == list(range(12)) and torch.equal(first, again)
+    with pytest.raises(RunError, match="answers of epoch 6 are missing"):
+        answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 6, None))
+
+
+def test_a_fingerprint_names_what_differs_and_passes_over_what_is_unknown(tmp_path):
+    ours = {"seed": 0, "input_size": (32,), "teacher_weights": "abc"}
+    check_fingerprint(tmp_path / "deep" / "store", ours)
+    check_fingerprint(tmp_path / "deep" / "store", ours)
+    check_fingerprint(tmp_path / "deep" / "store", ours | {"teacher_weights": None})
+    with tiny.user_error("seed (0 there, 1 here)", "teacher_weights (abc there, abd here)"):
+        check_fingerprint(tmp_path / "deep" / "store", ours | {"seed": 1, "teacher_weights": "abd"})
+    (tmp_path / "deep" / "store" / "fingerprint.json").write_text("{")
+    with tiny.user_error("fingerprint.json cannot be read"):
+        check_fingerprint(tmp_path / "deep" / "store", ours)
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+RUN = [*tiny.TINY, "--epochs", "2", "--teacher-model", "test_resnet", "--batch-size", "32"]  # with all augmentation
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--epochs", "2", "--drop-path", "0"]
+    main.cli([*flags, "--lr", "1e-2", "--warmup-epochs", "0", "--output-dir", str(folder)])
+    return ["--teacher-path", str(folder / "best.pth")]
+
+
+@pytest.fixture(scope="module")
+def store(teacher, tmp_path_factory):
+    """A store for hard distillation, filled by one process."""
+    folder = tmp_path_factory.mktemp("store") / "cache"
+    precompute(folder, *teacher)
+    return folder
+
+
+def precompute(folder, *flags, kind="hard"):
+    flags = [*RUN, "--distillation-type", kind, "--precompute-teacher", "--teacher-cache", folder, *flags]
+    main.cli([str(flag) for flag in flags])
+
+
+def same_bits(first, second):
+    one, two = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (first, second))
+    return all(torch.equal(one[kind][name], two[kind][name]) for kind in ("model", "model_ema") for name in one[kind])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_students_of_the_store_and_of_the_live_teacher_have_the_same_bits(processes, teacher, store, tmp_path):
+    def train(name, *flags):
+        command = ["main.py", *RUN, "--distillation-type", "hard", "--output-dir", tmp_path / name, *flags]
+        return tiny.torchrun(processes, *command) if processes > 1 else tiny.run(*command)
+
+    train("live", *teacher)
+    if processes > 1:
+        store = tmp_path / "cache"
+        train("none", *teacher, "--teacher-cache", store, "--precompute-teacher")
+        assert not (tmp_path / "none").exists() and len(list(store.glob("*.crc*"))) == 4
+    train("stored", "--teacher-cache", store, "--num-workers", "1")  # without any teacher
+    assert same_bits(tmp_path / "live", tmp_path / "stored")
+    train("added", *teacher, "--teacher-cache", tmp_path / "new", "--num-workers", "2")
+    assert same_bits(tmp_path / "live", tmp_path / "added")
+    names = sorted(path.name for path in store.iterdir())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names  # checksums included
+
+
+def test_soft_losses_from_the_store_are_those_of_the_live_teacher(teacher, tmp_path):
+    flags = [*RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher]
+    main.cli([*flags, "--output-dir", str(tmp_path / "live")])
+    cache = ["--teacher-cache", str(tmp_path / "cache")]
+    main.cli([*flags, *cache, "--precompute-teacher"])
+    main.cli([*flags, *cache, "--output-dir", str(tmp_path / "stored")])
+    for live, stored in zip(tiny.log_of(tmp_path / "live"), tiny.log_of(tmp_path / "stored"), strict=True):
+        for name in ("train_loss", "train_loss_distillation", "test_loss"):
+            assert stored[name] == pytest.approx(live[name], rel=1e-3), name
+
+
+def test_a_killed_precomputation_goes_on_and_ends_with_the_same_files(teacher, store, tmp_path):
+    command = ["main.py", *RUN, "--distillation-type", "hard", "--precompute-teacher", *teacher]
+    command += ["--teacher-cache", tmp_path / "cache", "--log-interval", "1", "--epochs", "2"]
+    process = tiny.start(command)
+    deadline = time.monotonic() + 120
+    part = tmp_path / "cache" / "epoch_0000_rank0of1.part.npy"
+
+    def some_written():
+        return part.exists() and (np.load(part, mmap_mode="r")["label"] != 0xFFFF).sum() >= 64
+
+    while not some_written() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    tiny.run(*command)
+    expected = sorted(path.name for path in store.iterdir())
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock") == expected
+
+
+def test_epochs_are_shared_out_and_asked_for(teacher, store, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    precompute(folder, *teacher, "--precompute-epochs", "1:2")
+    with pytest.raises(SystemExit):
+        main.cli([*RUN, "--distillation-type", "hard", "--teacher-cache", str(folder), "--output-dir", ""])
+    assert "1 epochs are missing, the first is 0" in capsys.readouterr().err
+    precompute(folder, *teacher, "--precompute-epochs", "0:1")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in store.iterdir())
+
+
+def test_with_a_period_the_same_views_come_again(teacher, tmp_path):
+    flags = [*RUN, "--epochs", "3", "--augmentation-epochs", "1", "--distillation-type", "hard"]
+    flags += ["--teacher-cache", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]
+    main.cli([*flags, *teacher])
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    accuracies = [record["train_teacher_acc1"] for record in tiny.log_of(tmp_path / "run")]
+    assert accuracies[0] == accuracies[1] == accuracies[2]
+    losses = [record["train_loss"] for record in tiny.log_of(tmp_path / "run")]
+    assert len(set(losses)) == 3
+
+
+OTHER = {
+    "seed": ["--seed", "1"],
+    "data_set": ["--data-set", "torch/CIFAR10"],
+    "train_fraction": ["--train-fraction", "0.9"],
+    "aa": ["--aa", "none"],
+    "hflip": ["--hflip", "0"],
+    "color_jitter": ["--color-jitter", "0.1"],
+    "train_interpolation": ["--train-interpolation", "bilinear"],
+    "reprob": ["--reprob", "0"],
+    "remode": ["--remode", "const"],
+    "recount": ["--recount", "2"],
+    "repeated_aug": ["--no-repeated-aug"],
+    "mixup": ["--mixup", "0.5"],
+    "cutmix": ["--cutmix", "0.5"],
+    "cutmix_minmax": ["--cutmix-minmax", "0.1", "0.2"],
+    "mixup_prob": ["--mixup-prob", "0.5"],
+    "mixup_switch_prob": ["--mixup-switch-prob", "0.1"],
+    "mixup_mode": ["--mixup-mode", "elem"],
+    "batch_size": ["--batch-size", "16"],
+    "input_size": ["--input-size", "40"],
+    "teacher_model": ["--teacher-model", "test_vit"],
+    "teacher_model_kwargs": ["--teacher-model-kwargs", "drop_rate=0"],
+    "precision": ["--amp", "bf16" if main.engine.select_amp("auto", CPU) is None else "off"],
+    "distillation_type": ["--distillation-type", "soft"],
+}
+
+
+@pytest.mark.parametrize("field", [field for field in OTHER if field != "data_set"])
+def test_a_store_of_another_run_is_refused_by_the_field(field, store, capsys):
+    flags = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(store), "--output-dir", "", *OTHER[field]]
+    with pytest.raises(SystemExit) as exit_info:
+        main.cli(flags)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit_info.value.code == 2 and "is of another run" in error and f"{field} (" in error
+
+
+def test_stores_of_other_teachers_processes_and_flags_are_refused(teacher, store, tmp_path, capsys):
+    run = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(store), "--output-dir", ""]
+    shutil.copy(teacher[1], tmp_path / "other.pth")
+    with (tmp_path / "other.pth").open("ab") as file:
+        file.write(b"x")
+    for flags, words in [
+        ([*run, "--teacher-path", str(tmp_path / "other.pth")], "teacher_weights ("),
+        ([*tiny.TINY, "--teacher-cache", str(store)], "add --distillation-type hard"),
+        ([*RUN, "--distillation-type", "hard", "--precompute-teacher"], "add --teacher-cache FOLDER"),
+        ([*run, "--precompute-epochs", "0:1"], "add --precompute-teacher"),
+        ([*run, "--precompute-epochs", "3:3"], "holds no epochs"),
+        ([*RUN, "--distillation-type", "hard", "--teacher-cache", str(tmp_path / "new")], "2 epochs are missing"),
+    ]:
+        with pytest.raises(SystemExit) as exit_info:
+            main.cli(flags)
+        assert exit_info.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    command = ["main.py", *RUN, "--batch-size", "16", "--distillation-type", "hard", "--teacher-cache", store]
+    assert "processes (1 there, 2 here)" in tiny.torchrun(2, *command, "--output-dir", "", status=1)
+
+
+def test_without_mixing_another_number_of_processes_may_read(teacher, tmp_path):
+    plain = ["--mixup", "0", "--cutmix", "0", "--distillation-type", "hard", "--teacher-cache", tmp_path / "cache"]
+    tiny.torchrun(2, "main.py", *RUN, *plain, *teacher, "--batch-size", "16", "--precompute-teacher")
+    tiny.run("main.py", *RUN, *plain, "--output-dir", tmp_path / "run")
+    assert len(tiny.log_of(tmp_path / "run")) == 2
+
+
+# -- heads on stored features ------------------------------------------------------------------------------------------
+
+HEAD = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--train-scope", "head", "--cache-features"]
+ONE_VIEW = [
+    "--aa",
+    "none",
+    "--color-jitter",
+    "0",
+    "--hflip",
+    "0",
+    "--reprob",
+    "0",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--drop-path",
+    "0",
+    "--no-repeated-aug",
+]
+
+
+def test_features_are_what_the_head_is_given(teacher):
+    args = main.get_parser().parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
+    world = main.utils.init_distributed("cpu")
+    source, _ = main.build_sources(args, world)
+    model = main.build_model(args, 10, CPU)
+    cached, as_it_is, head = main.cache_features(args, model, source, world)
+    assert head is model.get_classifier() and len(cached) == len(source)
+    seen = []
+    head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    transform = main.build_eval_transform(args, model)
+    for index in (0, 7, len(source) - 1):
+        image, target = source[index]
+        with torch.no_grad():
+            model.eval()(transform(image)[None])
+        assert cached[index][1] == target
+        torch.testing.assert_close(as_it_is(cached[index][0]), seen[-1][0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_on_stored_features_is_trained_alone_and_saved_whole(teacher, tmp_path, capsys):
+    run = [*HEAD, *ONE_VIEW, "--finetune", teacher[1], "--epochs", "30", "--lr", "1e-2", "--lr-scaling", "none"]
+    main.cli([*run, "--weight-decay", "0", "--eval-interval", "30", "--output-dir", str(tmp_path)])
+    before = torch.load(teacher[1], weights_only=True)["model"]
+    after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    evaluated = tiny.run("main.py", "--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--eval", "--resume",
+                         tmp_path / "checkpoint.pth")  # fmt: skip
+    accuracy = tiny.log_of(tmp_path)[-1]["test_acc1"]
+    assert accuracy > 75 and f"test_acc1 {accuracy:.4g}" in evaluated
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (ONE_VIEW[:-1], "add --no-repeated-aug"),
+        (ONE_VIEW[2:], "add --aa none"),
+        ([*ONE_VIEW, "--train-scope", "all"], "needs --train-scope head"),
+        ([*ONE_VIEW, "--cutmix-minmax", "0.1", "0.2"], "no --cutmix-minmax"),
+        ([*ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224"], "does not end in one linear layer"),
+    ],
+)
+def test_features_that_would_not_do_are_a_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main.cli([*HEAD, *flags, "--output-dir", ""])
+    assert exit_info.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_of_one_head_learns_from_both(teacher, tmp_path):
+    plain = ["--model", "deit_tiny_patch16_224", "--distillation-type", "hard", *teacher]
+    main.cli([*RUN, *plain, "--distill-on-class-token", "--output-dir", str(tmp_path)])
+    record = tiny.log_of(tmp_path)[-1]
+    combined = 0.5 * record["train_loss_base"] + 0.5 * record["train_loss_distillation"]
+    assert record["train_loss"] == pytest.approx(combined, abs=1e-4)
+    assert not any("dist" in name for name in torch.load(tmp_path / "best.pth", weights_only=True)["model"])

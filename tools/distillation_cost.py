@@ -1,0 +1,119 @@
+"""What a teacher costs a training step: no teacher, stored answers, a live teacher, measured in turn in one process.
+
+    python -m tools.distillation_cost --device auto --batch-size 32
+
+Weights are random: speed does not depend on them. Images are ready in memory, so that only the steps count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine
+from losses import DistillationLoss, FrozenTeacher, SupervisedLoss, build_base_criterion
+from models import create_model
+from samplers import Batch
+from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache
+from tools.command import errors_in_a_line
+from tools.timing import rates_in_turn, ratio_row, write_results
+from utils import available_cpus, select_device
+
+CLASSES = 1000
+
+
+def student(name: str, input_size: int, amp: torch.dtype | None, device: torch.device, compiled: bool) -> Any:
+    """A model to train, with its optimiser."""
+    model = create_model(name, flag="--student", num_classes=CLASSES, input_size=(input_size, input_size))
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    if compiled:
+        model.compile()
+    optimizer = engine.build_optimizer(model, "adamw", lr=1e-5, weight_decay=0.05)
+    return engine.TrainState(model, model, optimizer, amp_dtype=amp)
+
+
+def steps(state: engine.TrainState, criterion: Callable, batches: list[Batch], number: int) -> Callable[[], int]:
+    """A work of `number` training steps."""
+
+    def work() -> int:
+        for step in range(number):
+            batch = batches[step % len(batches)]
+            with state.forward():
+                loss, _ = criterion(state.model(batch.images), batch)
+            state.step(loss)
+        return number * len(batch.positions)
+
+    return work
+
+
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> list[dict[str, Any]]:
+    """A row for each way to be taught; the ratios are to none."""
+    amp, size = engine.select_amp(args.amp, device), args.input_size
+    batches = []
+    for number in range(4):
+        images = torch.randn(args.batch_size, 3, size, size, device=device)
+        targets = torch.randn(args.batch_size, CLASSES, device=device).softmax(dim=1)  # as Mixup gives them
+        batches.append(Batch(images, targets, torch.arange(number * args.batch_size, (number + 1) * args.batch_size)))
+    model = create_model(args.teacher, flag="--teacher", num_classes=CLASSES, input_size=(size, size))
+    same = ((0.5,) * 3, (0.25,) * 3)
+    live = FrozenTeacher(model.to(device, memory_format=torch.channels_last), *same, *same)
+    base = build_base_criterion(False, 0.1)
+
+    def stored(codec: Labels | LogProbabilities, name: str, kind: str) -> DistillationLoss:
+        (folder / name).mkdir()
+        cache = TeacherCache(folder / name, codec, 4 * args.batch_size, 0, 1)
+        teacher = CachedTeacher(cache, lambda: 0, lambda batch: torch.randn(len(batch.positions), CLASSES))
+        for batch in batches:
+            teacher(batch)
+        cache.close()
+        return DistillationLoss(base, teacher, kind)
+
+    ways: dict[str, tuple[str, Any]] = {
+        "no teacher": (args.student, SupervisedLoss(base)),
+        "stored labels (hard)": (args.distilled, stored(Labels(CLASSES), "hard", "hard")),
+        "50 stored probabilities (soft)": (args.distilled, stored(LogProbabilities(CLASSES, 50), "soft", "soft")),
+        f"live {args.teacher} (hard)": (args.distilled, DistillationLoss(base, live, "hard")),
+    }
+    works = [
+        steps(student(name, size, amp, device, args.compile), criterion, batches, args.steps)
+        for name, criterion in ways.values()
+    ]
+    rates = rates_in_turn(works, args.rounds, device)
+    return [{"teacher": way} | ratio_row(own, rates[0]) for way, own in zip(ways, rates, strict=True)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--student", default="deit_tiny_patch16_224", help="model without a teacher")
+    add("--distilled", default="deit_tiny_distilled_patch16_224", help="model with one")
+    add("--teacher", default="regnety_160", help="any model of timm's")
+    add("--input-size", type=int, default=224, help="pixels")
+    add("--batch-size", type=int, default=32, help="images in a step")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off is float32")
+    add("--compile", action="store_true", help="torch.compile the students")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--steps", type=int, default=2, help="steps in a turn")
+    add("--rounds", type=int, default=7, help="counted turns of each")
+    add("--output", type=Path, help="write the rows to this JSON file as well")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(available_cpus())
+    with errors_in_a_line("distillation_cost"), tempfile.TemporaryDirectory() as folder:
+        device = select_device(args.device, 0)
+        rows = measure(args, device, Path(folder))
+    for row in rows:
+        spread = f"(from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
+        print(f"{row['teacher']:32s} {row['images_per_second']:9.1f} images/s  ratio {row['ratio']:.3f} {spread}")
+    if args.output:
+        write_results(args.output, device, vars(args), {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
