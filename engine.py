@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -319,11 +320,15 @@ def precompute(
     *,
     seed: int,
     world: World,
+    group: int = 1,
     log_interval: int = 50,
 ) -> None:
     """Ask the teacher about every view of these epochs that its store has no answer to.
 
     Ranks do not wait for each other: each goes on where it stopped.
+
+    Args:
+        group: batches to show the teacher at once.
     """
     open_steps, done, start = len(loader) * len(epochs), 0, time.perf_counter()
     bar = tqdm(total=open_steps, unit="step", disable=not world.is_main or not sys.stderr.isatty())
@@ -333,12 +338,13 @@ def precompute(
         first = teacher.cache.next_missing() // (loader.images_per_batch // world.size)
         loader.skip(first)
         open_steps -= first
-        for batch in prepared(loader, prepare, seed=seed, epoch=epoch, rank=world.rank, first_step=first):
+        batches = prepared(loader, prepare, seed=seed, epoch=epoch, rank=world.rank, first_step=first)
+        while together := list(itertools.islice(batches, group)):
             with autocast:
-                teacher(batch)
-            done += 1
-            bar.update()
-            if bar.disable and (done % log_interval == 0 or done == open_steps):
+                teacher(Batch(*(torch.cat(parts) for parts in zip(*together, strict=True))))
+            done += len(together)
+            bar.update(len(together))
+            if bar.disable and (done % log_interval < group or done == open_steps):
                 rate = done / (time.perf_counter() - start)
                 logger.info(
                     "teacher: epoch %d of %d  %.0f images/s  %.0f s left",

@@ -291,6 +291,8 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help="soft distillation stores so many of the "
         "largest probabilities of a view; as many as there are classes for all")  # fmt: skip
     add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
+    add("--precompute-batch-size", type=_COUNT, help="images to show the teacher at once; default: --batch-size, with "
+        "which its answers are to the bit those it gives during training")  # fmt: skip
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help="of these epochs only, TO left out, to share "
         "them out among machines")  # fmt: skip
 
@@ -341,8 +343,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--precompute-teacher: there is no place for the answers; add --teacher-cache FOLDER")
     if args.cache_features:
         _check_features(args)
-    if args.precompute_epochs and not args.precompute_teacher:
-        raise UserError("--precompute-epochs: add --precompute-teacher")
+    if not args.precompute_teacher and (args.precompute_epochs or args.precompute_batch_size):
+        raise UserError(
+            "--precompute-epochs, --precompute-batch-size: nothing is precomputed; add --precompute-teacher"
+        )
     evit_flags = ("base_keep_rate", "drop_loc", "fuse_token", "shrink_start_epoch", "shrink_epochs")
     given = next((flag.replace("_", "-") for flag in evit_flags if getattr(args, flag) is not None), None)
     if given and not models_evit.is_evit(args.model):
@@ -737,6 +741,7 @@ def main(args: argparse.Namespace) -> None:
             engine.autocast(model, engine.select_amp(args.amp, world.device)),
             seed=args.seed,
             world=world,
+            group=max(1, (args.precompute_batch_size or 0) // args.batch_size),
             log_interval=args.log_interval,
         )
         return utils.shut_down_distributed()

@@ -278,6 +278,15 @@ def test_epochs_are_shared_out_and_asked_for(teacher, store, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in store.iterdir())
 
 
+def test_larger_batches_for_the_teacher_give_its_answers_too(teacher, store, tmp_path):
+    precompute(
+        tmp_path / "cache", *teacher, "--precompute-batch-size", "110"
+    )  # three batches at once, then what is left
+    for path in store.glob("*.npy"):
+        (other,) = (tmp_path / "cache").glob(f"{path.name.partition('.')[0]}.*")
+        assert (np.load(path)["label"] == np.load(other)["label"]).mean() > 0.99  # but for the last bit of a tie
+
+
 def test_with_a_period_the_same_views_come_again(teacher, tmp_path):
     flags = [*RUN, "--epochs", "3", "--augmentation-epochs", "1", "--distillation-type", "hard"]
     flags += ["--teacher-cache", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]
@@ -335,6 +344,7 @@ def test_stores_of_other_teachers_processes_and_flags_are_refused(teacher, store
         ([*tiny.TINY, "--teacher-cache", str(store)], "add --distillation-type hard"),
         ([*RUN, "--distillation-type", "hard", "--precompute-teacher"], "add --teacher-cache FOLDER"),
         ([*run, "--precompute-epochs", "0:1"], "add --precompute-teacher"),
+        ([*run, "--precompute-batch-size", "64"], "add --precompute-teacher"),
         ([*run, "--precompute-epochs", "3:3"], "holds no epochs"),
         ([*RUN, "--distillation-type", "hard", "--teacher-cache", str(tmp_path / "new")], "2 epochs are missing"),
     ]:
