@@ -12,6 +12,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -528,6 +529,10 @@ def build_cached_teacher(
     """
     if not isinstance(source, datasets.Source):
         raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose views have no place; drop the flag")
+    if source.num_classes >= 2**16:
+        raise UserError(
+            f"--teacher-cache: holds classes below {2**16 - 1}, the data have {source.num_classes}; drop it"
+        )
     hard, folder = args.distillation_type == "hard", Path(args.teacher_cache)
     codec = (
         teacher_cache.Labels(source.num_classes)
@@ -574,6 +579,7 @@ def fingerprint(
         "processes": world.size if mixes else 0,
         "teacher_weights": teacher,
         "precision": str(engine.select_amp(args.amp, world.device)),
+        "augmentation_code": {name: version(name) for name in ("timm", "torchvision", "pillow")},
         "topk": None if args.distillation_type == "hard" else args.teacher_cache_topk,
     }
 
