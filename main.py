@@ -715,6 +715,28 @@ def evaluate_only(args: argparse.Namespace, model: torch.nn.Module, val_loader: 
         logger.info(engine.describe({f"{prefix}_{name}": value for name, value in stats.items()}))
 
 
+def precompute_only(
+    args: argparse.Namespace,
+    student: torch.nn.Module,
+    teacher: teacher_cache.CachedTeacher,
+    loader: datasets.EpochLoader,
+    prepare: Callable,
+    world: World,
+) -> None:
+    """`--precompute-teacher`: the store of answers, and no student."""
+    engine.precompute(
+        teacher,
+        loader,
+        prepare,
+        _view_epochs(args),
+        engine.autocast(student, engine.select_amp(args.amp, world.device)),
+        seed=args.seed,
+        world=world,
+        group=max(1, (args.precompute_batch_size or 0) // args.batch_size),
+        log_interval=args.log_interval,
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     """One run, from flags to the last checkpoint. Flags are read, never changed.
 
@@ -739,17 +761,7 @@ def main(args: argparse.Namespace) -> None:
     prepare = build_prepare(args, train.num_classes, world.device)
     criterion = build_criterion(args, model, train, train_loader, world)
     if args.precompute_teacher:
-        engine.precompute(
-            criterion.teacher,
-            train_loader,
-            prepare,
-            _view_epochs(args),
-            engine.autocast(model, engine.select_amp(args.amp, world.device)),
-            seed=args.seed,
-            world=world,
-            group=max(1, (args.precompute_batch_size or 0) // args.batch_size),
-            log_interval=args.log_interval,
-        )
+        precompute_only(args, model, criterion.teacher, train_loader, prepare, world)
         return utils.shut_down_distributed()
     state = build_state(args, model, trained, train_loader.images_per_batch, world)
     schedules = build_schedules(args, state, train_loader.updates_per_epoch)

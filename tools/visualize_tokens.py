@@ -117,7 +117,7 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> dat
     Raises:
         UserError
     """
-    run.eval = True  # no training images are needed
+    run.eval, run.ram_cache = True, 0  # neither training images nor the whole data are needed
     _, source = training.build_sources(run, world)
     if not isinstance(source, datasets.Source):
         raise UserError(f"--data-set {run.data_set}: a stream has no single images; pass files with --images")
