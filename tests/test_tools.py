@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from tools import speed_test, summarize
+from tools import distillation_cost, speed_test, summarize
 from tools.timing import describe_environment, rates_in_turn, ratio_row
 
 
@@ -106,3 +106,12 @@ def test_the_whole_attention_matrix_takes_its_memory(tmp_path):
         peaks[attention] = json.loads((tmp_path / attention).read_text())["rows"][0]["peak_memory_bytes"]
     matrix = 2 * 3 * 577 * 577 * 4  # images, heads, tokens, tokens, bytes
     assert peaks["math"] - peaks["fused"] > matrix
+
+
+def test_every_way_to_be_taught_is_timed(tmp_path, capsys):
+    flags = ["--teacher", "test_resnet", "--input-size", "32", "--batch-size", "2", "--rounds", "1", "--steps", "2"]
+    distillation_cost.main([*flags, "--device", "cpu", "--output", str(tmp_path / "cost.json")])
+    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert [row["teacher"].split()[0] for row in rows] == ["no", "stored", "50", "live"]
+    assert rows[0]["ratio"] == 1.0 and all(row["images_per_second"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("images/s") == 4
