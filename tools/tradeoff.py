@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = measure(own, run, weights, world)
         print(table(rows))
         if own.output:
-            settings = {name: getattr(run, name) for name in (*command.KEPT, "batch_size", "amp")}
+            named = [name for name in (*command.KEPT, "batch_size", "amp", "compile") if name != "data_path"]
+            settings = {name: getattr(run, name) for name in named}
             settings |= {name: getattr(own, name) for name in ("resume", "ema", "steps", "rounds")}
             write_results(own.output, world.device, settings, {"rows": rows})
             plot(rows, own.output.with_suffix(".png"))
