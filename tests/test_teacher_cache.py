@@ -1,5 +1,7 @@
 """The store of a teacher's answers: exact, resumable, checked; as files, and as whole runs."""
 
+import json
+import re
 import shutil
 import time
 
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import main
+from losses import soft_distillation
 from samplers import Batch
 from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint, check_space
 from utils import RunError
@@ -188,6 +191,18 @@ def test_a_fingerprint_names_what_differs_and_passes_over_what_is_unknown(tmp_pa
         check_fingerprint(tmp_path / "deep" / "store", ours)
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_soft_loss_with_all_classes_stored_is_that_of_the_logits(classes):
+    codec, teacher = LogProbabilities(classes, classes), logits(32, classes)
+    for tau in (1.0, 3.0):
+        student = logits(32, classes, seed=1)
+        found, expected = (
+            soft_distillation(student, target, tau, "batchmean")
+            for target in (codec.decode(codec.encode(teacher), CPU), teacher)
+        )
+        assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 RUN = [*tiny.TINY, "--epochs", "2", "--teacher-model", "test_resnet", "--batch-size", "32"]  # with all augmentation
@@ -238,12 +253,14 @@ def test_students_of_the_store_and_of_the_live_teacher_have_the_same_bits(proces
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names  # checksums included
 
 
-def test_soft_losses_from_the_store_are_those_of_the_live_teacher(teacher, tmp_path):
-    flags = [*RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher]
-    main.cli([*flags, "--output-dir", str(tmp_path / "live")])
-    cache = ["--teacher-cache", str(tmp_path / "cache")]
-    main.cli([*flags, *cache, "--precompute-teacher"])
-    main.cli([*flags, *cache, "--output-dir", str(tmp_path / "stored")])
+def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(teacher, tmp_path):
+    flags = ["main.py", *RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher, "--log-interval", "1"]
+    cache = ["--teacher-cache", tmp_path / "cache"]
+    outputs = [tiny.run(*flags, "--output-dir", tmp_path / "live")]
+    tiny.run(*flags, *cache, "--precompute-teacher")
+    outputs.append(tiny.run(*flags, *cache, "--output-dir", tmp_path / "stored"))
+    live, stored = ([float(loss) for loss in re.findall(r"step \S+  loss (\S+)", output)] for output in outputs)
+    assert len(live) == 2 * 45 and stored == pytest.approx(live, rel=1e-3)
     for live, stored in zip(tiny.log_of(tmp_path / "live"), tiny.log_of(tmp_path / "stored"), strict=True):
         for name in ("train_loss", "train_loss_distillation", "test_loss"):
             assert stored[name] == pytest.approx(live[name], rel=1e-3), name
@@ -332,6 +349,15 @@ def test_a_store_of_another_run_is_refused_by_the_field(field, store, capsys):
         main.cli(flags)
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit_info.value.code == 2 and "is of another run" in error and f"{field} (" in error
+
+
+def test_any_field_of_a_fingerprint_is_compared_and_named(store):
+    fields = json.loads((store / "fingerprint.json").read_text())
+    assert {"views", "labels", "normalization", "augmentation_code", "processes", "teacher_weights"} <= fields.keys()
+    for field in fields:
+        if field != "topk":  # of soft distillation
+            with tiny.user_error(f"{field} ("):
+                check_fingerprint(store, fields | {field: "another"})
 
 
 def test_stores_of_other_teachers_processes_and_flags_are_refused(teacher, store, tmp_path, capsys):
