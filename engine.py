@@ -338,6 +338,7 @@ def precompute(
         first = teacher.cache.next_missing() // (loader.images_per_batch // world.size)
         loader.skip(first)
         open_steps -= first
+        bar.total = open_steps
         batches = prepared(loader, prepare, seed=seed, epoch=epoch, rank=world.rank, first_step=first)
         while together := list(itertools.islice(batches, group)):
             with autocast:
