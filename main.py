@@ -348,6 +348,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             "--precompute-epochs, --precompute-batch-size: nothing is precomputed; add --precompute-teacher"
         )
+    different = min(args.epochs, args.augmentation_epochs or args.epochs)
+    if args.precompute_epochs and args.precompute_epochs.stop > different:
+        raise UserError(f"--precompute-epochs: the run has views for {different} epochs; end with :{different}")
     evit_flags = ("base_keep_rate", "drop_loc", "fuse_token", "shrink_start_epoch", "shrink_epochs")
     given = next((flag.replace("_", "-") for flag in evit_flags if getattr(args, flag) is not None), None)
     if given and not models_evit.is_evit(args.model):

@@ -245,7 +245,7 @@ class CachedTeacher:
         """Logits [B, C] with the arg-max, or the probabilities, of the teacher's.
 
         Raises:
-            RunError: if an answer is missing and there is no teacher, or a file is damaged.
+            RunError: if an answer is missing and there is no teacher, or it says NaN, or a file is damaged.
         """
         self.cache.open(self.epoch())
         positions, codec = batch.positions.numpy(), self.cache.codec
@@ -253,7 +253,10 @@ class CachedTeacher:
         if codec.missing(rows).any():
             if self.live is None:
                 raise RunError(f"{FLAG}: answers of epoch {self.epoch()} are missing; add --precompute-teacher first")
-            rows = codec.encode(self.live(batch))
+            logits = self.live(batch)
+            if logits.isnan().any():  # which the store would keep as an answer, or as a gap
+                raise RunError(f"the teacher's logits in epoch {self.epoch()} are not numbers; try --amp off")
+            rows = codec.encode(logits)
             self.cache.write(positions, rows)
         return codec.decode(rows, batch.images.device)
 

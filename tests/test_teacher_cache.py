@@ -179,6 +179,14 @@ def test_the_teacher_is_asked_once_about_each_view(tmp_path, codec):
         answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 6, None))
 
 
+@pytest.mark.parametrize("codec", [Labels(10), LogProbabilities(10, 10)])
+def test_an_answer_that_is_not_a_number_is_refused_and_not_stored(tmp_path, codec):
+    teacher = CachedTeacher(TeacherCache(tmp_path, codec, 3, 0, 1), lambda: 0, lambda _: torch.full((3, 10), torch.nan))
+    with pytest.raises(RunError, match="not numbers; try --amp off"):
+        teacher(Batch(torch.zeros(3, 1), None, torch.arange(3)))
+    assert teacher.cache.next_missing() == 0 and not teacher.cache.is_whole(0)
+
+
 def test_a_fingerprint_names_what_differs_and_passes_over_what_is_unknown(tmp_path):
     ours = {"seed": 0, "input_size": (32,), "teacher_weights": "abc"}
     check_fingerprint(tmp_path / "deep" / "store", ours)
@@ -372,6 +380,8 @@ def test_stores_of_other_teachers_processes_and_flags_are_refused(teacher, store
         ([*run, "--precompute-epochs", "0:1"], "add --precompute-teacher"),
         ([*run, "--precompute-batch-size", "64"], "add --precompute-teacher"),
         ([*run, "--precompute-epochs", "3:3"], "holds no epochs"),
+        ([*run, "--precompute-teacher", "--precompute-epochs", "0:3"], "end with :2"),
+        ([*run, "--precompute-teacher", "--precompute-epochs", "0:2", "--augmentation-epochs", "1"], "end with :1"),
         ([*RUN, "--distillation-type", "hard", "--teacher-cache", str(tmp_path / "new")], "2 epochs are missing"),
     ]:
         with pytest.raises(SystemExit) as exit_info:

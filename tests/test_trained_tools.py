@@ -88,6 +88,8 @@ def test_checkpoints_that_do_not_say_enough_are_a_line(checkpoint, tmp_path, cap
     bare = tmp_path / "bare.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
     assert "does not name its model; add --model" in line_of(capsys, tradeoff, "--resume", bare)
+    unnamed = line_of(capsys, tradeoff, "--resume", bare, "--model-kwargs", "depth=2")
+    assert "does not name its model; add --model" in unnamed
     assert "has no averaged weights" in line_of(capsys, tradeoff, "--resume", bare, *MODEL, "--ema")
     assert "no such file" in line_of(capsys, tradeoff, "--resume", tmp_path / "gone.pth")
     assert "holds another model" in line_of(capsys, tradeoff, "--resume", checkpoint, "--patch-size", "4")
@@ -178,6 +180,10 @@ def test_what_cannot_be_drawn_is_a_line(checkpoint, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     assert "cannot read image" in line_of(capsys, tool, *resume, "--images", tmp_path / "broken.jpg")
     assert "drops no patches" in line_of(capsys, tool, *resume, "--base-keep-rate", "1")
+    (tmp_path / "file").write_text("")
+    assert "file" in line_of(capsys, tool, "--resume", checkpoint, "--output", tmp_path / "file" / "deeper")
+    tool.main(["--resume", checkpoint, "--num-images", "1", "--base-keep-rate", "0.99", "--output", str(tmp_path)])
+    assert "16 patches, all kept" in capsys.readouterr().out
 
 
 # -- tradeoff ----------------------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ KEPT += ("data_set", "data_path", "inat_category", "val_split", "train_split", "
 
 @contextlib.contextmanager
 def errors_in_a_line(tool: str) -> Iterator[None]:
-    """A user's mistake ends the tool with status 2 and a line."""
+    """A user's mistake, such as a file that cannot be written, ends the tool with status 2 and a line."""
     try:
         yield
-    except (UserError, RunError) as error:
+    except (UserError, RunError, OSError) as error:
         print(f"{tool}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -58,10 +58,9 @@ def parse(
         raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
     weights = weights_of({"model": checkpoint["model_ema"]} if own.ema else checkpoint, "--resume", own.resume)
     run_parser = main.get_parser(prog=parser.prog)
-    flags = _flags_in(checkpoint)
-    run_parser.set_defaults(**flags)
+    run_parser.set_defaults(**{"model": None} | _flags_in(checkpoint))
     run = run_parser.parse_args(rest)
-    if "model" not in flags and not any(word.startswith("--model") for word in rest):
+    if run.model is None:
         raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
     main.check_flags(run)
     return own, run, weights

@@ -146,8 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             picture = draw(pixels.round().byte().permute(1, 2, 0).numpy(), reductions, model.patch_embed.grid_size)
             file = own.output / f"{number:04d}.png"
             picture.save(file)
-            left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions)
-            print(f"{file}: {source.images.describe(source.order[number])}, {len(reductions[0].kept)} patches, {left}")
+            left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions) or "all kept"
+            name = source.images.describe(source.order[number])
+            print(f"{file}: {name}, {model.patch_embed.num_patches} patches, {left}")
 
 
 if __name__ == "__main__":
