@@ -33,7 +33,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from samplers import Batch, KeyedSampler, random_key, random_keys, seed_generators
-from utils import RunError, UserError, World, logger, main_process_first
+from utils import RunError, UserError, World, gather, ignore_stop_signals, logger, main_process_first
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS")
@@ -55,6 +55,49 @@ class Images(Protocol):
         ...
 
 
+class BrokenImages:
+    """The images that could not be read, up to a number, known to all loader processes of this process."""
+
+    def __init__(self, images: Images, limit: int) -> None:
+        """Args: images: to name them by; limit: how many different ones are tolerated, over all ranks."""
+        self.images, self.limit = images, limit
+        self.found = torch.full((limit + 1,), -1).share_memory_()  # indices, then -1
+        self.lock = torch.multiprocessing.Lock()
+        self.reported = 0
+
+    def add(self, index: int) -> bool:
+        """Whether one more broken image, or a known one, is within the limit."""
+        with self.lock:
+            known = self.found.tolist()
+            if index not in known and -1 in known:
+                self.found[known.index(-1)] = int(index)
+            return int(self.found[-1]) == -1
+
+    def all_found(self) -> list[int]:
+        """Indices over all ranks, which all must call alike."""
+        return sorted({int(index) for row in gather(self.found.tolist()) for index in row if index >= 0})
+
+    def restore(self, indices: Sequence[int]) -> None:
+        """Take over what a resumed run had found."""
+        for index in indices[: self.limit]:
+            self.add(index)
+
+    def report(self) -> int:
+        """Name those that are new to the log; how many there are so far, over all ranks, which all must call alike.
+
+        Raises:
+            RunError: on all ranks, if they are too many.
+        """
+        found = self.all_found()
+        if len(found) > self.reported:
+            names = ", ".join(self.images.describe(index) for index in found)
+            logger.warning("%d images cannot be read, others take their places: %s", len(found), names)
+        self.reported = len(found)
+        if len(found) > self.limit:
+            raise RunError(f"{len(found)} images cannot be read, --skip-broken-images is {self.limit}: mend or remove")
+        return len(found)
+
+
 @dataclass(frozen=True)
 class Source:
     """Images with their classes: the samples `order[0]`, `order[1]`, ... of `images`.
@@ -64,25 +107,34 @@ class Source:
         targets: class index of each sample of `images`.
         num_classes: number of classes.
         order: which samples of `images` belong to this source.
+        broken: takes note of images that cannot be read, in whose place the next ones come; or None.
     """
 
     images: Images
     targets: np.ndarray  # [N] int64
     num_classes: int
     order: np.ndarray  # [n] int64
+    broken: BrokenImages | None = None
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        index = self.order[index]
+    def __getitem__(self, place: int) -> tuple[Image.Image, int]:
+        index = self.order[place]
         try:
             return self.images[index], int(self.targets[index])
         # What Pillow raises for broken files, and for sizes that only a broken header would claim.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if self.broken is not None and self.broken.add(index):
+                return self[(place + 1) % len(self)]
             raise RunError(
-                f"cannot read image {self.images.describe(index)} ({error}); mend or remove it, then --resume"
+                f"cannot read image {self.images.describe(index)} ({error}); mend or remove it, then --resume, or "
+                f"tolerate some with --skip-broken-images"
             ) from error
+
+    def file_names(self) -> bytes:
+        """Names of the image files in order, without folders, which may have been moved; b"" if there are none."""
+        return self.images.file_names(self.order) if hasattr(self.images, "file_names") else b""
 
 
 def _source(images: Images, targets: Sequence[int], num_classes: int) -> Source:
@@ -103,12 +155,16 @@ class PathImages:
     def describe(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
 
+    def file_names(self, order: np.ndarray) -> bytes:
+        return b"\0".join(path.rpartition(b"/")[2] for path in self.paths[order].tolist())
+
 
 class PackedImages:
     """Decoded images in one uint8 buffer, shared with forked loader processes."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        """Args: arrays: uint8, [H, W, 3] each, of any sizes."""
+    def __init__(self, arrays: Sequence[np.ndarray], names: bytes = b"") -> None:
+        """Args: arrays: uint8, [H, W, 3] each, of any sizes; names: of the files that they are from."""
+        self.names = names
         self.shapes = np.array([array.shape for array in arrays])
         self.ends = np.cumsum(self.shapes.prod(axis=1))
         self.pixels = np.concatenate([array.ravel() for array in arrays])
@@ -120,6 +176,9 @@ class PackedImages:
 
     def describe(self, index: int) -> str:
         return f"number {index} in memory"
+
+    def file_names(self, order: np.ndarray) -> bytes:
+        return self.names
 
 
 class DatasetImages:
@@ -166,8 +225,14 @@ def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source 
     if np.mean(sizes) * len(source) > limit_mb * 2**20:
         return source
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-        arrays = list(pool.map(lambda index: np.asarray(source[index][0]), range(len(source))))
-    return _source(PackedImages(arrays), source.targets[source.order], source.num_classes)
+        samples = list(pool.map(lambda index: _decoded(source[index]), range(len(source))))
+    arrays, targets = zip(*samples, strict=True)
+    packed = PackedImages(arrays, source.file_names())
+    return replace(_source(packed, targets, source.num_classes), broken=source.broken)
+
+
+def _decoded(sample: tuple[Image.Image, int]) -> tuple[np.ndarray, int]:
+    return np.asarray(sample[0]), sample[1]
 
 
 # -- reading the data sets ---------------------------------------------------------------------------------------------
@@ -582,6 +647,7 @@ class EpochLoader:
         num_batches: batches per epoch and rank.
         images_per_batch: images in one batch of every rank together.
         updates_per_epoch: optimiser updates in an epoch.
+        broken: images that could not be read so far, or None if none are tolerated.
     """
 
     loader: DataLoader
@@ -589,6 +655,12 @@ class EpochLoader:
     num_batches: int
     images_per_batch: int
     updates_per_epoch: int
+    broken: BrokenImages | None = None
+
+    @property
+    def images_per_update(self) -> int:
+        """Images in an optimiser update, over all ranks."""
+        return self.images_per_batch * self.num_batches // self.updates_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.counter.set_epoch(epoch)
@@ -652,7 +724,7 @@ def build_train_loader(
         *(sampler.num_positions, sampler.num_distinct, len(source), updates),
     )
     loader = _loader(KeyedImages(source, transform), sampler, batch_size, num_workers, pin_memory)
-    return EpochLoader(loader, sampler, **counts)
+    return EpochLoader(loader, sampler, **counts, broken=source.broken)
 
 
 def _workers_with_shards(reader: Any, num_workers: int, world: World) -> int:
@@ -696,7 +768,21 @@ def _loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         collate_fn=default_collate,
+        worker_init_fn=ignore_stop_signals,
     )
+
+
+@contextlib.contextmanager
+def closing_workers(*loaders: Any) -> Iterator[None]:
+    """Afterwards, end the processes of these loaders, which may not heed SIGTERM."""
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            processes = getattr(loader, "_iterator", None)  # of a DataLoader whose processes persist
+            if processes is not None:
+                processes._shutdown_workers()
+                loader._iterator = None
 
 
 # -- Mixup and the way to the device -----------------------------------------------------------------------------------

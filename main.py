@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import shlex
 import sys
@@ -29,7 +30,7 @@ import models_evit
 import teacher_cache
 import utils
 from samplers import random_key, seed_generators
-from utils import RunError, UserError, World, logger
+from utils import Preempted, RunError, UserError, World, logger
 
 # -- flags -------------------------------------------------------------------------------------------------------------
 
@@ -121,7 +122,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action=_SWITCH, default=False, help="write over an earlier run in --output-dir")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--seed", type=_NATURAL, default=0, help="every random draw of the run follows from it")
-    add("--resume", default="", help="checkpoint (file or https address) to go on from, or to evaluate with --eval")
+    add("--resume", default="", help="checkpoint (file or https address) to go on from, or to evaluate with --eval; "
+        "auto: the newest in --output-dir if there is one, else start as without it")  # fmt: skip
+    add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every so many "
+        "minutes; default: after each epoch, and when the run is stopped")  # fmt: skip
+    add("--max-skipped-steps", type=_NATURAL, default=0, metavar="N", help="leave out up to so many updates of an "
+        "epoch whose loss or gradient is not finite (looking at each costs a wait for the device)")  # fmt: skip
     add("--eval", action=_SWITCH, default=False, help="evaluate only")
     add("--eval-interval", type=_COUNT, default=1, help="epochs between two evaluations; the last is always evaluated")
     add("--log-interval", type=_COUNT, default=50, help="steps between two log lines and checks for a non-finite loss")
@@ -206,6 +212,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-fraction", type=_SHARE, default=1.0, help="fixed class-balanced part of the training data to use")
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help="decode a data set once and keep it in "
         "memory if it takes at most this much")  # fmt: skip
+    add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help="let the next image take the place of one "
+        "that cannot be read, for up to so many training images")  # fmt: skip
     add(
         "--eval-crop-ratio",
         type=_SHARE,
@@ -326,7 +334,12 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError
     """
-    starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)]
+    automatic = args.resume == "auto"  # which starts from other weights if there is nothing to go on with
+    if automatic and (args.eval or args.overwrite):
+        raise UserError(f"--resume auto: goes on with a run; {'--eval' if args.eval else '--overwrite'} does not fit")
+    if args.checkpoint_minutes is not None and not args.output_dir:
+        raise UserError("--checkpoint-minutes: there is no place for a checkpoint; add --output-dir FOLDER")
+    starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)][automatic:]
     if len(starts) > 1:
         raise UserError(f"--{starts[0]} and --{starts[1]} both say where the weights come from; pass one of them")
     if args.eval and not starts:
@@ -375,6 +388,15 @@ def _check_features(args: argparse.Namespace) -> None:
 # -- wiring ------------------------------------------------------------------------------------------------------------
 
 
+def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
+    """The flags with the file that `--resume` means: what `auto` finds, or the one before a damaged one."""
+    if not args.resume or args.eval:
+        return args
+    path = utils.find_checkpoint(args.resume, args.output_dir, world.is_main)
+    replaced = {"finetune": "", "pretrained": False} if path else {}
+    return argparse.Namespace(**{**vars(args), **replaced, "resume": path})
+
+
 def build_sources(args: argparse.Namespace, world: World) -> tuple[Any, Any]:
     """Training and validation data, cut to `--train-fraction` and kept in memory if they are small."""
     train, val = datasets.build_sources(
@@ -386,6 +408,10 @@ def build_sources(args: argparse.Namespace, world: World) -> tuple[Any, Any]:
         num_classes=args.num_classes,
         local_rank=world.local_rank,
     )
+    if args.skip_broken_images:
+        if not isinstance(train, datasets.Source):
+            raise UserError(f"--skip-broken-images: {args.data_set} is a stream, which skips them by itself; drop it")
+        train = dataclasses.replace(train, broken=datasets.BrokenImages(train.images, args.skip_broken_images))
     if not args.eval:
         train = datasets.keep_in_memory(datasets.take_fraction(train, args.train_fraction), args.ram_cache)
     return train, datasets.keep_in_memory(val, args.ram_cache)
@@ -472,10 +498,10 @@ def cache_features(
     loader = datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, alone))
     amp = engine.autocast(model, engine.select_amp(args.amp, world.device))
     start = time.perf_counter()
-    features = engine.features(model, loader, amp)
+    features, targets = engine.features(model, loader, amp)
     logger.info("features of %d images in %.0f s", len(features), time.perf_counter() - start)
     order = np.arange(len(features))
-    return datasets.Source(features, source.targets[source.order], source.num_classes, order), torch.clone, head
+    return datasets.Source(features, targets.numpy(), source.num_classes, order, source.broken), torch.clone, head
 
 
 def build_train_loader(
@@ -637,9 +663,18 @@ def build_state(
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
         wrapped = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
+        shape = (3, *_size(args)) if trained is model else (trained.in_features,)
+        engine.settle_buckets(wrapped, torch.zeros(1, *shape, device=world.device))
     amp_dtype = engine.select_amp(args.amp, world.device)
     return engine.TrainState(
-        wrapped, model, optimizer, amp_dtype=amp_dtype, accum_steps=args.accum_steps, clip_grad=args.clip_grad, ema=ema
+        wrapped,
+        model,
+        optimizer,
+        amp_dtype=amp_dtype,
+        accum_steps=args.accum_steps,
+        clip_grad=args.clip_grad,
+        max_skipped_steps=args.max_skipped_steps,
+        ema=ema,
     )
 
 
@@ -676,7 +711,77 @@ def build_schedules(
     ]
 
 
-def open_output(args: argparse.Namespace, first_epoch: int, world: World) -> tuple[Path | None, Any]:
+# Flags that may change between a run and the one that resumes it without changing a bit of its weights. (What the data
+# and the precision are is compared by itself.)
+FREE_FLAGS = frozenset(("output_dir", "overwrite", "resume", "finetune", "pretrained", "eval", "eval_interval"))
+FREE_FLAGS |= {"log_interval", "num_workers", "pin_mem", "device", "amp", "checkpoint_minutes", "data_path"}
+FREE_FLAGS |= {"ram_cache", "teacher_cache", "teacher_path", "teacher_pretrained", "precompute_batch_size"}
+FREE_FLAGS |= {"precompute_teacher", "dist_eval", "distributed", "world_size", "dist_url", "patience_epochs"}
+
+
+def describe_run(
+    args: argparse.Namespace, source: Any, state: engine.TrainState, world: World
+) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of its run: the flags, and what else its bits depend on."""
+    indexed = isinstance(source, datasets.Source)
+    return {
+        "args": vars(args),
+        "run": {
+            "images": len(source),
+            "labels": zlib.crc32(source.targets[source.order].tobytes()) if indexed else None,
+            "file_names": zlib.crc32(source.file_names()) if indexed else None,
+            "processes": world.size,
+            "device": world.device.type,
+            "precision": str(state.amp_dtype),
+            "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow")},
+        },
+    }
+
+
+def resume(
+    args: argparse.Namespace, state: engine.TrainState, loader: datasets.EpochLoader, source: Any, world: World
+) -> None:
+    """Go on where `--resume` was written, and say what keeps the run from being the same to the bit.
+
+    Raises:
+        UserError: if the checkpoint is for another model or another optimiser, or holds weights only.
+    """
+    checkpoint = utils.read_checkpoint(args.resume, "--resume")
+    changes = _changes(checkpoint, describe_run(args, source, state, world))
+    indexed = isinstance(source, datasets.Source)
+    if checkpoint.get("progress") and not indexed:
+        changes.append("a stream has no places: the epoch begins again")
+        checkpoint["progress"] = None
+    state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
+    if loader.broken is not None:
+        loader.broken.restore(checkpoint.get("broken_images") or [])
+    if changes:
+        logger.warning("%s: the run goes on, but not to the bit as it would have: %s", args.resume, "; ".join(changes))
+    done = state.num_updates - state.epoch * loader.updates_per_epoch
+    logger.info("going on with epoch %d after %d of its %d updates", state.epoch, done, loader.updates_per_epoch)
+    furthest, least = utils.agree(state.num_updates, -state.num_updates)
+    if furthest != -least:
+        raise UserError(f"--resume {args.resume}: the processes read different files; name one that all of them see")
+
+
+def _changes(checkpoint: dict[str, Any], now: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs from the run that wrote the checkpoint, and shows in every further bit."""
+    flags = checkpoint.get("args") or {}
+    then = {"args": vars(flags) if isinstance(flags, argparse.Namespace) else flags, "run": checkpoint.get("run") or {}}
+    then, now = (json.loads(json.dumps(each, default=str)) for each in (then, now))  # no difference of list and tuple
+    flags = vars(get_parser().parse_args([])).keys() - FREE_FLAGS  # those of a job are in args as well
+    changes = [
+        (f"--{name.replace('_', '-')}", value, now["args"][name])
+        for name, value in then["args"].items()
+        if name in flags
+    ]
+    changes += [(name.replace("_", " "), value, now["run"].get(name)) for name, value in then["run"].items()]
+    return [f"{name} was {old}, is {new}" for name, old, new in changes if old != new]
+
+
+def open_output(
+    args: argparse.Namespace, state: engine.TrainState, world: World
+) -> tuple[Path | None, utils.TensorBoard | None]:
     """Output folder and, on rank 0, a TensorBoard writer.
 
     Raises:
@@ -685,20 +790,21 @@ def open_output(args: argparse.Namespace, first_epoch: int, world: World) -> tup
     if not args.output_dir:
         return None, None
     folder = Path(args.output_dir)
-    if (folder / "checkpoint.pth").exists() and not args.resume and not args.overwrite:
+    if (folder / utils.LATEST).exists() and not args.resume and not args.overwrite:
         raise UserError(
-            f"--output-dir {folder}: holds an earlier run; go on with --resume {folder / 'checkpoint.pth'}, name "
-            f"another folder, or add --overwrite"
+            f"--output-dir {folder}: holds an earlier run; go on with --resume auto, name another folder, or add "
+            f"--overwrite"
         )
     utils.barrier()  # all have looked before anyone writes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not world.is_main:
             return folder, None
-        utils.open_log(folder, first_epoch)
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
-
-        return folder, SummaryWriter(str(folder / "tensorboard"))
+        utils.remove_temporary_files(folder)
+        utils.write_whole(folder / "config.json", (json.dumps(vars(args), indent=1, default=str) + "\n").encode())
+        utils.open_log(folder, state.epoch)
+        step = state.num_updates * state.accum_steps
+        return folder, utils.TensorBoard(folder / "tensorboard", step, state.epoch)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
 
@@ -751,6 +857,7 @@ def main(args: argparse.Namespace) -> None:
     world = utils.init_distributed(args.device)
     utils.set_up_logging(world)
     utils.set_up_kernels(args.deterministic)
+    args = settle_resume(args, world)
     train, val = build_sources(args, world)
     model = build_model(args, train.num_classes, world.device)
     val_loader = build_val_loader(args, val, model, world)
@@ -769,8 +876,8 @@ def main(args: argparse.Namespace) -> None:
     state = build_state(args, model, trained, train_loader.images_per_batch, world)
     schedules = build_schedules(args, state, train_loader.updates_per_epoch)
     if args.resume:
-        state.resume(utils.read_checkpoint(args.resume, "--resume"), args.resume, train_loader.updates_per_epoch)
-    output_dir, writer = open_output(args, state.epoch, world)
+        resume(args, state, train_loader, train, world)
+    output_dir, writer = open_output(args, state, world)
     engine.fit(
         state,
         train_loader,
@@ -780,13 +887,14 @@ def main(args: argparse.Namespace) -> None:
         schedules,
         epochs=args.epochs,
         world=world,
-        args=vars(args),
+        about=describe_run(args, train, state, world),
         output_dir=output_dir,
         writer=writer,
         seed=args.seed,
         log_interval=args.log_interval,
         eval_interval=args.eval_interval,
         augmentation_epochs=args.augmentation_epochs,
+        checkpoint_minutes=args.checkpoint_minutes,
     )
     if writer is not None:
         writer.close()
@@ -794,26 +902,39 @@ def main(args: argparse.Namespace) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    """`main` with a command's exit statuses: 0 done, 1 a fault during the run, 2 a mistake in the flags or files."""
+    """`main` with a command's exit statuses.
+
+    0 done, 1 a fault during the run, 2 a mistake in the flags or files, 75 stopped by a signal and saved.
+    """
     args = get_parser().parse_args(argv)
     try:
         main(args)
-    except UserError as error:
-        _end(f"main.py: error: {error}", 2)
-    except RunError as error:
-        _end(f"main.py: run ended: {utils.last_line(error)}", 1)
     except Exception as error:
+        rank = f"rank {os.environ.get('RANK', '')}: " if utils.is_distributed() else ""
+        if isinstance(error, UserError):
+            _end(f"main.py: error: {error}", 2)
+        if isinstance(error, Preempted):
+            _end(f"main.py: {rank}{error}", 75)
+        if isinstance(error, RunError):
+            _end(f"main.py: {rank}run ended: {utils.last_line(error)}", 1)
+        if utils.is_lost_loader(error):
+            _end(
+                f"main.py: {rank}run ended: a loader process is gone ({utils.last_line(error)}); if memory ran out, "
+                f"lower --num-workers or --ram-cache; the last checkpoint is intact",
+                1,
+            )
         if not utils.is_distributed():
             raise
         if utils.is_lost_peer(error):
             _end(
-                "main.py: run ended: another process is gone (its own message says why); the last checkpoint is intact",
+                f"main.py: {rank}run ended: another process is gone (its own message says why); the last checkpoint "
+                f"is intact",
                 1,
             )
-        _end(traceback.format_exc(), 1)
+        _end(f"{traceback.format_exc()}main.py: {rank}run ended: {type(error).__name__}: {utils.last_line(error)}", 1)
 
 
-def _end(message: str, status: int) -> None:
+def _end(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     # A rank that fails must not wait at exit for the others, nor they for it.
     if utils.is_distributed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import submitit
 
 import main
+import utils
 from utils import UserError
 
 REPOSITORY = str(Path(__file__).resolve().parent)
@@ -31,6 +33,9 @@ def get_parser() -> main.Parser:
     add("--cpus-per-task", type=count, default=10, help="CPUs per process")
     add("--mem-gb", type=count, help="memory per machine; default: the cluster's")
     add("--timeout", type=count, default=2800, help="minutes")
+    add("--signal-delay", type=count, default=120, help="seconds before the time-out in which the run saves and asks "
+        "to be queued again")  # fmt: skip
+    add("--max-timeouts", type=natural, default=100, help="times that it may time out and be queued again")
     add("--partition", help="SLURM partition")
     add("--constraint", help="SLURM constraint, for example a kind of GPU")
     add("--comment", help="SLURM comment")
@@ -56,14 +61,22 @@ class Job:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if environment.cluster != "slurm":
             os.environ["MASTER_ADDR"] = "127.0.0.1"  # the name of a single machine need not resolve
-        main.main(self._args_of(environment.job_id))
+        try:
+            main.main(self._args_of(environment.job_id))
+        except utils.Preempted as stopped:
+            print(f"rank {environment.global_rank}: {stopped}", file=sys.stderr, flush=True)
+            # submitit's own handler, which was put aside during the run: the first task asks for the requeue.
+            handler = signal.getsignal(stopped.signal)
+            if not callable(handler):
+                sys.exit(75)
+            handler(stopped.signal, None)
 
     def _args_of(self, job_id: str) -> argparse.Namespace:
         folder = Path(self.args.output_dir or Path(self.args.job_dir) / job_id)
         changes: dict[str, Any] = {"output_dir": str(folder)}
         restarted = self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        if restarted and (folder / "checkpoint.pth").exists():
-            changes |= {"resume": str(folder / "checkpoint.pth"), "finetune": "", "pretrained": False}
+        if restarted and (folder / utils.LATEST).exists():
+            changes |= {"resume": "auto", "overwrite": False}
         return argparse.Namespace(**{**vars(self.args), **changes})
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -86,7 +99,9 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     args = argparse.Namespace(**{**vars(args), "job_dir": str(Path(args.job_dir).resolve())})
     Path(args.job_dir).mkdir(parents=True, exist_ok=True)
     try:
-        executor = submitit.AutoExecutor(folder=Path(args.job_dir) / "%j", cluster=args.cluster)
+        executor = submitit.AutoExecutor(
+            folder=Path(args.job_dir) / "%j", cluster=args.cluster, slurm_max_num_timeout=args.max_timeouts
+        )
     except RuntimeError as error:
         raise UserError(f"--cluster {args.cluster}: {error}; use --cluster local for this machine") from None
     slurm = {"partition": args.partition, "constraint": args.constraint, "comment": args.comment}
@@ -97,7 +112,8 @@ def submit(args: argparse.Namespace) -> submitit.Job:
         gpus_per_node=args.ngpus,
         cpus_per_task=args.cpus_per_task,
         timeout_min=args.timeout,
-        slurm_signal_delay_s=120,
+        slurm_signal_delay_s=args.signal_delay,
+        slurm_srun_args=["--kill-on-bad-exit=1"],  # a task that fails must not leave the others waiting
         **({"mem_gb": args.mem_gb} if args.mem_gb else {}),
         **{f"slurm_{name}": value for name, value in slurm.items() if value},
     )

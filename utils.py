@@ -9,12 +9,17 @@ import json
 import logging
 import math
 import os
+import re
+import signal
 import sys
 import time
+import urllib.parse
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -30,6 +35,18 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A fault during a run, such as a NaN or a broken image: one line; exit status 1."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has; exit status 75 (EX_TEMPFAIL: try again later).
+
+    Attributes:
+        signal: the number of the signal that asked.
+    """
+
+    def __init__(self, number: int, what_is_kept: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {what_is_kept}")
+        self.signal = number
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -169,6 +186,11 @@ def is_lost_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def is_lost_loader(error: Exception) -> bool:
+    """Whether this is what a process sees when one of its loader processes has been killed."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
 def barrier() -> None:
     if is_distributed():
         dist.barrier()
@@ -179,6 +201,66 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+def agree(*numbers: float) -> list[float]:
+    """The largest of each number over all processes, which all must call alike. It waits for no device."""
+    if not is_distributed():
+        return list(numbers)
+    largest = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def gather(numbers: list[float]) -> list[list[float]]:
+    """The numbers of every process, by rank; all must have equally many."""
+    if not is_distributed():
+        return [numbers]
+    own = torch.tensor(numbers, dtype=torch.float64)
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
+    return [row.tolist() for row in rows]
+
+
+class StopSignals:
+    """While it is open, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 only set `received`; a second SIGINT ends the process.
+
+    Outside the main thread there are no signals, and nothing happens.
+    """
+
+    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"))
+
+    def __init__(self) -> None:
+        self.received = 0  # the last signal's number
+        self.earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in self.NUMBERS:
+                self.earlier[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == self.received == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = number
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """In a loader process (a `worker_init_fn`): leave to the training process what stops it.
+
+    A launcher sends its signals to all processes, and a loader process that dies would take the step in flight with it.
+    Only where `StopSignals` is open (and inherited), for elsewhere these signals are to end everything.
+    """
+    for number in StopSignals.NUMBERS:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignals):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -198,22 +280,52 @@ def main_process_first(local_rank: int = 0) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _write_whole(path: Path, write: Any, previous: Path | None = None) -> None:
-    """Write a file through `write(stream)` so that `path` is either the old file or the whole new one.
+LATEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "best.pth"
 
-    Once the new file is whole, and not before, the old one becomes `previous`.
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """What killed processes have left half written."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, as fsync of a file does with its content."""
+    with contextlib.suppress(OSError):  # not everywhere can a folder be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path, write: Any) -> Iterator[Path]:
+    """Write a file through `write(stream)` under a temporary name, for the block to link; then it becomes `path`.
+
+    `path` is at any time either the old file or the whole new one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        if previous is not None and path.exists():
-            _link(path, previous)
+        yield temporary
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that `path` is at any time either the old file or the whole new one."""
+    with _whole_file(path, lambda stream: stream.write(content)):
+        pass
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) -> None:
@@ -222,11 +334,14 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
     Raises:
         RunError: if the disk takes no more; the earlier files are intact.
     """
-    latest, previous = folder / "checkpoint.pth", folder / "checkpoint_previous.pth"
+    latest = folder / LATEST
     try:
-        _write_whole(latest, lambda stream: torch.save(dict(checkpoint), stream), previous)
-        if is_best:
-            _link(latest, folder / "best.pth")
+        with _whole_file(latest, lambda stream: torch.save(dict(checkpoint), stream)) as new:
+            # First best.pth: a run killed after `latest` has its name would never evaluate this epoch again.
+            if is_best:
+                _link(new, folder / BEST)
+            if latest.exists():
+                _link(latest, folder / PREVIOUS)
     # torch.save turns a full disk into a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -235,16 +350,52 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
 
 def _link(source: Path, target: Path) -> None:
     """Give the file a second name without ever leaving `target` half written."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     # A killed process of the same number may have left one, which is `source` under another name: never write to it.
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
         os.replace(temporary, target)
     except OSError:  # a file system without hard links
-        _write_whole(target, lambda stream: stream.write(source.read_bytes()))
+        write_whole(target, source.read_bytes())
     finally:
         temporary.unlink(missing_ok=True)  # it is still there if `target` was `source` already
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of torch's format is complete and its checksums, which torch does not look at, are right."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error):
+        return False
+
+
+def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
+    """The file that `--resume` means, the same for all processes; '' if it is `auto` and there is none.
+
+    `auto` is the newest checkpoint in `output_dir`. If that, or the `checkpoint.pth` that `resume` names, is damaged,
+    it is the one before; a damaged one in `output_dir` is then put aside, lest it become the one before.
+    """
+    automatic = resume == "auto"
+    latest = Path(output_dir) / LATEST if automatic else Path(resume)
+    if latest.name != LATEST or (automatic and not output_dir):
+        return "" if automatic else resume
+    previous = latest.with_name(PREVIOUS)
+    choice = 0.0
+    if is_main:
+        usable = previous.exists() and is_whole(previous)
+        torn = usable and latest.exists() and not is_whole(latest)
+        choice = 2.0 if torn or (usable and automatic and not latest.exists()) else float(latest.exists())
+        if torn:
+            logger.warning("%s is damaged; going on with %s", latest, previous)
+            if Path(output_dir).resolve() == latest.parent.resolve():
+                os.replace(latest, latest.with_suffix(".damaged"))
+    (choice,) = agree(choice)
+    if automatic:
+        resume = str(latest) if choice else ""
+        logger.info("--resume auto: %s", resume or f"nothing in {output_dir} yet, a fresh start")
+    return str(previous) if choice == 2 else resume
 
 
 def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
@@ -252,16 +403,18 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
 
     Args:
         path: a `.pth` file written by `save_checkpoint` or the original code, a `.safetensors` file, or an https
-            address of a `.pth` file.
+            address of one with its SHA-256: `NAME-1a2b3c4d.pth`, or `...#sha256=...`.
         flag: the flag that named it, for the error message.
 
     Raises:
         UserError: if there is no such file, or it is not such a file.
     """
-    if path.startswith(("https://", "http://")):
+    if "://" in path:
         path = _download(path, flag)
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: no such file; check the path")
+    if zipfile.is_zipfile(path) and not is_whole(Path(path)):
+        raise UserError(f"{flag} {path}: is damaged (wrong checksum); give another, such as {PREVIOUS}")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -281,26 +434,35 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
 
 
 def file_hash(path: str) -> str | None:
-    """SHA-256 of a file; for a download, whose name holds a part of it, the address; None if there is no such file."""
-    if path.startswith(("https://", "http://")):
+    """SHA-256 of a file; for a download, which states it, the address; None if there is no such file."""
+    if "://" in path:
         return path
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
 def _download(address: str, flag: str) -> str:
     """Fetch a file into torch's cache, once; its path."""
+    url, _, fragment = address.partition("#")
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    published = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment) or re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    if not url.startswith("https://") or published is None:
+        raise UserError(
+            f"{flag} {address}: a download needs https and its SHA-256, in its name (NAME-1a2b3c4d.pth) or as "
+            f"...#sha256=1a2b3c4d...; or give a local file"
+        )
     # The part before the name keeps two files called best.pth apart.
-    name = f"{zlib.crc32(address.encode()):08x}-{address.partition('?')[0].rpartition('/')[2]}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{zlib.crc32(address.encode()):08x}-{name}"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(address, str(path), progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=published[1].lower(), progress=False)
     except Exception as error:
-        raise UserError(
-            f"{flag} {address}: cannot be downloaded ({type(error).__name__}); give a local file"
-        ) from error
+        raise UserError(f"{flag} {address}: cannot be downloaded ({_reason(error)}); give a local file") from error
     return str(path)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,8 +496,7 @@ def open_log(folder: Path, first_epoch: int) -> None:
 
     path = folder / "log.txt"
     lines = path.read_text().splitlines(keepends=True) if first_epoch and path.exists() else []
-    kept = "".join(filter(is_kept, lines)).encode()
-    _write_whole(path, lambda stream: stream.write(kept))
+    write_whole(path, "".join(filter(is_kept, lines)).encode())
 
 
 def append_log(folder: Path, record: Mapping[str, Any]) -> None:
@@ -344,11 +505,54 @@ def append_log(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         RunError: if the disk takes no more.
     """
+    with _disk_faults(folder / "log.txt"), open(folder / "log.txt", "a") as stream:
+        stream.write(json.dumps(record) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())  # the checkpoint that follows must not survive a power cut alone
+
+
+class TensorBoard:
+    """Scalars named `step/...` and `epoch/...`, in two folders, since their places are counted differently.
+
+    Args:
+        folder: of the files.
+        next_step, next_epoch: what will be written first; viewers drop what an earlier run wrote from there on.
+    """
+
+    def __init__(self, folder: Path, next_step: int = 0, next_epoch: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
+
+        self.writers = {
+            "step": SummaryWriter(str(folder / "steps"), purge_step=next_step),
+            "epoch": SummaryWriter(str(folder / "epochs"), purge_step=next_epoch),
+        }
+
+    def add_scalar(self, name: str, value: float, place: int) -> None:
+        """Add the value that belongs to a step or an epoch.
+
+        Raises:
+            RunError: if the disk takes no more.
+        """
+        with _disk_faults("TensorBoard files"):
+            self.writers[name.partition("/")[0]].add_scalar(name, value, place)
+
+    def flush(self) -> None:
+        """Bring everything so far to the files."""
+        with _disk_faults("TensorBoard files"):
+            for writer in self.writers.values():
+                writer.flush()
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+
+@contextlib.contextmanager
+def _disk_faults(what: Any) -> Iterator[None]:
     try:
-        with open(folder / "log.txt", "a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        yield
     except OSError as error:
-        raise RunError(f"cannot write to {folder / 'log.txt'}: {error.strerror}; the checkpoint is intact") from error
+        raise RunError(f"cannot write to {what}: {error.strerror}; the checkpoint is intact") from error
 
 
 class StepLog:
@@ -362,49 +566,77 @@ class StepLog:
         batch_images: images in a step over all ranks, for the rate.
         interval: steps between two lines; also how late a non-finite loss may be noticed.
         writer: a TensorBoard writer, or None.
-        first_step: global number of the epoch's first step, for TensorBoard.
+        first_step: the step of this epoch to begin with.
+        totals: what this rank had collected up to there, an earlier log's `totals`.
+        max_skipped: steps of this epoch whose loss may be other than finite; they are left out of the means.
     """
 
     def __init__(
-        self, epoch: int, num_steps: int, batch_images: int, interval: int, writer: Any = None, first_step: int = 0
+        self,
+        epoch: int,
+        num_steps: int,
+        batch_images: int,
+        interval: int,
+        writer: Any = None,
+        first_step: int = 0,
+        totals: Mapping[str, float] | None = None,
+        max_skipped: int = 0,
     ) -> None:
         self.epoch, self.num_steps, self.batch_images = epoch, num_steps, batch_images
-        self.interval, self.writer, self.first_step = interval, writer, first_step
+        self.interval, self.writer, self.max_skipped = interval, writer, max_skipped
         self.pending: list[dict[str, torch.Tensor | float]] = []
-        self.totals: dict[str, float] = {}
-        self.step = 0
+        # sums over this rank's steps; "steps" counts them, "skipped" the steps of all ranks that were not finite
+        self.totals = {"steps": 0.0, "skipped": 0.0} | dict(totals or {})
+        self.step = self.first_step = first_step
         self.start = time.perf_counter()
         on_terminal = logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()  # only rank 0 talks
-        self.bar = tqdm(total=num_steps, desc=f"epoch {epoch}", unit="step", disable=not on_terminal, leave=False)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc=f"epoch {epoch}",
+            unit="step",
+            disable=not on_terminal,
+            leave=False,
+        )
 
     def update(self, values: dict[str, torch.Tensor | float]) -> None:
         """Take one step's values: 0-d tensors on the device, or numbers.
 
         Raises:
-            RunError: on all ranks together, if any rank has met a non-finite loss since the last report.
+            RunError: on all ranks together, if too many steps of any rank since the last report were not finite.
         """
         self.pending.append({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
         self.step += 1
         if self.step % self.interval == 0 or self.step == self.num_steps:
-            self._report()
+            self.report()
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Say what has been collected since the last report, if anything."""
+        if not self.pending:
+            return
         names = list(self.pending[0])
         table = torch.stack([_as_row(values) for values in self.pending])  # (steps, names)
-        bad_steps = all_reduce_sum((~torch.isfinite(table[:, names.index("loss")])).sum())
-        rows = table.tolist()
-        if int(bad_steps) > 0:
+        bad = all_reduce_sum((~torch.isfinite(table[:, names.index("loss")])).float())  # (steps,), in how many ranks
+        rows, bad_steps = table.tolist(), [step for step, ranks in enumerate(bad.tolist()) if ranks]
+        first = self.step - len(rows)
+        self.totals["skipped"] += len(bad_steps)
+        if self.totals["skipped"] > self.max_skipped:
             self.bar.close()
+            own = [first + step for step in bad_steps if not math.isfinite(rows[step][names.index("loss")])]
             raise RunError(
-                f"the loss is not finite in epoch {self.epoch} between steps {self.step - len(rows)} and "
-                f"{self.step - 1}; try a lower --lr, --clip-grad 1, or --amp off; the last checkpoint is intact"
+                f"the loss is not finite in epoch {self.epoch} at step {first + bad_steps[0]} "
+                f"({'here' if own else 'on another rank'}); try a lower --lr, --clip-grad 1, or --amp off, or tolerate "
+                f"some with --max-skipped-steps; the last checkpoint is intact"
             )
-        for offset, row in enumerate(rows):
+        for step, row in enumerate(rows):
+            if step in bad_steps:
+                logger.warning("epoch %d  step %d skipped: its loss is not finite", self.epoch, first + step)
+                continue
+            self.totals["steps"] += 1
             for name, value in zip(names, row, strict=True):
                 self.totals[name] = self.totals.get(name, 0.0) + value
                 if self.writer is not None:
-                    step = self.first_step + self.step - len(rows) + offset
-                    self.writer.add_scalar(f"step/{name}", value, step)
+                    self.writer.add_scalar(f"step/{name}", value, self.epoch * self.num_steps + first + step)
         self._say(dict(zip(names, rows[-1], strict=True)), len(rows))
         self.pending.clear()
 
@@ -413,7 +645,7 @@ class StepLog:
         self.bar.set_postfix_str(f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {rate}", refresh=False)
         self.bar.update(steps)
         if self.bar.disable:
-            seconds_left = (self.num_steps - self.step) * (time.perf_counter() - self.start) / self.step
+            seconds_left = (self.num_steps - self.step) * self.batch_images / self.images_per_second
             logger.info(
                 "epoch %d  step %d/%d  loss %.4f  lr %.2e  %.0f images/s  %.0f s left in the epoch",
                 *(self.epoch, self.step, self.num_steps, latest["loss"], latest["lr"]),
@@ -422,16 +654,20 @@ class StepLog:
 
     @property
     def images_per_second(self) -> float:
-        return self.step * self.batch_images / (time.perf_counter() - self.start)
+        return (self.step - self.first_step) * self.batch_images / (time.perf_counter() - self.start)
 
     def close(self) -> dict[str, float]:
-        """Means over the epoch's steps and over all ranks, and the training rate in images/s over all ranks."""
+        """Means over the epoch's steps and over all ranks, and the training rate in images/s over all ranks.
+
+        `skipped_steps` is there if any were skipped.
+        """
         rate = self.images_per_second
         self.bar.close()
-        means = torch.tensor([total / max(1, self.step) for total in self.totals.values()], dtype=torch.float64)
-        if is_distributed():
-            means = all_reduce_sum(means) / dist.get_world_size()
-        return dict(zip(self.totals, means.tolist(), strict=True)) | {"images_per_second": rate}
+        sums = torch.tensor(list(self.totals.values()), dtype=torch.float64)
+        totals = dict(zip(self.totals, all_reduce_sum(sums).tolist(), strict=True))
+        steps, skipped = totals.pop("steps"), totals.pop("skipped")
+        means = {name: total / max(1.0, steps) for name, total in totals.items()}
+        return means | {"images_per_second": rate} | ({"skipped_steps": self.totals["skipped"]} if skipped else {})
 
 
 def _as_row(values: dict[str, torch.Tensor | float]) -> torch.Tensor:

@@ -547,7 +547,7 @@ def run(folder, epochs=3, resume=None, prepare=None, build=build_state, **option
         schedules,
         epochs=epochs,
         world=WORLD,
-        args={"lr": 2e-3, "input_size": [32]},
+        about={"args": {"lr": 2e-3, "input_size": [32]}},
         output_dir=folder,
         log_interval=2,
     )
@@ -644,7 +644,7 @@ def test_a_checkpoint_is_plain_and_its_names_carry_no_prefix(tmp_path):
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert set(checkpoint) == {
         *("model", "optimizer", "lr_scheduler", "scaler", "model_ema"),
-        *("epoch", "step", "best_acc1", "args"),
+        *("epoch", "step", "progress", "broken_images", "best_acc1", "args"),
     }
     assert set(checkpoint["model"]) == set(checkpoint["model_ema"]) == set(build_deit().state_dict())
     assert json.loads(json.dumps(checkpoint["args"])) == checkpoint["args"]
@@ -737,7 +737,7 @@ def test_every_epoch_sees_new_views_in_a_new_order():
         return batch
 
     arguments = (train_loader(), val_loader(), CRITERION, watch, build_schedules(state, epochs=2))
-    fit(state, *arguments, epochs=2, world=WORLD, args={})
+    fit(state, *arguments, epochs=2, world=WORLD)
     first, second = ([entry for entry in seen if entry[0] == epoch] for epoch in (0, 1))
     assert len(first) == len(second) == STEPS
     assert [positions for _, _, positions in first] == [positions for _, _, positions in second]
@@ -767,7 +767,6 @@ def test_epochs_may_go_unevaluated_but_not_the_last(tmp_path):
         build_schedules(state),
         epochs=3,
         world=WORLD,
-        args={},
         output_dir=tmp_path,
         eval_interval=2,
     )
@@ -779,5 +778,5 @@ def test_only_rank_0_writes(tmp_path):
     world = World(rank=1, size=1, local_rank=1, local_size=1, device=CPU)
     schedules = build_schedules(state)
     arguments = (train_loader(), val_loader(), CRITERION, build_prepare(CPU, None), schedules)
-    fit(state, *arguments, epochs=1, world=world, args={}, output_dir=tmp_path)
+    fit(state, *arguments, epochs=1, world=world, output_dir=tmp_path)
     assert files_in(tmp_path) == {} and state.epoch == 1

@@ -46,13 +46,18 @@ def test_log_has_a_line_per_epoch_with_the_published_keys(plain_run):
         }
 
 
-def test_tensorboard_has_the_log_and_every_step(plain_run):
-    events = EventAccumulator(str(plain_run / "tensorboard"))
+def events_in(folder, kind):
+    events = EventAccumulator(str(folder / "tensorboard" / kind))
     events.Reload()
-    log = tiny.log_of(plain_run)
+    return events
+
+
+def test_tensorboard_has_the_log_and_every_step(plain_run):
+    log, events = tiny.log_of(plain_run), events_in(plain_run, "epochs")
     for name in PUBLISHED_KEYS - {"epoch"}:
         values = [event.value for event in events.Scalars(f"epoch/{name}")]
         assert values == pytest.approx([record[name] for record in log], rel=1e-6)
+    events = events_in(plain_run, "steps")
     steps = events.Scalars("step/loss")
     assert [event.step for event in steps] == list(range(44))  # 22 updates in each of two epochs
     rates = [event.value for event in events.Scalars("step/lr")]
@@ -63,6 +68,7 @@ def test_tensorboard_has_the_log_and_every_step(plain_run):
 def test_checkpoints_are_plain_and_hold_the_flags_as_json(plain_run):
     checkpoint = torch.load(plain_run / "checkpoint.pth", weights_only=True)
     expected = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "step", "best_acc1", "args"}
+    expected |= {"progress", "broken_images", "run"}
     assert checkpoint.keys() == expected
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 44)
     assert json.loads(json.dumps(checkpoint["args"]))["model"] == "deit_tiny_patch16_224"
@@ -124,8 +130,7 @@ def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
     # 16 images in each of 4 forward passes: 5e-4 x 64 / 512, x its root, x 1
     run(tmp_path, "--lr-scaling", scaling, "--batch-size", "16", "--accum-steps", "4")
     assert f"effective batch 64 images, peak learning rate {lr}" in capsys.readouterr().err
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = events_in(tmp_path, "steps")
     assert events.Scalars("step/lr")[0].value == pytest.approx(float(lr), rel=5e-3)  # there is no warm-up
 
 
