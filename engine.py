@@ -457,7 +457,7 @@ def settle_buckets(model: nn.Module, example: torch.Tensor) -> None:
 
     Args:
         model: DDP around a module.
-        example: an input of it.
+        example: an input of it, of two images or more (of one, gradients would have another layout in memory).
     """
     model.eval()  # batch statistics stay as they are
     with torch.compiler.set_stance("force_eager"):

@@ -664,7 +664,7 @@ def build_state(
         devices = [world.device] if world.device.type == "cuda" else None
         wrapped = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
         shape = (3, *_size(args)) if trained is model else (trained.in_features,)
-        engine.settle_buckets(wrapped, torch.zeros(1, *shape, device=world.device))
+        engine.settle_buckets(wrapped, torch.zeros(2, *shape, device=world.device))
     amp_dtype = engine.select_amp(args.amp, world.device)
     return engine.TrainState(
         wrapped,
@@ -790,7 +790,7 @@ def open_output(
     if not args.output_dir:
         return None, None
     folder = Path(args.output_dir)
-    if (folder / utils.LATEST).exists() and not args.resume and not args.overwrite:
+    if utils.holds_checkpoint(folder) and not args.resume and not args.overwrite:
         raise UserError(
             f"--output-dir {folder}: holds an earlier run; go on with --resume auto, name another folder, or add "
             f"--overwrite"

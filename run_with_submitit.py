@@ -65,17 +65,16 @@ class Job:
             main.main(self._args_of(environment.job_id))
         except utils.Preempted as stopped:
             print(f"rank {environment.global_rank}: {stopped}", file=sys.stderr, flush=True)
-            # submitit's own handler, which was put aside during the run: the first task asks for the requeue.
-            handler = signal.getsignal(stopped.signal)
-            if not callable(handler):
+            if stopped.signal in (signal.SIGTERM, signal.SIGINT):  # the job is cancelled, or requeued by others
                 sys.exit(75)
-            handler(stopped.signal, None)
+            # submitit's own handler, which was put aside during the run: its first task asks for the requeue.
+            signal.raise_signal(stopped.signal)
 
     def _args_of(self, job_id: str) -> argparse.Namespace:
         folder = Path(self.args.output_dir or Path(self.args.job_dir) / job_id)
         changes: dict[str, Any] = {"output_dir": str(folder)}
         restarted = self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        if restarted and (folder / utils.LATEST).exists():
+        if restarted and utils.holds_checkpoint(folder):
             changes |= {"resume": "auto", "overwrite": False}
         return argparse.Namespace(**{**vars(self.args), **changes})
 

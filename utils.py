@@ -371,6 +371,11 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a run in this folder has been saved."""
+    return any((folder / name).exists() for name in (LATEST, PREVIOUS))
+
+
 def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
     """The file that `--resume` means, the same for all processes; '' if it is `auto` and there is none.
 
@@ -622,11 +627,11 @@ class StepLog:
         self.totals["skipped"] += len(bad_steps)
         if self.totals["skipped"] > self.max_skipped:
             self.bar.close()
-            own = [first + step for step in bad_steps if not math.isfinite(rows[step][names.index("loss")])]
+            where = "on another rank" if math.isfinite(rows[bad_steps[0]][names.index("loss")]) else "here"
             raise RunError(
-                f"the loss is not finite in epoch {self.epoch} at step {first + bad_steps[0]} "
-                f"({'here' if own else 'on another rank'}); try a lower --lr, --clip-grad 1, or --amp off, or tolerate "
-                f"some with --max-skipped-steps; the last checkpoint is intact"
+                f"the loss is not finite in epoch {self.epoch} at step {first + bad_steps[0]} ({where}); try a lower "
+                f"--lr, --clip-grad 1, or --amp off, or tolerate some with --max-skipped-steps; the last checkpoint is "
+                f"intact"
             )
         for step, row in enumerate(rows):
             if step in bad_steps:

@@ -115,7 +115,7 @@ def test_a_lost_process_ends_the_others_with_a_line_and_an_intact_checkpoint(tmp
             break
     output = ranks[0].communicate(timeout=120)[0]
     assert ranks[0].returncode == 1
-    assert output.splitlines()[-1].startswith("main.py: run ended: another process is gone")
+    assert output.splitlines()[-1].startswith("main.py: rank 0: run ended: another process is gone")
     assert "Traceback" not in output
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] >= 1
 

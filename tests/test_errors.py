@@ -118,6 +118,9 @@ def workspace(tmp_path_factory):
     good = torch.load(w / "run" / "checkpoint.pth", weights_only=True)
     data = (w / "run" / "checkpoint.pth").read_bytes()
     (w / "truncated.pth").write_bytes(data[: len(data) // 2])
+    (w / "flipped.pth").write_bytes(
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    )
     (w / "empty.pth").write_bytes(b"")
     (w / "text.pth").write_text("some notes\n")
     (w / "text.safetensors").write_text("some notes\n")
@@ -363,6 +366,43 @@ CASES = {
         "--model-kwargs",
     ),
     "finetune of a malicious file": (f"{DEIT} --finetune {{w}}/malicious.pth", "--finetune {w}/malicious", "never run"),
+    # resuming and saving
+    "auto with eval": (f"{DEIT} --resume auto --eval", "--resume auto", "--eval does not fit"),
+    "auto with overwrite": (f"{DEIT} --resume auto --overwrite", "--resume auto", "--overwrite does not fit"),
+    "auto with two starts": (
+        f"{DEIT} --resume auto --pretrained --finetune {{w}}/run/best.pth",
+        "--finetune and --pretrained",
+        "pass one of them",
+    ),
+    "checkpoints without a folder": (
+        f"{DEIT} --checkpoint-minutes 5 --output-dir ''",
+        "--checkpoint-minutes",
+        "add --output-dir FOLDER",
+    ),
+    "checkpoints every negative minutes": (
+        f"{DEIT} --checkpoint-minutes -1",
+        "--checkpoint-minutes",
+        "-1 is not at least 0",
+    ),
+    "checkpoints every nonsense": (f"{DEIT} --checkpoint-minutes soon", "--checkpoint-minutes", "not a number"),
+    "half a skipped step": (f"{DEIT} --max-skipped-steps 0.5", "--max-skipped-steps", "not a number of type int"),
+    "minus one broken image": (f"{DEIT} --skip-broken-images -1", "--skip-broken-images", "-1 is not at least 0"),
+    "resume of a flipped bit": (
+        f"{DEIT} --resume {{w}}/flipped.pth",
+        "--resume {w}/flipped.pth",
+        "checkpoint_previous",
+    ),
+    "resume over http": (f"{DEIT} --resume http://example.org/a-0a1b2c3d.pth", "--resume http://", "needs https"),
+    "finetune from a download without a hash": (
+        f"{DEIT} --finetune https://example.org/best.pth",
+        "--finetune https://example.org/best.pth",
+        "#sha256=",
+    ),
+    "teacher from a download without a hash": (
+        f"{DISTILLED} --distillation-type hard {TEACHER} https://example.org/best.pth",
+        "--teacher-path https://example.org/best.pth",
+        "#sha256=",
+    ),
     # output
     "output below a file": (f"{DEIT} --output-dir {{w}}/regular_file/run", "{w}/regular_file/run", "another folder"),
     "output is a file": (f"{DEIT} --output-dir {{w}}/regular_file", "--output-dir {w}/regular_file", "another folder"),
@@ -463,15 +503,16 @@ def test_weights_that_the_last_step_of_an_epoch_spoiled(tmp_path, capsys, monkey
     step = engine.TrainState.step
 
     def spoil(state, loss):
-        step(state, loss)
+        loss = step(state, loss)
         if state.num_updates == 4:  # the last of the second epoch, whose losses are all finite
             with torch.no_grad():
                 next(state.module.parameters()).fill_(float("nan"))
+        return loss
 
     monkeypatch.setattr(engine.TrainState, "step", spoil)
     assert in_process(f"{DEIT} --train-fraction 0.1 --epochs 3", tmp_path) == 1
     line = the_one_line(capsys.readouterr())
-    assert line.startswith("main.py: run ended: the weights are not finite after epoch 1; ")
+    assert line.startswith("main.py: run ended: the weights are not finite in epoch 1; ")
     intact_checkpoint(tmp_path / "output", 1)
 
 

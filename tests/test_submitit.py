@@ -47,7 +47,7 @@ def test_without_slurm_the_local_cluster_is_offered(tmp_path, monkeypatch):
 
 
 def test_a_restarted_job_resumes_its_own_checkpoint(tmp_path):
-    args = run_with_submitit.get_parser().parse_args(["--job-dir", str(tmp_path), "--finetune", "weights.pth"])
+    args = run_with_submitit.get_parser().parse_args(["--job-dir", str(tmp_path), "--overwrite"])
     folder = tmp_path / "17"
     folder.mkdir()
     (folder / "checkpoint.pth").touch()
@@ -55,8 +55,9 @@ def test_a_restarted_job_resumes_its_own_checkpoint(tmp_path):
     assert first._args_of("17").resume == ""
     restarted = pickle.loads(pickle.dumps(first.checkpoint().function))
     again = restarted._args_of("17")
-    assert (again.resume, again.finetune) == (str(folder / "checkpoint.pth"), "")
-    assert restarted._args_of("18").finetune == "weights.pth"  # it was stopped before its first checkpoint
+    assert again.resume == "auto" and not again.overwrite
+    assert restarted._args_of("18").resume == ""  # it was stopped before its first checkpoint
+    assert run_with_submitit.Job.checkpoint is run_with_submitit.Job.__submitit_checkpoint__
     assert args.resume == "" and isinstance(args, argparse.Namespace)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import functools
+import hashlib
 import http.server
 import json
 import logging
@@ -11,6 +12,7 @@ import pickle
 import resource
 import threading
 import types
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -241,7 +243,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(tmp_path, monkeypatch):
-    """The address of a web server for the files in tmp_path / "web"."""
+    """The https address of a web server for the files in tmp_path / "web" (without the encryption)."""
     (tmp_path / "web").mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     for name in ("no_proxy", "NO_PROXY"):
@@ -250,28 +252,65 @@ def address(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+
+        def unencrypted(request):
+            request.full_url = request.full_url.replace("https://", "http://")
+            return urllib.request.urlopen(request)
+
+        monkeypatch.setattr(torch.hub, "urlopen", unencrypted)
+        yield f"https://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
 
 
+def hash_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_files_of_one_name_at_two_addresses_are_two_files(tmp_path, address):
+    addresses = []
     for run in (1, 2):
         (tmp_path / "web" / f"run{run}").mkdir()
         save_checkpoint(checkpoint_of(run), tmp_path / "web" / f"run{run}", is_best=True)
-    assert [read_checkpoint(f"{address}/run{run}/best.pth", "--finetune")["epoch"] for run in (1, 2)] == [1, 2]
+        published = hash_of(tmp_path / "web" / f"run{run}" / "best.pth")
+        addresses.append(f"{address}/run{run}/best.pth#sha256={published}")
+    assert [read_checkpoint(each, "--finetune")["epoch"] for each in addresses] == [1, 2]
+
+
+def test_a_hash_in_the_file_s_name_is_taken_at_its_word(tmp_path, address):
+    save_checkpoint(checkpoint_of(5), tmp_path, is_best=False)
+    content = (tmp_path / "checkpoint.pth").read_bytes()
+    good, bad = f"deit-{hash_of(tmp_path / 'checkpoint.pth')[:8]}.pth", "deit-0a1b2c3d.pth"
+    for name in (good, bad):
+        (tmp_path / "web" / name).write_bytes(content)
+    assert read_checkpoint(f"{address}/{good}", "--finetune")["epoch"] == 5
+    with pytest.raises(UserError, match="--finetune .*invalid hash value"):
+        read_checkpoint(f"{address}/{bad}", "--finetune")
+    with pytest.raises(UserError, match="invalid hash value"):  # and nothing is left to be believed the next time
+        read_checkpoint(f"{address}/{bad}", "--finetune")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("https", "http"), ("#sha256=", "#md5="), ("#sha256=1234567890", ""), ("https", "ftp"), ("https", "file")],
+)
+def test_a_download_without_encryption_or_hash_is_refused(change, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("it was downloaded"))
+    with pytest.raises(UserError, match="--resume .*: a download needs https and its SHA-256"):
+        read_checkpoint("https://example.org/best.pth#sha256=1234567890".replace(*change), "--resume")
 
 
 def test_a_malicious_download_is_never_executed(tmp_path, address):
-    torch.save({"model": Malicious(tmp_path / "marker")}, tmp_path / "web" / "best.pth")
-    with pytest.raises(UserError, match="--finetune"):
-        read_checkpoint(f"{address}/best.pth", "--finetune")
+    path = tmp_path / "web" / "best.pth"
+    torch.save({"model": Malicious(tmp_path / "marker")}, path)
+    with pytest.raises(UserError, match="--finetune .*never run"):
+        read_checkpoint(f"{address}/best.pth#sha256={hash_of(path)}", "--finetune")
     assert not (tmp_path / "marker").exists()
 
 
 def test_an_address_without_a_file_is_refused(address):
     with pytest.raises(UserError, match="--finetune .*cannot be downloaded"):
-        read_checkpoint(f"{address}/nothing.pth", "--finetune")
+        read_checkpoint(f"{address}/nothing-0a1b2c3d.pth", "--finetune")
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

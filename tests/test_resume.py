@@ -1,0 +1,607 @@
+"""Nothing is lost: runs that are stopped, killed or damaged go on as if nothing had been, or say what is otherwise."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import datasets
+import engine
+import main
+import samplers
+import utils
+from tools import chaos
+
+# Mixup, dropout, stochastic depth, average: 22 updates in an epoch
+FLAGS = [*tiny.TINY, "--epochs", "3", "--drop", "0.1", "--model-ema-decay", "0.9", "--amp", "off"]
+UPDATES = 22
+
+
+def run(folder, *flags, status=None):
+    """main.py in this process; with that exit status, if it is to have one."""
+    command = [*FLAGS, "--output-dir", str(folder), *map(str, flags)]
+    if status is None:
+        return main.cli(command)
+    with pytest.raises(SystemExit) as end:
+        main.cli(command)
+    assert end.value.code == status
+
+
+@contextlib.contextmanager
+def at_update(number, do):
+    """Call `do(state)` in the step that makes this update, while the run goes on (if it does)."""
+    step = engine.TrainState.step
+
+    def watched(state, loss):
+        if state.num_updates == number:
+            do(state)
+        return step(state, loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.TrainState, "step", watched)
+        yield
+
+
+def send(number):
+    return lambda state: os.kill(os.getpid(), number)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL, of which a process cannot learn."""
+
+
+def kill(state):
+    raise Killed
+
+
+def checkpoint(folder, name="checkpoint.pth"):
+    return torch.load(folder / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+# -- killed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_was_not(processes, capfd):
+    chaos.main(
+        ["--kills", "3", "--epochs", "8", "--processes", str(processes)]
+    )  # exits with 1 if there are differences
+    output = capfd.readouterr().out
+    assert "3 kills" in output and "no difference" in output and "inside a write" in output
+
+
+def test_torchrun_restarts_a_run_by_itself(capfd):
+    chaos.main(["--kills", "1", "--epochs", "8", "--processes", "2", "--restarts"])
+    assert "1 kills" in (output := capfd.readouterr().out) and "no difference" in output
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_same_on_a_gpu(capfd):
+    chaos.main(["--kills", "3", "--epochs", "8", "--", "--device", "cuda", "--deterministic", "--amp", "bf16"])
+    assert "no difference" in capfd.readouterr().out
+
+
+def test_every_difference_is_seen(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "other")
+    assert chaos.compare(whole, tmp_path / "other") == []
+    changed = checkpoint(whole)
+    changed["optimizer"]["state"][3]["exp_avg"].view(-1)[7] += 1e-9
+    changed["best_acc1"] += 1
+    torch.save(changed, tmp_path / "other" / "checkpoint.pth")
+    with open(tmp_path / "other" / "log.txt", "a") as log:
+        log.write((whole / "log.txt").read_text().splitlines()[-1] + "\n")
+    (tmp_path / "other" / ".best.pth.7.tmp").touch()
+    found = chaos.compare(whole, tmp_path / "other")
+    assert [name.rpartition("/")[2] for name in found] == [
+        "checkpoint.pth.optimizer.state.3.exp_avg",
+        "checkpoint.pth.best_acc1",
+        "log.txt",
+        ".best.pth.7.tmp",
+    ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--accum-steps", "2", "--batch-size", "32"]], ids=["plain", "accumulating"])
+def test_a_run_is_resumed_after_any_update(flags, tmp_path):
+    # saved after every update, killed in the next one: right after an epoch, in its middle, before its last update
+    short = ["--train-fraction", "0.3", "--epochs", "2", *flags]
+    run(tmp_path / "whole", *short)
+    total = checkpoint(tmp_path / "whole")["step"]
+    for number in range(1, total):
+        with at_update(number, kill), pytest.raises(Killed):
+            run(tmp_path / "killed", *short, "--resume", "auto", "--checkpoint-minutes", "0")
+        assert checkpoint(tmp_path / "killed")["step"] == number
+    run(tmp_path / "killed", *short, "--resume", "auto")
+    assert chaos.compare(tmp_path / "whole", tmp_path / "killed") == []
+
+
+def test_skipped_images_are_not_read(tmp_path, monkeypatch):
+    read, get = [], datasets.Source.__getitem__
+    monkeypatch.setattr(datasets.Source, "__getitem__", lambda self, place: (read.append(place), get(self, place))[1])
+    with at_update(UPDATES + 15, send(signal.SIGTERM)):
+        run(tmp_path, "--eval-interval", "9", status=75)
+    read.clear()
+    run(tmp_path, "--epochs", "2", "--resume", "auto")
+    assert len(read) == (UPDATES - 16) * 64 + 2 * 355  # the rest of the epoch, and two evaluations
+
+
+def test_tensorboard_has_no_zigzag(tmp_path):
+    with at_update(2 * UPDATES + 9, kill), pytest.raises(Killed):
+        run(tmp_path, "--log-interval", "1")  # nine steps that nothing remembers
+    run(tmp_path, "--resume", "auto")
+    for kind, count in (("steps", 3 * UPDATES), ("epochs", 3)):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / kind))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            assert [event.step for event in events.Scalars(name)] == list(range(count)), name
+    assert [record["epoch"] for record in tiny.log_of(tmp_path)] == [0, 1, 2]
+
+
+# -- stopped by a signal -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_ends_the_step_saves_and_says_so(name, workers, whole, tmp_path, capsys):
+    with at_update(UPDATES + 5, send(getattr(signal, name))):
+        run(tmp_path, "--num-workers", workers, status=75)
+    saved = checkpoint(tmp_path)
+    assert (saved["epoch"], saved["step"], saved["progress"]["images"]) == (1, UPDATES + 6, 6 * 64)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"main.py: stopped by {name}; epoch 1, step 6 is kept; go on with --resume auto"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before the run
+    run(tmp_path, "--num-workers", workers, "--resume", "auto")
+    assert chaos.compare(whole, tmp_path) == []
+
+
+def test_an_evaluation_that_is_cut_short_is_made_again(whole, tmp_path, monkeypatch):
+    evaluate = engine.evaluate
+
+    def interrupted(model, loader, autocast):
+        seen = []
+
+        def watch():
+            for batch in loader:
+                if not seen:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                seen.append(batch)
+                yield batch
+
+        result = evaluate(model, watch(), autocast)
+        assert len(seen) == 1  # of six
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", lambda model, loader, autocast: interrupted(model, loader, autocast))
+        patch.setattr(engine, "modules_of", lambda state: {"test_": state.module})
+        run(tmp_path, status=75)
+    saved = checkpoint(tmp_path)
+    assert (saved["epoch"], saved["step"], saved["progress"]["images"]) == (0, UPDATES, UPDATES * 64)
+    assert tiny.log_of(tmp_path) == []
+    run(tmp_path, "--resume", "auto")
+    assert chaos.compare(whole, tmp_path) == []
+
+
+def test_without_an_output_folder_a_signal_ends_the_run_all_the_same(capsys):
+    with at_update(3, send(signal.SIGUSR1)):
+        run("", status=75)
+    assert "stopped by SIGUSR1; nothing is kept without --output-dir" in capsys.readouterr().err
+
+
+def test_a_second_sigint_ends_at_once():
+    code = "import os, signal, utils\nwith utils.StopSignals() as stop:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "    assert stop.received == signal.SIGINT\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    tiny.run("-c", code, status=0)
+    tiny.run(
+        "-c", code + "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)", status=130
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Flags of a run with batch statistics on two ranks, and its folder when nobody stops it."""
+    folder = tmp_path_factory.mktemp("two") / "whole"
+    flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--warmup-epochs", "0"]
+    flags += ["--epochs", "4", "--num-workers", "1", "--batch-size", "16", "--model-ema-decay", "0.9"]
+    tiny.torchrun(2, "main.py", *flags, "--output-dir", folder)
+    return flags, folder
+
+
+@pytest.mark.parametrize("target", ["launcher", "rank"])
+def test_a_signal_to_one_process_stops_all_of_them_at_the_same_step(target, two_ranks, tmp_path):
+    flags, whole = two_ranks
+    folder = tmp_path / "run"
+    first = chaos.Run(folder, [*flags, "--checkpoint-minutes", "0.001"], processes=2, restarts=0)
+    while not (folder / "checkpoint.pth").exists():
+        assert first.process.poll() is None, folder.with_suffix(".out").read_text()
+        time.sleep(0.05)
+    if target == "launcher":
+        first.process.terminate()
+    else:
+        os.kill(first.living(rank=1)[0], signal.SIGUSR2)
+    assert first.process.wait(timeout=60) != 0
+    first.kill()
+    output = folder.with_suffix(".out").read_text()
+    kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is kept", output)
+    assert sorted(rank for rank, _ in kept) == ["0", "1"] and kept[0][1] == kept[1][1], output
+    assert chaos.Run(folder, flags, processes=2, restarts=0).process.wait(timeout=120) == 0
+    assert chaos.compare(whole, folder) == []
+
+
+# -- faults of one rank ------------------------------------------------------------------------------------------------
+
+
+def start_ranks(kind, folder, *flags, workers=1):
+    """Two ranks without a launcher that would end one when the other does; rank 1 meets the fault."""
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = ["tests/faults.py", kind, 1, 50, *tiny.PLAIN, "--epochs", "3", "--batch-size", "32", "--num-workers"]
+    command += [workers, "--output-dir", folder, *flags]
+    return [tiny.start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "kind, cause",
+    [
+        ("nan", "rank 1: run ended: the loss is not finite in epoch 2 at step 6 (here)"),
+        ("exception", "rank 1: run ended: ZeroDivisionError: somebody's mistake"),
+        ("loader", "rank 1: run ended: a loader process is gone (DataLoader worker (pid"),
+        ("rank", ""),
+    ],
+)
+def test_a_fault_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
+    ranks = start_ranks(kind, tmp_path, "--log-interval", "5")
+    outputs = [None, ranks[1].communicate(timeout=120)[0]]
+    begin = time.monotonic()
+    outputs[0] = ranks[0].communicate(timeout=30)[0]
+    assert time.monotonic() - begin < 30
+    assert [rank.returncode for rank in ranks] == [1, -signal.SIGKILL if kind == "rank" else 1], outputs
+    assert cause in outputs[1]
+    told = "another process is gone"
+    if kind == "nan":
+        told = "the loss is not finite in epoch 2 at step 6 (on another rank)"
+    assert f"main.py: rank 0: run ended: {told}" in outputs[0]
+    assert checkpoint(tmp_path)["epoch"] == 2 and len(tiny.log_of(tmp_path)) == 2
+    assert all(value.isfinite().all() for value in checkpoint(tmp_path)["model"].values())
+
+
+def test_a_rank_s_nan_is_skipped_by_all_if_that_is_tolerated(tmp_path):
+    ranks = start_ranks("nan", tmp_path, "--max-skipped-steps", "1", workers=0)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert [record.get("skipped_steps") for record in tiny.log_of(tmp_path)] == [None, None, 1.0]
+    assert "epoch 2  step 6 skipped" in outputs[0]
+    saved = checkpoint(tmp_path)
+    assert saved["epoch"] == 3 and all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_skipped_update_leaves_the_weights_alone(amp, tmp_path):
+    weights = {}
+
+    def poison(state):
+        weights["before"] = {name: value.clone() for name, value in state.module.state_dict().items()}
+        next(iter(state.module.parameters())).grad = None
+        weights["hook"] = state.module.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    def look(state):
+        weights["after"] = {name: value.clone() for name, value in state.module.state_dict().items()}
+        weights["hook"].remove()
+
+    with at_update(7, poison), at_update(8, look):
+        run(tmp_path, "--epochs", "1", "--amp", amp, "--max-skipped-steps", "1", "--opt", "sgd")
+    assert chaos.differences(weights["before"], weights["after"]) == []
+    (record,) = tiny.log_of(tmp_path)
+    # In fp16 the scaler takes it for an overflow, since the loss was finite.
+    assert record.get("skipped_steps") == (1.0 if amp == "off" else None)
+
+
+def test_one_skipped_step_too_many_ends_the_run(tmp_path, capsys):
+    def poison(state):
+        state.module.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    with at_update(UPDATES + 7, poison):
+        run(tmp_path, "--max-skipped-steps", "2", "--log-interval", "1", status=1)
+    error = capsys.readouterr().err
+    assert error.count("skipped: its loss is not finite") == 2
+    assert "the loss is not finite in epoch 1 at step 9 (here)" in error.splitlines()[-1]
+    assert checkpoint(tmp_path)["epoch"] == 1
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """A run that was stopped twice, in its second and in its third epoch."""
+    with at_update(UPDATES + 5, send(signal.SIGTERM)):
+        run(tmp_path, status=75)
+    with at_update(2 * UPDATES + 5, send(signal.SIGTERM)):
+        run(tmp_path, "--resume", "auto", "--eval-interval", "2", status=75)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
+@pytest.mark.parametrize("resume", ["auto", "file"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, resume, whole, stopped, capsys):
+    latest = stopped / "checkpoint.pth"
+    content = bytearray(latest.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 4
+    latest.write_bytes({"truncated": content[:-1000], "flipped": content, "empty": b"", "missing": b""}[damage])
+    if damage == "missing":
+        latest.unlink()
+    if (damage, resume) == ("missing", "file"):
+        return run(stopped, "--resume", latest, status=2)
+    run(stopped, "--resume", latest if resume == "file" else "auto")
+    error = capsys.readouterr().err
+    if damage != "missing":
+        assert f"{latest} is damaged; going on with {stopped / 'checkpoint_previous.pth'}" in error
+        assert (stopped / "checkpoint.damaged").exists()
+    assert chaos.compare(whole, stopped) == []
+
+
+def test_the_one_before_is_not_lost_to_a_damaged_one(stopped):
+    good = (stopped / "checkpoint_previous.pth").read_bytes()
+    (stopped / "checkpoint.pth").write_bytes(b"torn")
+    step = checkpoint(stopped, "checkpoint_previous.pth")["step"]
+    with at_update(step + 2, send(signal.SIGTERM)):
+        run(stopped, "--resume", "auto", status=75)
+    assert checkpoint(stopped)["step"] == step + 3
+    assert (stopped / "checkpoint_previous.pth").read_bytes() == good
+
+
+def test_two_damaged_checkpoints_are_the_user_s_affair(stopped, capsys):
+    for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+        (stopped / name).write_bytes((stopped / name).read_bytes()[:1000])
+    run(stopped, "--resume", "auto", status=2)
+    assert "truncated" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
+    path, content = tmp_path / "checkpoint.pth", (whole / "checkpoint.pth").read_bytes()
+    original, draw, refused = checkpoint(whole), random.Random(0), 0
+    for _ in range(60):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            read = utils.read_checkpoint(str(path), "--resume")
+        except utils.UserError:
+            refused += 1
+        else:  # it was in the padding between two records
+            assert chaos.differences(original, read) == []
+    assert refused > 40
+
+
+def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path):
+    process = tiny.start(["main.py", *tiny.TINY, "--epochs", "99", "--output-dir", tmp_path, "--log-interval", "5"])
+    for line in process.stdout:
+        if "epoch 3  step 5" in line:
+            # From now on no file takes more than 50 kB: what a full disk is to a program.
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+            break
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    last = output.splitlines()[-1]
+    assert re.match(r"main.py: run ended: cannot write a checkpoint to .*; the earlier one is intact", last), output
+    latest, previous = checkpoint(tmp_path), checkpoint(tmp_path, "checkpoint_previous.pth")
+    assert (latest["epoch"], previous["epoch"]) == (latest["epoch"], latest["epoch"] - 1) and latest["epoch"] >= 3
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_what_killed_processes_left_half_written_is_removed(stopped, whole):
+    for name in (".checkpoint.pth.77.tmp", ".best.pth.77.tmp", ".log.txt.77.tmp"):
+        (stopped / name).write_bytes(b"half")
+    run(stopped, "--resume", "auto")
+    assert not list(stopped.glob(".*")) and chaos.compare(whole, stopped) == []
+
+
+def test_auto_starts_where_there_is_nothing(tmp_path, whole, capsys):
+    run(tmp_path / "new", "--resume", "auto")
+    assert "a fresh start" in capsys.readouterr().err
+    assert chaos.compare(whole, tmp_path / "new") == []
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["model"] == "deit_tiny_distilled_patch16_224"
+
+
+def test_auto_starts_from_other_weights_only_where_there_is_nothing(tmp_path, whole):
+    flags = ["--finetune", whole / "best.pth", "--resume", "auto"]
+    run(tmp_path / "whole", *flags)
+    with at_update(UPDATES + 5, send(signal.SIGTERM)):
+        run(tmp_path / "stopped", *flags, status=75)
+    run(tmp_path / "stopped", *flags)
+    assert chaos.compare(tmp_path / "whole", tmp_path / "stopped") == []
+    assert chaos.compare(whole, tmp_path / "whole") != []
+
+
+# -- broken images -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_of_images(tmp_path):
+    """Images a to l of two classes, of which `c` and `d` are broken; training takes 24."""
+    for part, number in (("train", 12), ("val", 4)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / part / label
+            folder.mkdir(parents=True)
+            for index in range(number):
+                Image.new("RGB", (32, 32), (20 * index, 40 * (label == "cat"), 99)).save(folder / f"{index:02d}.png")
+    broken = [tmp_path / "data" / "train" / "dog" / f"{index:02d}.png" for index in (2, 3)]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    return tmp_path / "data", broken
+
+
+@pytest.mark.parametrize("workers, ram", [(0, 0), (1, 0), (0, 64)])
+def test_broken_images_are_replaced_counted_and_named(workers, ram, folder_of_images, tmp_path, capsys):
+    data, broken = folder_of_images
+    flags = ["--data-set", "IMNET", "--data-path", data, "--batch-size", "8", "--ram-cache", ram, "--no-repeated-aug"]
+    flags += ["--num-workers", workers]
+    run(tmp_path / "stops", *flags, status=1)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert any(f"cannot read image {path} " in error for path in broken) and "--skip-broken-images" in error
+    run(tmp_path / "one", *flags, "--skip-broken-images", "1", status=1)
+    assert "cannot read image" in capsys.readouterr().err.splitlines()[-1]
+    run(tmp_path / "two", *flags, "--skip-broken-images", "2")
+    error = capsys.readouterr().err
+    assert "2 images cannot be read, others take their places: " in error and all(str(path) in error for path in broken)
+    assert [record["broken_images"] for record in tiny.log_of(tmp_path / "two")] == [2, 2, 2]
+    with at_update(4, send(signal.SIGTERM)):
+        run(tmp_path / "stopped", *flags, "--skip-broken-images", "2", status=75)
+    run(tmp_path / "stopped", *flags, "--skip-broken-images", "2", "--resume", "auto")
+    assert chaos.compare(tmp_path / "two", tmp_path / "stopped") == []
+
+
+def test_the_next_image_takes_the_place_of_a_broken_one_with_its_own_label(folder_of_images):
+    data, _ = folder_of_images
+    source, _ = datasets.build_sources("IMNET", str(data))
+    tolerant = datasets.replace(source, broken=datasets.BrokenImages(source.images, 2))
+    assert [tolerant[place][0].getpixel((0, 0))[0] for place in range(12, 18)] == [0, 20, 80, 80, 80, 100]
+    assert tolerant.broken.all_found() == [14, 15]
+    kept = datasets.keep_in_memory(tolerant, 64)
+    assert [kept[place][0].getpixel((0, 0))[0] for place in range(12, 18)] == [0, 20, 80, 80, 80, 100]
+    (data / "train" / "dog" / "11.png").write_bytes(b"")  # the very last: the first takes its place, and its class
+    tolerant = datasets.replace(source, broken=datasets.BrokenImages(source.images, 3))
+    assert tolerant[23][1] == 0 and datasets.keep_in_memory(tolerant, 64)[23][1] == 0
+
+
+# -- other circumstances -----------------------------------------------------------------------------------------------
+
+
+WARNING = "the run goes on, but not to the bit as it would have: "
+
+
+def test_an_unchanged_run_is_resumed_without_a_warning(stopped, capsys):
+    capsys.readouterr()
+    run(stopped, "--resume", "auto", "--num-workers", "1", "--log-interval", "3", "--checkpoint-minutes", "9")
+    assert WARNING not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, change",
+    [
+        (["--lr", "0.001"], "--lr was 0.0005, is 0.001"),
+        (["--seed", "1"], "--seed was 0, is 1"),
+        (["--epochs", "4"], "--epochs was 3, is 4"),
+        (["--mixup", "0"], "--mixup was 0.8, is 0.0"),
+        (["--batch-size", "32"], "--batch-size was 64, is 32"),
+        (["--train-fraction", "0.5"], "images was 1442, is 721"),
+        (["--amp", "bf16"], "precision was None, is torch.bfloat16"),
+    ],
+)
+def test_what_changes_the_bits_of_a_resumed_run_is_named(flags, change, stopped, capsys):
+    run(stopped, "--resume", "auto", *flags)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if WARNING in line]
+    assert change in warning.partition(WARNING)[2].split("; ")
+    assert [record["epoch"] for record in tiny.log_of(stopped)] == list(range(4 if "--epochs" in flags else 3))
+
+
+def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, capsys):
+    # 6 updates of 64 images are 12 of 32, or 4 of 96
+    seen = []
+    build = datasets.build_prepare
+    monkeypatch.setattr(datasets, "build_prepare", lambda *args: watching(seen, build(*args)))
+    copies = {size: shutil.copytree(stopped, stopped.with_name(f"{stopped.name}_{size}")) for size in (32, 96, 100)}
+    for size, folder in copies.items():
+        seen.clear()
+        run(folder, "--resume", "auto", "--batch-size", size, "--eval-interval", "9")
+        again = {32: 0, 96: 0, 100: 84}[size]
+        assert int(seen[0].positions[0]) == 6 * 64 - again
+        assert sum(len(batch.positions) for batch in seen) == 1442 // size * size - (6 * 64 - again)
+        assert f"shows {again} images of epoch 2 again" in capsys.readouterr().err
+        shutil.rmtree(folder)
+
+
+def watching(seen, prepare):
+    def watched(batch):
+        seen.append(batch)
+        return prepare(batch)
+
+    return watched
+
+
+def test_two_ranks_go_on_as_one_and_one_as_two(two_ranks, tmp_path):
+    flags, whole = two_ranks
+    folder = tmp_path / "run"
+    run_of_two = chaos.Run(folder, [*flags, "--checkpoint-minutes", "0.001"], processes=2, restarts=0)
+    while not (folder / "checkpoint.pth").exists():
+        assert run_of_two.process.poll() is None
+        time.sleep(0.05)
+    os.kill(run_of_two.living(rank=0)[0], signal.SIGTERM)
+    run_of_two.process.wait(timeout=60)
+    run_of_two.kill()
+    command = ["main.py", *flags, "--resume", "auto", "--batch-size", "32", "--output-dir", folder]
+    process = tiny.start([*command, "--checkpoint-minutes", "0.001", "--log-interval", "1"])
+    for line in process.stdout:
+        if "step" in line and "/" in line:
+            process.terminate()
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, rest
+    output = tiny.torchrun(2, "main.py", *flags, "--resume", "auto", "--output-dir", folder)
+    assert f"{WARNING}--batch-size was 32, is 16; processes was 1, is 2" in output
+    ours, theirs = tiny.log_of(folder), tiny.log_of(whole)
+    assert [record["epoch"] for record in ours] == [record["epoch"] for record in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=0.2)
+
+
+def test_renamed_or_exchanged_images_are_noticed(folder_of_images, tmp_path, capsys):
+    data, broken = folder_of_images
+    for path in broken:
+        shutil.copy(data / "train" / "cat" / "00.png", path)
+    flags = ["--data-set", "IMNET", "--batch-size", "8", "--no-repeated-aug", "--train-fraction", "1"]
+    with at_update(4, send(signal.SIGTERM)):
+        run(tmp_path / "run", *flags, "--data-path", data, status=75)
+    moved = shutil.move(data, tmp_path / "moved")  # which changes nothing
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    run(tmp_path / "copy", *flags, "--data-path", moved, "--resume", "auto")
+    assert WARNING not in capsys.readouterr().err
+    os.rename(Path(moved) / "train" / "cat" / "05.png", Path(moved) / "train" / "cat" / "99.png")
+    run(tmp_path / "run", *flags, "--data-path", moved, "--resume", "auto")
+    assert f"{WARNING}file names was " in capsys.readouterr().err
+
+
+def test_other_classes_are_no_longer_the_same_run(folder_of_images, tmp_path, capsys):
+    data, broken = folder_of_images
+    flags = ["--data-set", "IMNET", "--data-path", data, "--batch-size", "8", "--skip-broken-images", "2"]
+    run(tmp_path / "run", *flags, "--epochs", "1")
+    for part in ("train", "val"):
+        shutil.copytree(data / part / "cat", data / part / "emu")
+    run(tmp_path / "run", *flags, "--resume", "auto", status=2)
+    assert "head" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_positions_of_a_resumed_epoch_are_the_rest_of_it():
+    for multiple, start in ((64, 0), (64, 128), (60, 60)):
+        sampler = samplers.KeyedSampler(500, seed=3, repeats=3, rank=1, world_size=2, multiple=multiple)
+        sampler.set_epoch(4)
+        everything = list(sampler)
+        sampler.set_epoch(4, start)
+        assert list(sampler) == everything[start:]

@@ -1,0 +1,127 @@
+"""A job on a real SLURM, which `slurm.sh` starts on this machine: everything a cluster does to it, in a row."""
+
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from tools.chaos import compare
+
+SCRIPT = Path(__file__).with_name("slurm.sh")
+FLAGS = [*tiny.TINY, "--epochs", "40", "--batch-size", "16", "--drop", "0.1", "--warmup-epochs", "1"]
+FLAGS += ["--model-ema-decay", "0.99", "--log-interval", "5"]
+JOB = ["--nodes", "1", "--ngpus", "0", "--tasks-per-node", "2", "--cpus-per-task", "1", "--partition", "low"]
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    """Variables of a running SLURM."""
+    if shutil.which("slurmctld", path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
+        pytest.skip("slurmctld not found")
+    folder = tempfile.mkdtemp(prefix="slurm", dir="/tmp")
+    try:
+        subprocess.run([SCRIPT, "start", folder], check=True, timeout=120)
+        path = tiny.environment()["PATH"]
+        yield {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": f"{folder}/bin:{path}", "GLOO_SOCKET_IFNAME": "lo"}
+    finally:
+        subprocess.run([SCRIPT, "stop", folder], timeout=120)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Submitted:
+    """A job, and the story of what happens to it."""
+
+    def __init__(self, slurm, job_dir, *flags):
+        self.environment = tiny.environment(**slurm)
+        output = tiny.run("run_with_submitit.py", *JOB, "--job-dir", job_dir, *flags, **slurm)
+        self.id = re.match(r"job (\d+): logs in ", output)[1]
+        self.folder, self.start = job_dir / self.id, time.monotonic()
+
+    def ask(self, *command):
+        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout
+
+    def show(self, key):
+        return re.search(rf"\b{key}=(\S+)", self.ask("scontrol", "-o", "show", "job", self.id))[1]
+
+    @property
+    def epochs(self):
+        return len(tiny.log_of(self.folder)) if (self.folder / "log.txt").exists() else 0
+
+    def tell(self, what):
+        passed = time.monotonic() - self.start
+        print(f"{passed:5.0f} s  job {self.id}  {self.show('JobState'):10s} restarts {self.show('Restarts')}  "
+              f"epochs {self.epochs:2d}  {what}")  # fmt: skip
+
+    def wait(self, what, until, seconds=120):
+        end = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < end, f"not {what}: {self.logs()}"
+            time.sleep(0.3)
+        self.tell(what)
+
+    def logs(self):
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*_log.*")))
+
+    def wait_for_restart(self, number, epochs):
+        self.wait(f"restarted {number} times", lambda: int(self.show("Restarts")) >= number)
+        self.wait("training again", lambda: self.epochs > epochs)
+
+    def wait_for_end(self):
+        self.wait("over", lambda: self.show("JobState") in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"))
+        assert self.show("JobState") == "COMPLETED", self.logs()
+        self.wait("gone", lambda: not self.ask("squeue", "-h"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, tmp_path_factory):
+    """The same two processes where nobody disturbs them."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "output"
+    tiny.torchrun(2, "main.py", *FLAGS, "--output-dir", folder)
+    return folder
+
+
+def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
+    # It times out after a minute, of which SLURM looks at its clock every half.
+    job = Submitted(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "1", "--signal-delay", "10")
+    job.wait("training", lambda: job.epochs >= 1)
+
+    job.ask("scancel", "--signal=USR2", job.id)
+    job.tell("is sent SIGUSR2")
+    job.wait_for_restart(1, job.epochs)
+
+    job.ask("sbatch", "-p", "high", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    job.tell("is preempted by a job of higher priority")
+    job.wait_for_restart(2, job.epochs)
+
+    job.ask("scontrol", "requeue", job.id)
+    job.tell("is requeued by its administrator")
+    job.wait_for_restart(3, job.epochs)
+
+    job.wait("timed out", lambda: int(job.show("Restarts")) >= 4)
+    job.wait_for_end()
+    assert not compare(undisturbed, job.folder)
+    names = {path.name for path in job.folder.iterdir()}
+    assert {"config.json", "log.txt", "checkpoint.pth", "checkpoint_previous.pth", "best.pth", "tensorboard"} <= names
+    assert {f"{job.id}_{rank}_log.{kind}" for rank in (0, 1) for kind in ("out", "err")} <= names
+    assert job.logs().count("is kept; go on with --resume auto") >= 4  # each time it saved first
+
+
+def test_a_task_that_fails_ends_the_job(slurm, tmp_path):
+    job = Submitted(slurm, tmp_path / "jobs", *FLAGS, "--batch-size", "4096")
+    job.wait("failed", lambda: job.show("JobState") == "FAILED", seconds=60)
+    assert "--batch-size 4096" in job.logs()
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
+    job = Submitted(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "20")
+    job.wait("training", lambda: job.epochs >= 1)
+    job.ask("scancel", job.id)
+    job.wait("cancelled", lambda: job.show("JobState") == "CANCELLED" and not job.ask("squeue", "-h"))
+    assert "stopped by SIGTERM; epoch" in job.logs() and (job.folder / "checkpoint.pth").exists()
+    assert "completed successfully" not in job.logs()
+    assert job.show("Restarts") == "0"

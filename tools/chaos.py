@@ -1,0 +1,190 @@
+"""Kill a run with SIGKILL again and again, resume it until it is done, and compare it with a run that was never killed.
+
+    python -m tools.chaos --kills 20                      # one process
+    python -m tools.chaos --kills 20 --processes 2        # under torchrun, everything is killed and started again
+    python -m tools.chaos --kills 20 --processes 2 --restarts     # one rank is killed, torchrun restarts them by itself
+    python -m tools.chaos --kills 3 -- --data-set CIFAR --model deit_small_patch16_224 --deterministic
+
+Moments are random, some of them inside the writing of a checkpoint. Flags of main.py follow two hyphens. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.command import errors_in_a_line
+from tools.timing import write_results
+from utils import BEST, LATEST, UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Everything that is random is on: workers, Mixup, CutMix, dropout, stochastic depth, repeated augmentation.
+RUN = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--patch-size", "8", "--data-set", "DIGITS"]
+RUN += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3", "--drop", "0.1", "--model-ema-decay", "0.99"]
+RUN += ["--num-workers", "1", "--batch-size", "32", "--accum-steps", "2", "--clip-grad", "1", "--warmup-epochs", "1"]
+TIMES = ("images_per_second",)  # in log.txt, and never the same twice
+
+
+class Run:
+    """One start of main.py, with all the processes that come of it."""
+
+    def __init__(self, folder: Path, flags: list[str], processes: int, restarts: int) -> None:
+        self.folder, self.token = folder, uuid.uuid4().hex
+        command = [sys.executable]
+        if processes > 1:
+            launcher = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+            command += ["-m", "torch.distributed.run", *launcher]
+        command += ["main.py", *flags, "--resume", "auto", "--output-dir", str(folder)]
+        environment = os.environ | {"CHAOS_RUN": self.token, "OMP_NUM_THREADS": "1"}
+        with open(folder.with_suffix(".out"), "a") as output:
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def living(self, rank: int | None = None) -> list[int]:
+        """Processes of this start (of this rank), also those that have lost their parents."""
+        wanted = [f"CHAOS_RUN={self.token}".encode()] + ([f"RANK={rank}".encode()] if rank is not None else [])
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            except OSError:  # it has just ended, or is another user's
+                continue
+            if all(each in variables for each in wanted):
+                found.append(int(entry.name))
+        return sorted(found)
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is half written."""
+        return any(self.folder.glob(f".{LATEST}.*.tmp"))
+
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL to everything, or to one rank's training process."""
+        for pid in self.living() if rank is None else self.living(rank)[:1]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if rank is None:
+            self.process.wait()
+
+
+def wait_for(run: Run, moment: float, inside_write: bool) -> bool:
+    """Until `moment` seconds from now, and on into the next writing of a checkpoint; False if the run ends first."""
+    end = time.monotonic() + moment
+    while run.process.poll() is None:
+        if time.monotonic() >= end and (not inside_write or run.is_writing()):
+            return True
+        time.sleep(0 if inside_write else 0.005)
+    return False
+
+
+def torment(folder: Path, flags: list[str], args: argparse.Namespace, seconds: float, draw: random.Random) -> dict:
+    """Kill and resume until done; how many kills there were, and how many inside a write."""
+    kills = writes = 0
+    share = seconds / max(1, args.kills)
+    run = Run(folder, flags, args.processes, args.kills if args.restarts else 0)
+    while kills < args.kills:
+        inside = kills % 3 == 1
+        moment = draw.uniform(0, share) if args.restarts or inside else draw.uniform(0, args.start + share)
+        if args.restarts:
+            moment += args.start
+        earlier = set(folder.glob(".*.tmp"))
+        if not wait_for(run, moment, inside):
+            break
+        run.kill(draw.randrange(args.processes) if args.restarts else None)
+        kills += 1
+        left = bool(set(folder.glob(".*.tmp")) - earlier)
+        writes += left
+        print(f"kill {kills:3d}  {'inside a write' if left else f'after {moment:.1f} s'}", flush=True)
+        if not args.restarts:
+            run = Run(folder, flags, args.processes, 0)
+    status = run.process.wait()
+    run.kill()
+    return {"kills": kills, "inside_a_write": writes, "last_status": status}
+
+
+def differences(first: Any, second: Any, name: str = "") -> list[str]:
+    """Names of all that is not equal to the bit in two nested dictionaries of tensors and numbers."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return [] if first.dtype == second.dtype and torch.equal(first, second) else [name]
+    if isinstance(first, dict) and isinstance(second, dict):
+        if first.keys() != second.keys():
+            return [f"{name} (names)"]
+        return [each for key in first for each in differences(first[key], second[key], f"{name}.{key}")]
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        return differences(dict(enumerate(first)), dict(enumerate(second)), name)
+    return [] if first == second else [name]
+
+
+def compare(one: Path, other: Path) -> list[str]:
+    """What differs between two runs' last and best checkpoints and log.txt."""
+    found = []
+    for file in (LATEST, BEST):
+        pair = [torch.load(folder / file, weights_only=True, map_location="cpu") for folder in (one, other)]
+        for checkpoint in pair:
+            del checkpoint["args"]  # they name the folder
+        found += differences(*pair, file)
+    logs = [[json.loads(line) for line in (folder / "log.txt").read_text().splitlines()] for folder in (one, other)]
+    for record in (*logs[0], *logs[1]):
+        for name in TIMES:
+            record.pop(name)
+    return found + differences(*logs, "log.txt") + [str(path) for path in other.glob(".*.tmp")]
+
+
+def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The run that is never killed, the one that is, and what differs."""
+    flags = [*RUN, "--epochs", str(args.epochs), *args.flags]
+    if not any(flag.startswith("--checkpoint-minutes") for flag in flags):
+        flags += ["--checkpoint-minutes", "0.005"]
+    begin = time.monotonic()
+    whole = Run(folder / "whole", flags, args.processes, 0)
+    if whole.process.wait():
+        raise UserError(f"the run failed by itself:\n{(folder / 'whole.out').read_text()[-2000:]}")
+    seconds = time.monotonic() - begin
+    print(f"never killed: {args.epochs} epochs in {seconds:.0f} s", flush=True)
+    draw = random.Random(args.seed)
+    report = torment(folder / "killed", flags, args, max(0.0, seconds - args.start), draw)
+    if report["last_status"]:
+        raise UserError(f"the killed run did not end well:\n{(folder / 'killed.out').read_text()[-2000:]}")
+    return report | {"seconds": time.monotonic() - begin, "differences": compare(folder / "whole", folder / "killed")}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--kills", type=int, default=20, help="how often")
+    add("--processes", type=int, default=1, help="ranks; more than one under torchrun")
+    add("--restarts", action="store_true", help="kill one rank and leave the restart to torchrun --max-restarts")
+    add("--epochs", type=int, default=40, help="length of the run")
+    add("--start", type=float, default=4.0, help="seconds that a start takes on this machine, about")
+    add("--seed", type=int, default=0, help="of the moments")
+    add("--output", type=Path, help="write the report to this JSON file as well")
+    add("flags", nargs="*", help="flags of main.py, after --")
+    args = parser.parse_args(argv)
+    with errors_in_a_line("chaos"), tempfile.TemporaryDirectory() as folder:
+        if args.restarts and args.processes < 2:
+            raise UserError("--restarts: torchrun restarts runs of several processes; add --processes 2")
+        report = torture(args, Path(folder))
+    equal = "no difference" if not report["differences"] else ", ".join(report["differences"])
+    print(f"{report['kills']} kills, {report['inside_a_write']} inside a write, {report['seconds']:.0f} s: {equal}")
+    if args.output:
+        write_results(args.output, torch.device("cpu"), vars(args), report)
+    if report["differences"] or report["kills"] < args.kills:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What it costs to save a run and to resume it.
+
+    python -m tools.checkpoint_cost -- --data-set CIFAR --data-path data/cifar10-jpeg --ram-cache 0
+
+Saving: training steps with and without one checkpoint, in turn in one process. Resuming: real runs of main.py with the
+flags after two hyphens, from their start to the end of the first step, at the beginning of an epoch and in its middle:
+seconds, and what all their processes read. (Linux only.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+
+import engine
+from losses import SupervisedLoss, build_base_criterion
+from models import create_model
+from samplers import Batch
+from tools.chaos import REPOSITORY
+from tools.command import errors_in_a_line
+from tools.timing import rates_in_turn, ratio_row, write_results
+from utils import LATEST, RunError, StepLog, StopSignals, World, available_cpus, select_device
+
+
+def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Images/s of steps with one checkpoint among them, against steps without; what the checkpoint itself takes."""
+    size = args.input_size
+    model = create_model(args.model, flag="--model", num_classes=10, input_size=(size, size)).to(device).train()
+    optimizer = engine.build_optimizer(model, "adamw", lr=1e-5, weight_decay=0.05)
+    amp = engine.select_amp(args.amp, device)
+    state = engine.TrainState(model, model, optimizer, amp_dtype=amp, ema=ModelEmaV3(model))
+    criterion = SupervisedLoss(build_base_criterion(False, 0.1))
+    images = torch.randn(args.batch_size, 3, size, size, device=device)
+    targets = torch.randn(args.batch_size, 10, device=device).softmax(dim=1)
+    batch = Batch(images, targets, torch.arange(args.batch_size))
+    saver = engine.Saver(state, [], World(0, 1, 0, 1, device), StopSignals(), folder=folder)
+    seconds = []
+
+    def work(saves: bool) -> Callable[[], int]:
+        def steps() -> int:
+            log = StepLog(0, args.steps + 1, args.batch_size, args.steps)
+            engine.train_one_epoch(state, [batch] * args.steps, criterion, lambda batch: batch, [_Still()], log)
+            if saves:
+                begin = time.perf_counter()
+                saver.save(log)
+                seconds.append(time.perf_counter() - begin)
+            return args.steps * args.batch_size
+
+        return steps
+
+    without, with_one = rates_in_turn([work(False), work(True)], args.rounds, device)
+    return ratio_row(with_one, without) | {
+        "steps": args.steps,
+        "seconds_of_steps": args.steps * args.batch_size / sorted(without)[len(without) // 2],
+        "seconds_of_saving": sorted(seconds)[len(seconds) // 2],
+        "mebibytes": (folder / LATEST).stat().st_size / 2**20,
+    }
+
+
+class _Still:
+    """A learning rate that stays."""
+
+    name, value = "lr", 1e-5
+
+    def step_update(self, num_updates: int) -> None:
+        pass
+
+
+def _bytes_read(process: subprocess.Popen) -> int:
+    """By a process and its children, from files and from the system's memory of them."""
+    total = 0
+    for entry in Path("/proc").iterdir():
+        try:
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1] if entry.name.isdigit() else ""
+            if str(process.pid) in (entry.name, parent):
+                total += int((entry / "io").read_text().split("rchar: ")[1].split()[0])
+        except OSError:  # it has just ended
+            continue
+    return total
+
+
+def until_step(flags: list[str], folder: Path, step: int) -> dict[str, float]:
+    """Run main.py until it says that this step of an epoch is over, and end it; it has saved by then.
+
+    Raises:
+        RunError: if it ends before.
+    """
+    command = [sys.executable, "main.py", *flags, "--output-dir", str(folder), "--resume", "auto"]
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--log-interval", "1"], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if f"step {step}/" in line:
+            found = {"seconds": time.perf_counter() - begin, "mebibytes_read": _bytes_read(process) / 2**20}
+            process.terminate()
+            process.communicate()
+            return found
+    raise RunError(f"main.py ended before step {step}: {''.join(said[-3:])}")
+
+
+def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[str, Any]:
+    """A fresh start and one that resumes the first epoch at step `middle`, in turn; medians of each."""
+    until_step(flags, folder / "run", middle)
+    starts: dict[str, list[dict[str, float]]] = {"fresh": [], "resumed": []}
+    for number in range(rounds):
+        starts["fresh"].append(until_step(flags, folder / f"fresh{number}", 1))
+        saved = torch.load(folder / "run" / LATEST, weights_only=True)  # each resumed run has made another step
+        starts["resumed"].append(until_step(flags, folder / "run", saved["step"] + 1))
+    medians = {
+        kind: {name: sorted(start[name] for start in each)[rounds // 2] for name in each[0]}
+        for kind, each in starts.items()
+    }
+    return {"images_skipped": saved["progress"]["images"]} | medians
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="deit_tiny_patch16_224", help="model whose saving is measured")
+    add("--input-size", type=int, default=224, help="pixels")
+    add("--batch-size", type=int, default=32, help="images in a step")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off is float32")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--steps", type=int, default=4, help="training steps for one checkpoint")
+    add("--rounds", type=int, default=5, help="counted turns of each")
+    add("--middle", type=int, default=300, help="step of the first epoch at which a run is stopped and resumed")
+    add("--output", type=Path, help="write the report to this JSON file as well")
+    add("flags", nargs="*", help="flags of main.py for the runs that are resumed, after --")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(available_cpus())
+    with errors_in_a_line("checkpoint_cost"), tempfile.TemporaryDirectory() as folder:
+        device = select_device(args.device, 0)
+        report = {"saving": saving(args, device, Path(folder))}
+        saved = report["saving"]
+        print(
+            f"a checkpoint of {saved['mebibytes']:.0f} MiB takes {saved['seconds_of_saving']:.2f} s; one in "
+            f"{saved['seconds_of_steps']:.1f} s of training: {saved['ratio']:.3f} of the images/s without "
+            f"(from {saved['ratio_min']:.3f} to {saved['ratio_max']:.3f})"
+        )
+        if args.flags:
+            report["resuming"] = resuming(args.flags, Path(folder), args.middle, args.rounds)
+            for kind in ("fresh", "resumed"):
+                row = report["resuming"][kind]
+                print(f"{kind:8s} {row['seconds']:6.1f} s to the first step, {row['mebibytes_read']:7.1f} MiB read")
+            print(f"{report['resuming']['images_skipped']} images skipped")
+    if args.output:
+        write_results(args.output, device, vars(args), report)
+
+
+if __name__ == "__main__":
+    main()
