@@ -239,7 +239,7 @@ def test_a_signal_to_one_process_stops_all_of_them_at_the_same_step(target, two_
     else:
         os.kill(first.living(rank=1)[0], signal.SIGUSR2)
     assert first.process.wait(timeout=60) != 0
-    first.kill()
+    chaos.kill(first.living())
     output = folder.with_suffix(".out").read_text()
     kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is kept", output)
     assert sorted(rank for rank, _ in kept) == ["0", "1"] and kept[0][1] == kept[1][1], output
@@ -555,7 +555,7 @@ def test_two_ranks_go_on_as_one_and_one_as_two(two_ranks, tmp_path):
         time.sleep(0.05)
     os.kill(run_of_two.living(rank=0)[0], signal.SIGTERM)
     run_of_two.process.wait(timeout=60)
-    run_of_two.kill()
+    chaos.kill(run_of_two.living())
     command = ["main.py", *flags, "--resume", "auto", "--batch-size", "32", "--output-dir", folder]
     process = tiny.start([*command, "--checkpoint-minutes", "0.001", "--log-interval", "1"])
     for line in process.stdout:

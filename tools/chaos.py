@@ -5,12 +5,14 @@
     python -m tools.chaos --kills 20 --processes 2 --restarts     # one rank is killed, torchrun restarts them by itself
     python -m tools.chaos --kills 3 -- --data-set CIFAR --model deit_small_patch16_224 --deterministic
 
-Moments are random, some of them inside the writing of a checkpoint. Flags of main.py follow two hyphens. Linux only.
+Moments are random: while the run starts, while it trains, and inside the writing of a checkpoint, of which there is one
+every 0.3 seconds. Flags of main.py follow two hyphens. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -70,50 +72,61 @@ class Run:
         """Whether a checkpoint is half written."""
         return any(self.folder.glob(f".{LATEST}.*.tmp"))
 
-    def kill(self, rank: int | None = None) -> None:
-        """SIGKILL to everything, or to one rank's training process."""
-        for pid in self.living() if rank is None else self.living(rank)[:1]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        if rank is None:
-            self.process.wait()
+    def saves(self) -> int:
+        """A number that changes with every checkpoint."""
+        latest = self.folder / LATEST
+        return latest.stat().st_mtime_ns if latest.exists() else 0
+
+    def victims(self, rank: int | None) -> list[int]:
+        """All processes, or one rank's training process."""
+        return self.living() if rank is None else self.living(rank)[:1]
 
 
-def wait_for(run: Run, moment: float, inside_write: bool) -> bool:
-    """Until `moment` seconds from now, and on into the next writing of a checkpoint; False if the run ends first."""
-    end = time.monotonic() + moment
+def kill(pids: list[int]) -> None:
+    """SIGKILL to those that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_and_kill(run: Run, moment: str, seconds: float, rank: int | None) -> bool:
+    """Kill a run (or one rank) at a moment of MOMENTS, `seconds` after it; False if the run ends first."""
+    saves, end, pids = run.saves(), time.monotonic() + seconds if moment == "start" else None, []
     while run.process.poll() is None:
-        if time.monotonic() >= end and (not inside_write or run.is_writing()):
+        if end is None and run.saves() != saves:  # it trains again
+            end = time.monotonic() + seconds
+            pids = run.victims(rank)  # looked up now: the writing of a small file is over in milliseconds
+        if end is not None and time.monotonic() >= end and (moment != "write" or run.is_writing()):
+            kill(pids or run.victims(rank))
             return True
-        time.sleep(0 if inside_write else 0.005)
+        time.sleep(0 if moment == "write" else 0.005)
     return False
 
 
-def torment(folder: Path, flags: list[str], args: argparse.Namespace, seconds: float, draw: random.Random) -> dict:
+MOMENTS = ("start", "write", "training", "write")
+
+
+def torment(folder: Path, flags: list[str], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """Kill and resume until done; how many kills there were, and how many inside a write."""
-    kills = writes = 0
-    share = seconds / max(1, args.kills)
+    draw, report = random.Random(args.seed), {"kills": 0, "inside_a_write": 0}
     run = Run(folder, flags, args.processes, args.kills if args.restarts else 0)
-    while kills < args.kills:
-        inside = kills % 3 == 1
-        moment = draw.uniform(0, share) if args.restarts or inside else draw.uniform(0, args.start + share)
-        if args.restarts:
-            moment += args.start
-        earlier = set(folder.glob(".*.tmp"))
-        if not wait_for(run, moment, inside):
+    while report["kills"] < args.kills:
+        moment, earlier = MOMENTS[report["kills"] % len(MOMENTS)], set(folder.glob(".*.tmp"))
+        after = draw.uniform(0, args.start if moment == "start" else seconds / args.kills)
+        if not wait_and_kill(run, moment, after, draw.randrange(args.processes) if args.restarts else None):
             break
-        run.kill(draw.randrange(args.processes) if args.restarts else None)
-        kills += 1
-        left = bool(set(folder.glob(".*.tmp")) - earlier)
-        writes += left
-        print(f"kill {kills:3d}  {'inside a write' if left else f'after {moment:.1f} s'}", flush=True)
+        if not args.restarts:
+            kill(run.living())
+            run.process.wait()
+        half_written = bool(set(folder.glob(".*.tmp")) - earlier)
+        report["kills"] += 1
+        report["inside_a_write"] += half_written
+        print(f"kill {report['kills']:3d}  {moment} + {after:.1f} s{', half written' * half_written}", flush=True)
         if not args.restarts:
             run = Run(folder, flags, args.processes, 0)
-    status = run.process.wait()
-    run.kill()
-    return {"kills": kills, "inside_a_write": writes, "last_status": status}
+    report["last_status"] = run.process.wait()
+    kill(run.living())
+    return report
 
 
 def differences(first: Any, second: Any, name: str = "") -> list[str]:
@@ -155,8 +168,7 @@ def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise UserError(f"the run failed by itself:\n{(folder / 'whole.out').read_text()[-2000:]}")
     seconds = time.monotonic() - begin
     print(f"never killed: {args.epochs} epochs in {seconds:.0f} s", flush=True)
-    draw = random.Random(args.seed)
-    report = torment(folder / "killed", flags, args, max(0.0, seconds - args.start), draw)
+    report = torment(folder / "killed", flags, args, max(0.0, seconds - args.start))
     if report["last_status"]:
         raise UserError(f"the killed run did not end well:\n{(folder / 'killed.out').read_text()[-2000:]}")
     return report | {"seconds": time.monotonic() - begin, "differences": compare(folder / "whole", folder / "killed")}
