@@ -449,21 +449,24 @@ def features(
     return torch.cat(rows), torch.cat(targets)
 
 
-def settle_buckets(model: nn.Module, example: torch.Tensor) -> None:
-    """Let DDP order its gradient buckets now, by a backward whose gradient is dropped.
+def settle_buckets(model: DistributedDataParallel, example: torch.Tensor) -> None:
+    """Let DDP order its gradient buckets now, by a step whose gradient is dropped.
 
     It would do so after the first step of the process. Sums over three or more ranks depend on that order, so a resumed
     run would differ in bits from one that was never stopped.
 
     Args:
-        model: DDP around a module.
-        example: an input of it, of two images or more (of one, gradients would have another layout in memory).
+        example: an input of two images or more (of one, gradients would have another layout in memory).
     """
-    model.eval()  # batch statistics stay as they are
+    set_train_mode(model)
+    statistics = [buffer.clone() for buffer in model.buffers()]
     with torch.compiler.set_stance("force_eager"):
         outputs = model(example)
         sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), statistics, strict=True):
+            buffer.copy_(value)
 
 
 def modules_of(state: TrainState) -> dict[str, nn.Module]:
@@ -654,7 +657,14 @@ def fit(
     """
     start, broken = time.time(), train_loader.broken
     with StopSignals() as stop, closing_workers(train_loader.loader, val_loader):
-        saver = Saver(state, schedules, world, stop, about or {}, output_dir, writer, checkpoint_minutes, broken)
+        saver = Saver(
+            *(state, schedules, world, stop),
+            about=about or {},
+            folder=output_dir,
+            writer=writer,
+            minutes=checkpoint_minutes,
+            broken=broken,
+        )
         while state.epoch < epochs:
             view_epoch = state.epoch % (augmentation_epochs or epochs)
             first = _position(state, train_loader, schedules, view_epoch)

@@ -723,7 +723,8 @@ def describe_run(
     args: argparse.Namespace, source: Any, state: engine.TrainState, world: World
 ) -> dict[str, dict[str, Any]]:
     """What a checkpoint says of its run: the flags, and what else its bits depend on."""
-    indexed = isinstance(source, datasets.Source)
+    indexed, cuda = isinstance(source, datasets.Source), world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if cuda else f"{world.device.type} ({torch.get_num_threads()})"
     return {
         "args": vars(args),
         "run": {
@@ -731,7 +732,7 @@ def describe_run(
             "labels": zlib.crc32(source.targets[source.order].tobytes()) if indexed else None,
             "file_names": zlib.crc32(source.file_names()) if indexed else None,
             "processes": world.size,
-            "device": world.device.type,
+            "device (threads)": device,
             "precision": str(state.amp_dtype),
             "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow")},
         },
@@ -739,18 +740,20 @@ def describe_run(
 
 
 def resume(
-    args: argparse.Namespace, state: engine.TrainState, loader: datasets.EpochLoader, source: Any, world: World
+    args: argparse.Namespace, state: engine.TrainState, loader: datasets.EpochLoader, about: dict[str, dict[str, Any]]
 ) -> None:
     """Go on where `--resume` was written, and say what keeps the run from being the same to the bit.
+
+    Args:
+        about: what `describe_run` says of this run.
 
     Raises:
         UserError: if the checkpoint is for another model or another optimiser, or holds weights only.
     """
     checkpoint = utils.read_checkpoint(args.resume, "--resume")
-    changes = _changes(checkpoint, describe_run(args, source, state, world))
-    indexed = isinstance(source, datasets.Source)
-    if checkpoint.get("progress") and not indexed:
-        changes.append("a stream has no places: the epoch begins again")
+    changes = _changes(checkpoint, about)
+    if checkpoint.get("progress") and isinstance(loader.counter, datasets.StreamingImages):
+        changes.append("a stream has no places, so the epoch begins again")
         checkpoint["progress"] = None
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
     if loader.broken is not None:
@@ -875,8 +878,9 @@ def main(args: argparse.Namespace) -> None:
         return utils.shut_down_distributed()
     state = build_state(args, model, trained, train_loader.images_per_batch, world)
     schedules = build_schedules(args, state, train_loader.updates_per_epoch)
+    about = describe_run(args, train, state, world)
     if args.resume:
-        resume(args, state, train_loader, train, world)
+        resume(args, state, train_loader, about)
     output_dir, writer = open_output(args, state, world)
     engine.fit(
         state,
@@ -887,7 +891,7 @@ def main(args: argparse.Namespace) -> None:
         schedules,
         epochs=args.epochs,
         world=world,
-        about=describe_run(args, train, state, world),
+        about=about,
         output_dir=output_dir,
         writer=writer,
         seed=args.seed,

@@ -91,7 +91,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     Raises:
         UserError: contradicting flags, or no SLURM.
     """
-    main.check_flags(args)
+    main.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
     if args.cluster != "slurm" and args.nodes != 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
     # A relative folder would mean another place on another machine.

@@ -289,8 +289,9 @@ def _temporary(path: Path) -> Path:
 
 def remove_temporary_files(folder: Path) -> None:
     """What killed processes have left half written."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for name in (LATEST, PREVIOUS, BEST, "log.txt", "config.json"):
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -367,7 +368,7 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error):
+    except Exception:  # a damaged directory of its parts can look like anything
         return False
 
 

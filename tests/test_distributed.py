@@ -1,7 +1,5 @@
 """Whole runs in real processes: launchers, exact evaluation, and runs that are functions of their flags."""
 
-import socket
-
 import pytest
 import tiny
 import torch
@@ -80,62 +78,15 @@ def test_same_flags_twice_give_the_same_bits(tmp_path):
         assert_same_bits(weights(tmp_path / "first", key=key), weights(tmp_path / "second", key=key))
 
 
-def test_a_resumed_run_ends_with_the_bits_of_the_run_that_was_never_stopped(tmp_path):
-    flags = [*tiny.TINY, "--epochs", "3", "--drop-path", "0.2"]
-    tiny.run("main.py", *flags, "--output-dir", tmp_path / "whole")
-    process = tiny.start(["main.py", *flags, "--output-dir", tmp_path / "killed", "--log-interval", "1"])
-    for line in process.stdout:
-        if "epoch 2  step 3/" in line:  # two epochs are on disk, the third is under way
-            process.kill()
-            break
-    process.wait()
-    checkpoint = tmp_path / "killed" / "checkpoint.pth"
-    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
-    tiny.run("main.py", *flags, "--output-dir", tmp_path / "killed", "--resume", checkpoint)
-    for key in ("model", "model_ema"):
-        assert_same_bits(weights(tmp_path / "whole", key=key), weights(tmp_path / "killed", key=key))
-    whole, killed = tiny.log_of(tmp_path / "whole"), tiny.log_of(tmp_path / "killed")
-    assert [record["test_acc1"] for record in whole] == [record["test_acc1"] for record in killed]
-    assert [record["train_lr"] for record in whole] == [record["train_lr"] for record in killed]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_a_lost_process_ends_the_others_with_a_line_and_an_intact_checkpoint(tmp_path):
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = ["main.py", *tiny.PLAIN, "--epochs", "99", "--log-interval", "5", "--output-dir", tmp_path]
-    ranks = [tiny.start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
-    for line in ranks[0].stdout:
-        if "epoch 1 " in line:
-            ranks[1].kill()
-            break
-    output = ranks[0].communicate(timeout=120)[0]
-    assert ranks[0].returncode == 1
-    assert output.splitlines()[-1].startswith("main.py: rank 0: run ended: another process is gone")
-    assert "Traceback" not in output
-    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] >= 1
-
-
 def test_bare_srun_starts_a_process_group(tmp_path):
     shared = {"SLURM_JOB_ID": 7, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_ID": 0}
-    shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": free_port()}
+    shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": tiny.free_port()}
     command = ["main.py", *tiny.PLAIN, "--batch-size", "32", "--output-dir", tmp_path]
     ranks = [tiny.start(command, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in (0, 1)]
     outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert "effective batch 64 images" in outputs[0]
     assert outputs[1] == ""
-
-
-def test_a_loss_that_is_not_finite_ends_all_ranks(tmp_path):
-    flags = ["--lr", "1e30", "--lr-scaling", "none", "--log-interval", "2", "--output-dir", tmp_path]
-    output = tiny.torchrun(2, "main.py", *tiny.PLAIN, "--opt", "sgd", *flags, status=1)
-    assert "the loss is not finite in epoch 0" in output
-    assert not (tmp_path / "checkpoint.pth").exists()
 
 
 def test_a_mistake_ends_all_ranks_with_a_line():
@@ -156,6 +107,11 @@ def test_distillation_runs_on_two_ranks(tmp_path):
         assert name in record
     combined = 0.5 * record["train_loss_base"] + 0.5 * record["train_loss_distillation"]
     assert record["train_loss"] == pytest.approx(combined, abs=1e-4)
+
+
+def test_sums_over_three_ranks_do_not_depend_on_when_a_run_began():
+    # torch orders its gradient buckets anew after a process's first step, and three numbers have two sums
+    assert tiny.torchrun(3, "tests/three_ranks.py").count("equal") == 3
 
 
 def test_threads_are_divided_among_local_ranks():

@@ -27,6 +27,7 @@ from tools import chaos
 # Mixup, dropout, stochastic depth, average: 22 updates in an epoch
 FLAGS = [*tiny.TINY, "--epochs", "3", "--drop", "0.1", "--model-ema-decay", "0.9", "--amp", "off"]
 UPDATES = 22
+WARNING = "the run goes on, but not to the bit as it would have: "
 
 
 def run(folder, *flags, status=None):
@@ -83,16 +84,15 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_was_not(processes, capfd):
-    chaos.main(
-        ["--kills", "3", "--epochs", "8", "--processes", str(processes)]
-    )  # exits with 1 if there are differences
+    chaos.main(["--kills", "3", "--epochs", "5", "--processes", str(processes)])
     output = capfd.readouterr().out
-    assert "3 kills" in output and "no difference" in output and "inside a write" in output
+    assert "3 kills, " in output and "no difference" in output and "half written" in output
 
 
 def test_torchrun_restarts_a_run_by_itself(capfd):
-    chaos.main(["--kills", "1", "--epochs", "8", "--processes", "2", "--restarts"])
-    assert "1 kills" in (output := capfd.readouterr().out) and "no difference" in output
+    chaos.main(["--kills", "1", "--epochs", "5", "--processes", "2", "--restarts"])
+    output = capfd.readouterr().out
+    assert "1 kills, " in output and "no difference" in output
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -159,8 +159,9 @@ def test_tensorboard_has_no_zigzag(tmp_path):
 # -- stopped by a signal -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize(
+    "name, workers", [("SIGTERM", 0), ("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGUSR2", 0)]
+)
 def test_a_signal_ends_the_step_saves_and_says_so(name, workers, whole, tmp_path, capsys):
     with at_update(UPDATES + 5, send(getattr(signal, name))):
         run(tmp_path, "--num-workers", workers, status=75)
@@ -221,30 +222,42 @@ def two_ranks(tmp_path_factory):
     """Flags of a run with batch statistics on two ranks, and its folder when nobody stops it."""
     folder = tmp_path_factory.mktemp("two") / "whole"
     flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--warmup-epochs", "0"]
-    flags += ["--epochs", "4", "--num-workers", "1", "--batch-size", "16", "--model-ema-decay", "0.9"]
+    flags += ["--epochs", "3", "--num-workers", "1", "--batch-size", "16", "--model-ema-decay", "0.9"]
     tiny.torchrun(2, "main.py", *flags, "--output-dir", folder)
     return flags, folder
 
 
-@pytest.mark.parametrize("target", ["launcher", "rank"])
-def test_a_signal_to_one_process_stops_all_of_them_at_the_same_step(target, two_ranks, tmp_path):
-    flags, whole = two_ranks
-    folder = tmp_path / "run"
-    first = chaos.Run(folder, [*flags, "--checkpoint-minutes", "0.001"], processes=2, restarts=0)
+def stop_two_ranks(flags, folder, send):
+    """Start two ranks, wait for a checkpoint, let `send(run)` stop them; what each says at the end."""
+    run = chaos.Run(folder, [*flags, "--checkpoint-minutes", "0.001"], processes=2, restarts=0)
     while not (folder / "checkpoint.pth").exists():
-        assert first.process.poll() is None, folder.with_suffix(".out").read_text()
+        assert run.process.poll() is None, folder.with_suffix(".out").read_text()
         time.sleep(0.05)
-    if target == "launcher":
-        first.process.terminate()
-    else:
-        os.kill(first.living(rank=1)[0], signal.SIGUSR2)
-    assert first.process.wait(timeout=60) != 0
-    chaos.kill(first.living())
+    send(run)
+    assert run.process.wait(timeout=60) != 0
+    chaos.kill(run.living())
     output = folder.with_suffix(".out").read_text()
     kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is kept", output)
     assert sorted(rank for rank, _ in kept) == ["0", "1"] and kept[0][1] == kept[1][1], output
-    assert chaos.Run(folder, flags, processes=2, restarts=0).process.wait(timeout=120) == 0
-    assert chaos.compare(whole, folder) == []
+
+
+def test_a_signal_to_torchrun_stops_all_ranks_at_the_same_step(two_ranks, tmp_path):
+    flags, whole = two_ranks
+    stop_two_ranks(flags, tmp_path / "run", lambda run: run.process.terminate())
+    assert chaos.Run(tmp_path / "run", flags, processes=2, restarts=0).process.wait(timeout=120) == 0
+    assert chaos.compare(whole, tmp_path / "run") == []
+
+
+def test_a_signal_to_one_rank_stops_both_and_one_process_may_go_on(two_ranks, tmp_path):
+    flags, whole = two_ranks
+    folder = tmp_path / "run"
+    stop_two_ranks(flags, folder, lambda run: os.kill(run.living(rank=1)[0], signal.SIGUSR2))
+    output = tiny.run("main.py", *flags, "--resume", "auto", "--batch-size", "32", "--output-dir", folder)
+    assert f"{WARNING}--batch-size was 16, is 32; processes was 2, is 1" in output
+    ours, theirs = tiny.log_of(folder), tiny.log_of(whole)
+    assert [record["epoch"] for record in ours] == [record["epoch"] for record in theirs]
+    for one, two in zip(ours, theirs, strict=True):  # Mixup's pairs and dropout are drawn per rank
+        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=0.2)
 
 
 # -- faults of one rank ------------------------------------------------------------------------------------------------
@@ -252,18 +265,10 @@ def test_a_signal_to_one_process_stops_all_of_them_at_the_same_step(target, two_
 
 def start_ranks(kind, folder, *flags, workers=1):
     """Two ranks without a launcher that would end one when the other does; rank 1 meets the fault."""
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port()}
     command = ["tests/faults.py", kind, 1, 50, *tiny.PLAIN, "--epochs", "3", "--batch-size", "32", "--num-workers"]
     command += [workers, "--output-dir", folder, *flags]
     return [tiny.start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -337,14 +342,20 @@ def test_one_skipped_step_too_many_ends_the_run(tmp_path, capsys):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stopped(whole, tmp_path):
-    """A run that was stopped twice, in its second and in its third epoch."""
+@pytest.fixture(scope="module")
+def stopped_twice(tmp_path_factory):
+    """A run that was stopped in its second and in its third epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
     with at_update(UPDATES + 5, send(signal.SIGTERM)):
-        run(tmp_path, status=75)
+        run(folder, status=75)
     with at_update(2 * UPDATES + 5, send(signal.SIGTERM)):
-        run(tmp_path, "--resume", "auto", "--eval-interval", "2", status=75)
-    return tmp_path
+        run(folder, "--resume", "auto", status=75)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_twice, tmp_path):
+    return shutil.copytree(stopped_twice, tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
@@ -387,7 +398,7 @@ def test_two_damaged_checkpoints_are_the_user_s_affair(stopped, capsys):
 def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
     path, content = tmp_path / "checkpoint.pth", (whole / "checkpoint.pth").read_bytes()
     original, draw, refused = checkpoint(whole), random.Random(0), 0
-    for _ in range(60):
+    for _ in range(300):
         flipped = bytearray(content)
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
@@ -397,7 +408,7 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
             refused += 1
         else:  # it was in the padding between two records
             assert chaos.differences(original, read) == []
-    assert refused > 40
+    assert refused > 200
 
 
 def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path):
@@ -494,9 +505,6 @@ def test_the_next_image_takes_the_place_of_a_broken_one_with_its_own_label(folde
 # -- other circumstances -----------------------------------------------------------------------------------------------
 
 
-WARNING = "the run goes on, but not to the bit as it would have: "
-
-
 def test_an_unchanged_run_is_resumed_without_a_warning(stopped, capsys):
     capsys.readouterr()
     run(stopped, "--resume", "auto", "--num-workers", "1", "--log-interval", "3", "--checkpoint-minutes", "9")
@@ -527,15 +535,14 @@ def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, caps
     seen = []
     build = datasets.build_prepare
     monkeypatch.setattr(datasets, "build_prepare", lambda *args: watching(seen, build(*args)))
-    copies = {size: shutil.copytree(stopped, stopped.with_name(f"{stopped.name}_{size}")) for size in (32, 96, 100)}
-    for size, folder in copies.items():
+    for size in (32, 96, 100):
+        folder = shutil.copytree(stopped, stopped.with_name(f"batches_of_{size}"))
         seen.clear()
         run(folder, "--resume", "auto", "--batch-size", size, "--eval-interval", "9")
         again = {32: 0, 96: 0, 100: 84}[size]
         assert int(seen[0].positions[0]) == 6 * 64 - again
         assert sum(len(batch.positions) for batch in seen) == 1442 // size * size - (6 * 64 - again)
         assert f"shows {again} images of epoch 2 again" in capsys.readouterr().err
-        shutil.rmtree(folder)
 
 
 def watching(seen, prepare):
@@ -544,32 +551,6 @@ def watching(seen, prepare):
         return prepare(batch)
 
     return watched
-
-
-def test_two_ranks_go_on_as_one_and_one_as_two(two_ranks, tmp_path):
-    flags, whole = two_ranks
-    folder = tmp_path / "run"
-    run_of_two = chaos.Run(folder, [*flags, "--checkpoint-minutes", "0.001"], processes=2, restarts=0)
-    while not (folder / "checkpoint.pth").exists():
-        assert run_of_two.process.poll() is None
-        time.sleep(0.05)
-    os.kill(run_of_two.living(rank=0)[0], signal.SIGTERM)
-    run_of_two.process.wait(timeout=60)
-    chaos.kill(run_of_two.living())
-    command = ["main.py", *flags, "--resume", "auto", "--batch-size", "32", "--output-dir", folder]
-    process = tiny.start([*command, "--checkpoint-minutes", "0.001", "--log-interval", "1"])
-    for line in process.stdout:
-        if "step" in line and "/" in line:
-            process.terminate()
-            break
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, rest
-    output = tiny.torchrun(2, "main.py", *flags, "--resume", "auto", "--output-dir", folder)
-    assert f"{WARNING}--batch-size was 32, is 16; processes was 1, is 2" in output
-    ours, theirs = tiny.log_of(folder), tiny.log_of(whole)
-    assert [record["epoch"] for record in ours] == [record["epoch"] for record in theirs]
-    for one, two in zip(ours, theirs, strict=True):
-        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=0.2)
 
 
 def test_renamed_or_exchanged_images_are_noticed(folder_of_images, tmp_path, capsys):

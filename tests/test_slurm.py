@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,8 +14,8 @@ import tiny
 from tools.chaos import compare
 
 SCRIPT = Path(__file__).with_name("slurm.sh")
-FLAGS = [*tiny.TINY, "--epochs", "40", "--batch-size", "16", "--drop", "0.1", "--warmup-epochs", "1"]
-FLAGS += ["--model-ema-decay", "0.99", "--log-interval", "5"]
+FLAGS = [*tiny.TINY, "--epochs", "36", "--batch-size", "16", "--drop", "0.1", "--warmup-epochs", "1"]
+FLAGS += ["--model-ema-decay", "0.99", "--num-workers", "1"]  # SLURM signals loader processes as well
 JOB = ["--nodes", "1", "--ngpus", "0", "--tasks-per-node", "2", "--cpus-per-task", "1", "--partition", "low"]
 
 
@@ -36,11 +37,9 @@ def slurm():
 class Submitted:
     """A job, and the story of what happens to it."""
 
-    def __init__(self, slurm, job_dir, *flags):
-        self.environment = tiny.environment(**slurm)
-        output = tiny.run("run_with_submitit.py", *JOB, "--job-dir", job_dir, *flags, **slurm)
-        self.id = re.match(r"job (\d+): logs in ", output)[1]
-        self.folder, self.start = job_dir / self.id, time.monotonic()
+    def __init__(self, slurm, job, folder):
+        self.environment, self.id, self.folder = tiny.environment(**slurm), job, folder
+        self.start = time.monotonic()
 
     def ask(self, *command):
         return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout
@@ -57,7 +56,7 @@ class Submitted:
         print(f"{passed:5.0f} s  job {self.id}  {self.show('JobState'):10s} restarts {self.show('Restarts')}  "
               f"epochs {self.epochs:2d}  {what}")  # fmt: skip
 
-    def wait(self, what, until, seconds=120):
+    def wait(self, what, until, seconds=240):
         end = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < end, f"not {what}: {self.logs()}"
@@ -77,6 +76,12 @@ class Submitted:
         self.wait("gone", lambda: not self.ask("squeue", "-h"))
 
 
+def submit(slurm, job_dir, *flags):
+    output = tiny.run("run_with_submitit.py", *JOB, "--job-dir", job_dir, *flags, **slurm)
+    job = re.match(r"job (\d+): logs in ", output)[1]
+    return Submitted(slurm, job, job_dir / job)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(slurm, tmp_path_factory):
     """The same two processes where nobody disturbs them."""
@@ -87,7 +92,7 @@ def undisturbed(slurm, tmp_path_factory):
 
 def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
     # It times out after a minute, of which SLURM looks at its clock every half.
-    job = Submitted(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "1", "--signal-delay", "10")
+    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "1", "--signal-delay", "10")
     job.wait("training", lambda: job.epochs >= 1)
 
     job.ask("scancel", "--signal=USR2", job.id)
@@ -112,16 +117,39 @@ def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
 
 
 def test_a_task_that_fails_ends_the_job(slurm, tmp_path):
-    job = Submitted(slurm, tmp_path / "jobs", *FLAGS, "--batch-size", "4096")
+    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--batch-size", "4096")
     job.wait("failed", lambda: job.show("JobState") == "FAILED", seconds=60)
     assert "--batch-size 4096" in job.logs()
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
-    job = Submitted(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "20")
+    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "20")
     job.wait("training", lambda: job.epochs >= 1)
     job.ask("scancel", job.id)
     job.wait("cancelled", lambda: job.show("JobState") == "CANCELLED" and not job.ask("squeue", "-h"))
     assert "stopped by SIGTERM; epoch" in job.logs() and (job.folder / "checkpoint.pth").exists()
     assert "completed successfully" not in job.logs()
     assert job.show("Restarts") == "0"
+
+
+def test_a_batch_script_of_one_s_own_requeues_itself(slurm, undisturbed, tmp_path):
+    # as the README has it; that script's time would be up instead
+    flags = [*FLAGS, "--output-dir", tmp_path / "output", "--resume", "auto"]
+    script = tmp_path / "job.sh"
+    script.write_text(
+        "#!/bin/bash\n"
+        f"srun {sys.executable} main.py {' '.join(map(str, flags))} || [ $? != 75 ] || scontrol requeue $SLURM_JOB_ID\n"
+    )
+    options = ["-p", "low", "-n", "2", "--requeue", "--parsable", "--open-mode=append", "-o", tmp_path / "0_log.out"]
+    command = ["sbatch", *map(str, options), str(script)]
+    environment = tiny.environment(**slurm)
+    id = subprocess.run(
+        command, cwd=tiny.REPOSITORY, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    job = Submitted(slurm, id.strip(), tmp_path / "output")
+    job.wait("training", lambda: job.epochs >= 1)
+    job.ask("scancel", "--signal=USR1", job.id)
+    job.tell("is sent SIGUSR1")
+    job.wait_for_restart(1, job.epochs)
+    job.wait_for_end()
+    assert not compare(undisturbed, job.folder)

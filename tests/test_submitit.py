@@ -14,11 +14,12 @@ LOCAL = ["run_with_submitit.py", "--cluster", "local", "--nodes", "1", "--ngpus"
 
 def test_a_local_job_trains_on_two_processes(tmp_path):
     folder = tmp_path / "jobs"
-    output = tiny.run(*LOCAL, "--tasks-per-node", "2", "--job-dir", folder, *tiny.PLAIN, "--batch-size", "32")
+    flags = ["--tasks-per-node", "2", *tiny.PLAIN, "--batch-size", "32", "--checkpoint-minutes", "0"]
+    output = tiny.run(*LOCAL, "--job-dir", folder, *flags)
     (job,) = folder.iterdir()
     assert str(job) in output
     assert len(tiny.log_of(job)) == 1
-    assert (job / "checkpoint.pth").exists() and (job / "best.pth").exists()
+    assert all((job / name).exists() for name in ("checkpoint.pth", "checkpoint_previous.pth", "best.pth"))
     assert "effective batch 64 images" in (job / f"{job.name}_0_log.err").read_text()
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from tools import distillation_cost, speed_test, summarize
+from tools import checkpoint_cost, distillation_cost, speed_test, summarize
 from tools.timing import describe_environment, rates_in_turn, ratio_row
 
 
@@ -115,3 +115,15 @@ def test_every_way_to_be_taught_is_timed(tmp_path, capsys):
     assert [row["teacher"].split()[0] for row in rows] == ["no", "stored", "50", "live"]
     assert rows[0]["ratio"] == 1.0 and all(row["images_per_second"] > 0 for row in rows)
     assert capsys.readouterr().out.count("images/s") == 4
+
+
+def test_saving_and_resuming_are_measured(tmp_path, capsys):
+    small = ["--input-size", "32", "--batch-size", "2", "--steps", "1", "--rounds", "1", "--middle", "20"]
+    flags = [*map(str, tiny.TINY), "--batch-size", "16", "--epochs", "9"]
+    checkpoint_cost.main([*small, "--device", "cpu", "--output", str(tmp_path / "out.json"), "--", *flags])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["saving"]["mebibytes"] > 60 and written["saving"]["seconds_of_saving"] > 0  # four of 5.5 million
+    assert written["resuming"]["images_skipped"] % 16 == 0 and written["resuming"]["images_skipped"] >= 20 * 16
+    for kind in ("fresh", "resumed"):
+        assert written["resuming"][kind]["seconds"] > 0 and written["resuming"][kind]["mebibytes_read"] > 1
+    assert capsys.readouterr().out.count(" to the first step") == 2

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,12 @@ def run(*command, status=0, **changes):
 def torchrun(processes, *command, **options):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     return run(*launcher, *command, **options)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def log_of(folder):
