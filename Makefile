@@ -22,7 +22,8 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m 'not processes' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m processes
 
 clean:
 	rm -rf $(VENV)

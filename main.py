@@ -734,6 +734,7 @@ def describe_run(
             "processes": world.size,
             "device (threads)": device,
             "precision": str(state.amp_dtype),
+            "teacher": utils.file_hash(args.teacher_path) if args.teacher_path else None,
             "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow")},
         },
     }
@@ -768,7 +769,7 @@ def resume(
 
 
 def _changes(checkpoint: dict[str, Any], now: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs from the run that wrote the checkpoint, and shows in every further bit."""
+    """What differs from the run that wrote the checkpoint, and shows in every further bit; None is not known."""
     flags = checkpoint.get("args") or {}
     then = {"args": vars(flags) if isinstance(flags, argparse.Namespace) else flags, "run": checkpoint.get("run") or {}}
     then, now = (json.loads(json.dumps(each, default=str)) for each in (then, now))  # no difference of list and tuple
@@ -778,7 +779,11 @@ def _changes(checkpoint: dict[str, Any], now: dict[str, dict[str, Any]]) -> list
         for name, value in then["args"].items()
         if name in flags
     ]
-    changes += [(name.replace("_", " "), value, now["run"].get(name)) for name, value in then["run"].items()]
+    changes += [
+        (name.replace("_", " "), value, now["run"][name])
+        for name, value in then["run"].items()
+        if now["run"].get(name) is not None
+    ]
     return [f"{name} was {old}, is {new}" for name, old, new in changes if old != new]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
+torch.set_num_threads(1)  # for what is made before the first test
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,8 @@ import samplers
 import utils
 from tools import chaos
 
+pytestmark = pytest.mark.processes
+
 # Mixup, dropout, stochastic depth, average: 22 updates in an epoch
 FLAGS = [*tiny.TINY, "--epochs", "3", "--drop", "0.1", "--model-ema-decay", "0.9", "--amp", "off"]
 UPDATES = 22
@@ -82,17 +84,12 @@ def whole(tmp_path_factory):
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_was_not(processes, capfd):
-    chaos.main(["--kills", "3", "--epochs", "5", "--processes", str(processes)])
+# Of two processes one is killed at a time, and torchrun starts both again. (The tool also kills all at once.)
+@pytest.mark.parametrize("flags", [["--processes", "1"], ["--processes", "2", "--restarts"]], ids=["one", "torchrun"])
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_was_not(flags, capfd):
+    chaos.main(["--kills", "3", "--epochs", "5", *flags])
     output = capfd.readouterr().out
     assert "3 kills, " in output and "no difference" in output and "half written" in output
-
-
-def test_torchrun_restarts_a_run_by_itself(capfd):
-    chaos.main(["--kills", "1", "--epochs", "5", "--processes", "2", "--restarts"])
-    output = capfd.readouterr().out
-    assert "1 kills, " in output and "no difference" in output
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
