@@ -188,7 +188,9 @@ def is_lost_peer(error: Exception) -> bool:
 
 def is_lost_loader(error: Exception) -> bool:
     """Whether this is what a process sees when one of its loader processes has been killed."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    # The second, if it was killed while it handed a batch over.
+    said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    return said or isinstance(error, ConnectionError | EOFError)
 
 
 def barrier() -> None:

@@ -565,6 +565,21 @@ def test_the_last_line_is_the_message_without_the_worker_s_traceback():
     assert last_line(RunError("the loss is not finite")) == "the loss is not finite"
 
 
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),  # while it handed a batch over
+        (EOFError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (FileNotFoundError(2, "No such file or directory"), False),
+    ],
+)
+def test_a_killed_loader_process_is_recognised(error, lost):
+    assert utils.is_lost_loader(error) == lost
+
+
 def test_an_error_without_a_message_has_a_last_line_all_the_same():
     assert last_line(AssertionError()) == "AssertionError"
     assert last_line(types.new_class("Silent", (RuntimeError,))("  \n ")) == "Silent"
