@@ -127,7 +127,7 @@ def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
     names = {path.name for path in job.folder.iterdir()}
     assert {"config.json", "log.txt", "checkpoint.pth", "checkpoint_previous.pth", "best.pth", "tensorboard"} <= names
     assert {f"{job.id}_{rank}_log.{kind}" for rank in (0, 1) for kind in ("out", "err")} <= names
-    assert job.logs().count("rank 0: stopped by SIG") == 5  # each time it saved first
+    assert job.logs().count("rank 0: stopped by SIG") >= 5  # each time it saved first
 
 
 def test_a_task_that_fails_ends_the_job(slurm, tmp_path):
