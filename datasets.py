@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,14 +32,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from augment import PADDING, SMALL_IMAGE
+from packs import SPLITS, PackImages
 from samplers import Batch, KeyedSampler, random_key, random_keys, seed_generators
 from utils import RunError, UserError, World, gather, ignore_stop_signals, logger, main_process_first
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
-NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS")
+NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
 SCHEMES = ("hfds/", "hfids/", "wds/", "torch/", "tfds/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-SMALL_IMAGE = 64  # up to this size views are made by padding and cropping, not by random resized crops
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -120,13 +121,20 @@ class Source:
         return len(self.order)
 
     def __getitem__(self, place: int) -> tuple[Image.Image, int]:
+        return self._sample(place, lambda images, index: images[index])
+
+    def array(self, place: int) -> tuple[np.ndarray, int]:
+        """The sample as uint8 [H, W, 3], of images that are in memory or packed."""
+        return self._sample(place, lambda images, index: images.array(index))
+
+    def _sample(self, place: int, read: Callable[[Any, int], Any]) -> tuple[Any, int]:
         index = self.order[place]
         try:
-            return self.images[index], int(self.targets[index])
+            return read(self.images, index), int(self.targets[index])
         # What Pillow raises for broken files, and for sizes that only a broken header would claim.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if self.broken is not None and self.broken.add(index):
-                return self[(place + 1) % len(self)]
+                return self._sample((place + 1) % len(self), read)
             raise RunError(
                 f"cannot read image {self.images.describe(index)} ({error}); mend or remove it, then --resume, or "
                 f"tolerate some with --skip-broken-images"
@@ -159,7 +167,7 @@ class PathImages:
         return b"\0".join(path.rpartition(b"/")[2] for path in self.paths[order].tolist())
 
 
-class PackedImages:
+class MemoryImages:
     """Decoded images in one uint8 buffer, shared with forked loader processes."""
 
     def __init__(self, arrays: Sequence[np.ndarray], names: bytes = b"") -> None:
@@ -170,9 +178,12 @@ class PackedImages:
         self.pixels = np.concatenate([array.ravel() for array in arrays])
 
     def __getitem__(self, index: int) -> Image.Image:
-        height, width, channels = self.shapes[index]
-        end = self.ends[index]
-        return Image.fromarray(self.pixels[end - height * width * channels : end].reshape(height, width, channels))
+        return Image.fromarray(self.array(index))
+
+    def array(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3], not a copy."""
+        end, shape = self.ends[index], self.shapes[index]
+        return self.pixels[end - shape.prod() : end].reshape(shape)
 
     def describe(self, index: int) -> str:
         return f"number {index} in memory"
@@ -218,7 +229,7 @@ def take_fraction(source: Source | StreamingImages, fraction: float) -> Source |
 
 def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source | StreamingImages:
     """Decode all images once if they fit in `limit_mb` MiB (judged by 16 of them); otherwise return the source."""
-    if isinstance(source, StreamingImages) or isinstance(source.images, PackedImages) or limit_mb <= 0:
+    if isinstance(source, StreamingImages) or isinstance(source.images, MemoryImages) or limit_mb <= 0:
         return source
     probes = np.linspace(0, len(source) - 1, 16).astype(int)
     sizes = [np.prod((*source[probe][0].size, 3)) for probe in probes]
@@ -227,7 +238,7 @@ def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         samples = list(pool.map(lambda index: _decoded(source[index]), range(len(source))))
     arrays, targets = zip(*samples, strict=True)
-    packed = PackedImages(arrays, source.file_names())
+    packed = MemoryImages(arrays, source.file_names())
     return replace(_source(packed, targets, source.num_classes), broken=source.broken)
 
 
@@ -281,13 +292,15 @@ def build_sources(
         return _flowers(root, local_rank)
     if name == "CARS":
         return _cars(root)
+    if name == "PACKED":
+        return _packed(root)
     return _inaturalist(root, 2018 if name == "INAT" else 2019, inat_category)
 
 
 def _folder_of(name: str, data_path: str | None) -> Path:
     """Where the data are, or are to be downloaded."""
     if data_path is None:
-        if name in ("IMNET", "INAT", "INAT19", "CARS"):
+        if name in ("IMNET", "INAT", "INAT19", "CARS", "PACKED"):
             raise UserError(f"--data-path: {name} is not downloaded; name its folder, or try --data-set DIGITS")
         return Path("data")
     if not Path(data_path).is_dir():
@@ -300,7 +313,7 @@ def _digits() -> tuple[Source, Source]:
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)
     grey = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # ink 0 to 16
-    source = _source(PackedImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, 10)
+    source = _source(MemoryImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, 10)
     number_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
         number_in_class[labels == label] = np.arange((labels == label).sum())
@@ -367,7 +380,7 @@ def _cifar(root: Path, name: str, local_rank: int) -> tuple[Source, Source]:
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
     with main_process_first(local_rank):
         parts = [_download(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
-    train, val = (_source(PackedImages(part.data), part.targets, len(part.classes)) for part in parts)
+    train, val = (_source(MemoryImages(part.data), part.targets, len(part.classes)) for part in parts)
     return train, val
 
 
@@ -397,6 +410,12 @@ def _cars(root: Path) -> tuple[Source, Source]:
         paths, labels = zip(*part._samples, strict=True)
         parts.append(_source(PathImages(paths), labels, len(part.classes)))
     return parts[0], parts[1]
+
+
+def _packed(root: Path) -> tuple[Source, Source]:
+    """What `tools/pack_dataset.py` has written."""
+    train, val = (PackImages(root, split) for split in SPLITS)
+    return _source(train, train.targets, train.num_classes), _source(val, val.targets, val.num_classes)
 
 
 def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
@@ -537,6 +556,61 @@ class KeyedImages(Dataset):
         return Batch(self.transform(image), target, position)
 
 
+class FramedImages(Dataset):
+    """Batches of images as they are stored, each at the top left of a frame that takes the largest.
+
+    Takes lists of the `(index, position, key)` of `KeyedSampler`.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Args: source: images in memory or packed, whose `shapes` are known."""
+        self.source, self.frame = source, frame_of(source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
+        frames = np.zeros((len(samples), *self.frame, 3), np.uint8)
+        sizes, targets = np.empty((len(samples), 2), np.int64), np.empty(len(samples), np.int64)
+        for number, (index, _, _) in enumerate(samples):
+            pixels, targets[number] = self.source.array(index)
+            height, width = sizes[number] = pixels.shape[:2]
+            frames[number, :height, :width] = pixels
+        positions = torch.tensor([position for _, position, _ in samples])
+        images = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(targets), positions, torch.from_numpy(sizes))
+
+
+class DeviceImages(Dataset):
+    """`FramedImages` that live on the device: a batch is picked there."""
+
+    def __init__(self, images: FramedImages, device: torch.device) -> None:
+        batch = images.__getitems__([(index, index, 0) for index in range(len(images))])
+        self.images, self.targets = batch.images.contiguous().to(device), batch.targets.to(device)
+        self.sizes = batch.sizes.to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
+        index, positions = (torch.tensor(numbers) for numbers in list(zip(*samples, strict=True))[:2])
+        index = index.to(self.images.device, non_blocking=True)
+        parts = (each.index_select(0, index) for each in (self.images, self.targets, self.sizes))
+        images, targets, sizes = parts
+        return Batch(images, targets, positions, sizes)
+
+
+def has_shapes(source: Source | StreamingImages) -> bool:
+    """Whether the images are in memory or packed, so that they can be augmented on the device."""
+    return isinstance(source, Source) and hasattr(source.images, "shapes")
+
+
+def frame_of(source: Source) -> tuple[int, int]:
+    """Height and width that take every image of a source that `has_shapes`."""
+    height, width = source.images.shapes[source.order, :2].max(axis=0).tolist()
+    return height, width
+
+
 class StreamingImages(IterableDataset):
     """A timm stream, whose own shuffling decides the order; views are keyed by the position in it.
 
@@ -615,7 +689,7 @@ def build_train_transform(
         # What is drawn at random in "random" is the interpolation of random crops, of which there are none here.
         mode = str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
         resize = transforms.Resize(list(input_size), mode)
-        transform.transforms[0:1] = [resize, transforms.RandomCrop(input_size, padding=4)]
+        transform.transforms[0:1] = [resize, transforms.RandomCrop(input_size, padding=PADDING)]
     return transform
 
 
@@ -676,9 +750,29 @@ class EpochLoader:
         return itertools.islice(iter(self.loader), self.num_batches)
 
 
+class DeviceLoader(DataLoader):
+    """A loader of stored images, which become views on the device.
+
+    Attributes:
+        view: module called with a batch's images and sizes, and what `arguments` gives for it.
+    """
+
+    view: torch.nn.Module
+    device: torch.device
+    arguments: Callable[[Batch], tuple[torch.Tensor, ...]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in copied_ahead(super().__iter__(), self.device):
+            images = self.view(batch.images, batch.sizes, *self.arguments(batch))
+            yield Batch(images, batch.targets, batch.positions)
+
+
+View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module
+
+
 def build_train_loader(
     source: Source | StreamingImages,
-    transform: Callable[[Image.Image], torch.Tensor],
+    view: View,
     *,
     batch_size: int,
     accum_steps: int,
@@ -689,6 +783,9 @@ def build_train_loader(
     world: World,
 ) -> EpochLoader:
     """Batches of [batch_size, 3, H, W] on each rank, in whole optimiser updates.
+
+    Args:
+        view: what makes a view of an image on the host, or the module that does so for batches on the device.
 
     Raises:
         UserError: if the data do not fill one update.
@@ -706,7 +803,7 @@ def build_train_loader(
         "updates_per_epoch": updates,
     }
     if isinstance(source, StreamingImages):
-        source.transform, source.seed, source.rank, source.world_size = transform, seed, world.rank, world.size
+        source.transform, source.seed, source.rank, source.world_size = view, seed, world.rank, world.size
         reader = source.dataset.reader
         reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
         reader.common_seed, reader.batch_size = seed, batch_size
@@ -716,6 +813,11 @@ def build_train_loader(
             logger.info("repeated augmentation needs an index, which a stream has not: each image is seen once")
         loader = _loader(source, None, batch_size, num_workers, pin_memory)
         return EpochLoader(loader, source, **counts)
+
+    def keys(batch: Batch) -> tuple[torch.Tensor]:
+        keys = torch.from_numpy(sampler.keys(batch.positions.numpy()).view(np.int64))
+        return (keys.to(world.device, non_blocking=True),)
+
     sampler = KeyedSampler(
         len(source), seed=seed, repeats=repeats, rank=world.rank, world_size=world.size, multiple=per_update
     )
@@ -723,7 +825,7 @@ def build_train_loader(
         "an epoch holds %d views of %d different images (of %d), in %d updates",
         *(sampler.num_positions, sampler.num_distinct, len(source), updates),
     )
-    loader = _loader(KeyedImages(source, transform), sampler, batch_size, num_workers, pin_memory)
+    loader = _view_loader(source, view, sampler, keys, batch_size, num_workers, pin_memory, world.device)
     return EpochLoader(loader, sampler, **counts, broken=source.broken)
 
 
@@ -742,7 +844,7 @@ def _workers_with_shards(reader: Any, num_workers: int, world: World) -> int:
 
 def build_eval_loader(
     source: Source | StreamingImages,
-    transform: Callable[[Image.Image], torch.Tensor],
+    view: View,
     *,
     batch_size: int,
     num_workers: int,
@@ -751,23 +853,49 @@ def build_eval_loader(
 ) -> DataLoader:
     """Each image exactly once over all ranks: ranks may differ by one image, nothing is padded."""
     if isinstance(source, StreamingImages):
-        source.transform, source.rank, source.world_size = transform, world.rank, world.size
+        source.transform, source.rank, source.world_size = view, world.rank, world.size
         return _loader(source, None, batch_size, 0, pin_memory)
     sampler = KeyedSampler(len(source), shuffle=False, rank=world.rank, world_size=world.size)
-    return _loader(KeyedImages(source, transform), sampler, batch_size, num_workers, pin_memory)
+    return _view_loader(source, view, sampler, lambda _: (), batch_size, num_workers, pin_memory, world.device)
+
+
+def _view_loader(
+    source: Source,
+    view: View,
+    sampler: KeyedSampler,
+    arguments: Callable[[Batch], tuple[torch.Tensor, ...]],
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    device: torch.device,
+) -> DataLoader:
+    """A loader whose views are made where `view` makes them."""
+    if not isinstance(view, torch.nn.Module):
+        return _loader(KeyedImages(source, view), sampler, batch_size, num_workers, pin_memory)
+    images = FramedImages(source)
+    if isinstance(source.images, MemoryImages):  # nothing to read, nothing to copy: no processes
+        images, num_workers, pin_memory = DeviceImages(images, device), 0, False
+    loader = _loader(images, sampler, batch_size, num_workers, pin_memory, DeviceLoader)
+    loader.view, loader.arguments, loader.device = view.to(device), arguments, device
+    return loader
 
 
 def _loader(
-    dataset: Dataset, sampler: KeyedSampler | None, batch_size: int, num_workers: int, pin_memory: bool
+    dataset: Dataset,
+    sampler: KeyedSampler | None,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    kind: type[DataLoader] = DataLoader,
 ) -> DataLoader:
-    return DataLoader(
+    return kind(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        collate_fn=default_collate,
+        collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
     )
 
@@ -788,9 +916,36 @@ def closing_workers(*loaders: Any) -> Iterator[None]:
 # -- Mixup and the way to the device -----------------------------------------------------------------------------------
 
 
+def collate(samples: list[Batch] | Batch) -> Batch:
+    """A batch of single samples; one that was read as a whole stays as it is."""
+    return samples if isinstance(samples, Batch) else Batch(*default_collate([sample[:3] for sample in samples]))
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """All but the positions; what is there already is not copied."""
     images, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
-    return Batch(images, targets, batch.positions)
+    sizes = None if batch.sizes is None else batch.sizes.to(device, non_blocking=True)
+    return Batch(images, targets, batch.positions, sizes)
+
+
+def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches of `loader`, on the device.
+
+    On CUDA they are copied on a stream of their own. The loop has its steps queued by the time it asks for the next
+    batch, so that its copy runs while the device computes; no batch is read before it is asked for.
+    """
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in loader)
+        return
+    copies, computes = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in loader:
+        with torch.cuda.stream(copies):
+            batch = to_device(batch, device)
+        computes.wait_stream(copies)
+        for tensor in (batch.images, batch.targets, batch.sizes):
+            if tensor is not None:
+                tensor.record_stream(computes)  # its memory is not to be used again before this stream is done with it
+        yield batch
 
 
 def build_prepare(device: torch.device, mixup: Mixup | None) -> Callable[[Batch], Batch]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import BrokenImages, EpochLoader, closing_workers, to_device
+from datasets import BrokenImages, EpochLoader, closing_workers, copied_ahead, to_device
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
 from samplers import Batch, random_key, seed_generators
@@ -111,6 +111,10 @@ def build_lr_schedule(
     return LearningRate(scheduler)
 
 
+# Those with a fused implementation: one pass over the weights, and in fp16 no wait for the device.
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+
 def build_optimizer(
     model: nn.Module, name: str, *, lr: float, betas: Sequence[float] | None = None, **options: Any
 ) -> torch.optim.Optimizer:
@@ -122,6 +126,9 @@ def build_optimizer(
     if betas:
         options["betas"] = tuple(betas)
     try:
+        base = get_optimizer_info(name.lower().rpartition("_")[2])  # adamw, of lookahead_adamw
+        if base.opt_class in _FUSED and next(model.parameters()).device.type in ("cpu", "cuda"):
+            options.setdefault("fused", True)
         return create_optimizer_v2(model, name, lr=lr, **options)
     except (ValueError, AssertionError, TypeError, LookupError) as error:
         reason = str(error).splitlines()[0]
@@ -276,7 +283,7 @@ class TrainState:
             load_exactly(self.ema.module, weights_of(average, "--resume", path), path)
         try:
             options = set(self.optimizer.defaults)  # taken before loading, which adds to them
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.load_state_dict(_implemented_as(self.optimizer, checkpoint["optimizer"]))
             if not options <= self.optimizer.param_groups[0].keys():
                 raise ValueError("the state of another optimiser")
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -299,17 +306,31 @@ class TrainState:
             )
 
 
+def _implemented_as(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state for this optimiser's implementation, fused or not, in place of the one that wrote it."""
+    own = {name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults}
+    return saved | {"param_groups": [group | own for group in saved["param_groups"]]}
+
+
 def prepared(
-    loader: Iterable[Batch], prepare: Callable[[Batch], Batch], *, seed: int, epoch: int, rank: int, first_step: int = 0
+    loader: Iterable[Batch],
+    prepare: Callable[[Batch], Batch],
+    device: torch.device,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
     """The batches of an epoch as models see them: on the device and mixed, whoever asks.
 
     Args:
         loader: this rank's batches from `first_step` on.
-        prepare: takes a batch to the device and mixes it.
+        prepare: mixes a batch on the device.
+        device: where the batches are to be.
         seed, epoch, rank: with the step they seed Mixup and CutMix.
     """
-    for step, batch in enumerate(loader, first_step):
+    for step, batch in enumerate(copied_ahead(loader, device), first_step):
         seed_generators(random_key(seed, "mix", epoch, step, rank))
         yield prepare(batch)
 
@@ -346,7 +367,7 @@ def train_one_epoch(
     """
     set_train_mode(state.model)
     view_epoch, first = state.epoch if view_epoch is None else view_epoch, log.first_step
-    batches = prepared(loader, prepare, seed=seed, epoch=view_epoch, rank=rank, first_step=first)
+    batches = prepared(loader, prepare, state.device, seed=seed, epoch=view_epoch, rank=rank, first_step=first)
     for step, batch in enumerate(batches, first):
         for schedule in schedules:
             schedule.step_update(state.num_updates)
@@ -388,10 +409,10 @@ def precompute(
         loader.skip(first)
         open_steps -= first
         bar.total = open_steps
-        batches = prepared(loader, prepare, seed=seed, epoch=epoch, rank=world.rank, first_step=first)
+        batches = prepared(loader, prepare, world.device, seed=seed, epoch=epoch, rank=world.rank, first_step=first)
         while together := list(itertools.islice(batches, group)):
             with autocast:
-                teacher(Batch(*(torch.cat(parts) for parts in zip(*together, strict=True))))
+                teacher(Batch(*(torch.cat(parts) for parts in zip(*(batch[:3] for batch in together), strict=True))))
             done += len(together)
             bar.update(len(together))
             if bar.disable and (done % log_interval < group or done == open_steps):
@@ -420,14 +441,14 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for batch in loader:
-        images, targets, _ = to_device(batch, device)
+    for batch in copied_ahead(loader, device):
+        images, targets = batch[:2]
         with autocast:
             logits = model(images)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, k]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)])
+        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(targets))])
     loss, top1, top5, images = all_reduce_sum(totals).tolist()
     images = max(images, 1)
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}

@@ -22,6 +22,7 @@ import torch
 from timm.utils import ModelEmaV3, ParseKwargs
 from torch.nn.parallel import DistributedDataParallel
 
+import augment
 import datasets
 import engine
 import losses
@@ -224,8 +225,13 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
+    add("--augment", choices=("auto", "host", "device"), default="auto", help="where views are made: by timm's PIL "
+        "code in loader processes, or by the same operations in batches on the device; auto: the device if it is a "
+        "GPU and the images are in memory or packed")  # fmt: skip
     add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help="strength; AutoAugment policies replace it")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation; none for none")
+    add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's: grey, solarised or blurred, "
+        "then --color-jitter; the same as --aa 3a")  # fmt: skip
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
     add("--repeated-aug", action=_SWITCH, default=True, help="three views of each of a third of the images per epoch")
@@ -458,6 +464,28 @@ def _loader_options(args: argparse.Namespace, world: World) -> dict[str, Any]:
     }
 
 
+def _augments_on_device(args: argparse.Namespace, source: Any, device: torch.device) -> bool:
+    """Whether this source's images become views in batches on the device.
+
+    Raises:
+        UserError: if they are to, and cannot.
+    """
+    if args.augment == "auto":
+        return device.type == "cuda" and datasets.has_shapes(source) and augment.is_supported(args.aa)
+    if args.augment == "device" and not datasets.has_shapes(source):
+        raise UserError(
+            "--augment device: the images are neither in memory nor packed; raise --ram-cache, pack them with "
+            "python -m tools.pack_dataset, or drop the flag"
+        )
+    return args.augment == "device"
+
+
+def _compiled(args: argparse.Namespace, view: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    if args.compile and device.type == "cuda":  # a CPU is faster without: it leaves out what a sample does not need
+        view.compile()
+    return view
+
+
 def build_eval_transform(args: argparse.Namespace, model: torch.nn.Module) -> Callable[[Any], torch.Tensor]:
     """How the model is shown an image that it is asked about."""
     return datasets.build_eval_transform(
@@ -466,22 +494,34 @@ def build_eval_transform(args: argparse.Namespace, model: torch.nn.Module) -> Ca
 
 
 def build_val_loader(args: argparse.Namespace, source: Any, model: torch.nn.Module, world: World) -> Any:
-    return datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, world))
+    """Every process's share of the images, as the model is shown images that it is asked about."""
+    view = build_eval_transform(args, model)
+    if _augments_on_device(args, source, world.device):
+        frame, size = datasets.frame_of(source), _size(args)
+        view = augment.EvalTransform(frame, size, *models.normalization(model), crop_ratio=args.eval_crop_ratio)
+        view = _compiled(args, view, world.device)
+    return datasets.build_eval_loader(source, view, **_loader_options(args, world))
 
 
-def build_train_transform(args: argparse.Namespace, model: torch.nn.Module) -> Callable[[Any], torch.Tensor]:
+def build_train_view(
+    args: argparse.Namespace, model: torch.nn.Module, source: Any, device: torch.device
+) -> datasets.View:
     """How the model is shown an image to learn from."""
-    return datasets.build_train_transform(
-        _size(args),
-        *models.normalization(model),
-        interpolation=args.train_interpolation,
-        hflip=args.hflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
+    options = {
+        "interpolation": args.train_interpolation,
+        "hflip": args.hflip,
+        "color_jitter": args.color_jitter,
+        "auto_augment": args.aa,
+        "re_prob": args.reprob,
+        "re_mode": args.remode,
+        "re_count": args.recount,
+    }
+    if not _augments_on_device(args, source, device):
+        return datasets.build_train_transform(_size(args), *models.normalization(model), **options)
+    logger.info("images are augmented on the device (--augment)")
+    frame = datasets.frame_of(source)
+    view = augment.TrainAugmentation(frame, _size(args), *models.normalization(model), **options)
+    return _compiled(args, view, device)
 
 
 def cache_features(
@@ -495,7 +535,7 @@ def cache_features(
         raise UserError(f"--cache-features: {args.data_set} is a stream, whose images have no place; drop the flag")
     head = models.linear_head(model, args.model)
     alone = dataclasses.replace(world, rank=0, size=1)
-    loader = datasets.build_eval_loader(source, build_eval_transform(args, model), **_loader_options(args, alone))
+    loader = build_val_loader(args, source, model, alone)
     amp = engine.autocast(model, engine.select_amp(args.amp, world.device))
     start = time.perf_counter()
     features, targets = engine.features(model, loader, amp)
@@ -505,11 +545,11 @@ def cache_features(
 
 
 def build_train_loader(
-    args: argparse.Namespace, source: Any, transform: Callable[[Any], torch.Tensor], world: World
+    args: argparse.Namespace, source: Any, view: datasets.View, world: World
 ) -> datasets.EpochLoader:
     return datasets.build_train_loader(
         source,
-        transform,
+        view,
         accum_steps=args.accum_steps,
         repeats=3 if args.repeated_aug else 1,
         seed=args.seed,
@@ -545,6 +585,8 @@ def build_teacher(
         model_kwargs=args.teacher_model_kwargs,
     )
     _place(model, device)
+    if args.compile:
+        model.compile()
     return losses.FrozenTeacher(model, *models.normalization(model), *models.normalization(student))
 
 
@@ -608,9 +650,16 @@ def fingerprint(
         "processes": world.size if mixes else 0,
         "teacher_weights": teacher,
         "precision": str(engine.select_amp(args.amp, world.device)),
-        "augmentation_code": {name: version(name) for name in ("timm", "torchvision", "pillow")},
+        "augmentation": _augmentation(loader),
         "topk": None if args.distillation_type == "hard" else args.teacher_cache_topk,
     }
+
+
+def _augmentation(loader: datasets.EpochLoader) -> dict[str, str]:
+    """Where views are made, and the versions of what makes them."""
+    on_device = isinstance(loader.loader, datasets.DeviceLoader)
+    code = ("torch", "timm") if on_device else ("timm", "torchvision", "pillow")
+    return {"where": "device" if on_device else "host"} | {name: version(name) for name in code}
 
 
 def build_criterion(
@@ -714,13 +763,13 @@ def build_schedules(
 # Flags that may change between a run and the one that resumes it without changing a bit of its weights. (What the data
 # and the precision are is compared by itself.)
 FREE_FLAGS = frozenset(("output_dir", "overwrite", "resume", "finetune", "pretrained", "eval", "eval_interval"))
-FREE_FLAGS |= {"log_interval", "num_workers", "pin_mem", "device", "amp", "checkpoint_minutes", "data_path"}
+FREE_FLAGS |= {"log_interval", "num_workers", "pin_mem", "device", "amp", "augment", "checkpoint_minutes", "data_path"}
 FREE_FLAGS |= {"ram_cache", "teacher_cache", "teacher_path", "teacher_pretrained", "precompute_batch_size"}
 FREE_FLAGS |= {"precompute_teacher", "dist_eval", "distributed", "world_size", "dist_url", "patience_epochs"}
 
 
 def describe_run(
-    args: argparse.Namespace, source: Any, state: engine.TrainState, world: World
+    args: argparse.Namespace, source: Any, loader: datasets.EpochLoader, state: engine.TrainState, world: World
 ) -> dict[str, dict[str, Any]]:
     """What a checkpoint says of its run: the flags, and what else its bits depend on."""
     indexed, cuda = isinstance(source, datasets.Source), world.device.type == "cuda"
@@ -732,6 +781,7 @@ def describe_run(
             "labels": zlib.crc32(source.targets[source.order].tobytes()) if indexed else None,
             "file_names": zlib.crc32(source.file_names()) if indexed else None,
             "processes": world.size,
+            "augmentation": _augmentation(loader)["where"],
             "device (threads)": device,
             "precision": str(state.amp_dtype),
             "teacher": utils.file_hash(args.teacher_path) if args.teacher_path else None,
@@ -872,10 +922,10 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_only(args, model, val_loader, world)
         return utils.shut_down_distributed()
-    transform, trained = build_train_transform(args, model), model
+    view, trained = build_train_view(args, model, train, world.device), model
     if args.cache_features:
-        train, transform, trained = cache_features(args, model, train, world)
-    train_loader = build_train_loader(args, train, transform, world)
+        train, view, trained = cache_features(args, model, train, world)
+    train_loader = build_train_loader(args, train, view, world)
     prepare = build_prepare(args, train.num_classes, world.device)
     criterion = build_criterion(args, model, train, train_loader, world)
     if args.precompute_teacher:
@@ -883,7 +933,7 @@ def main(args: argparse.Namespace) -> None:
         return utils.shut_down_distributed()
     state = build_state(args, model, trained, train_loader.images_per_batch, world)
     schedules = build_schedules(args, state, train_loader.updates_per_epoch)
-    about = describe_run(args, train, state, world)
+    about = describe_run(args, train, train_loader, state, world)
     if args.resume:
         resume(args, state, train_loader, about)
     output_dir, writer = open_output(args, state, world)

@@ -19,9 +19,10 @@ from torch.utils.data import Sampler
 class Batch(NamedTuple):
     """What the loaders yield and the criteria read. (A data set's single sample has the same fields, unbatched.)"""
 
-    images: torch.Tensor  # [B, 3, H, W], normalised
+    images: torch.Tensor  # [B, 3, H, W], normalised; or uint8 as they are stored, to be augmented on the device
     targets: torch.Tensor  # [B] class indices, or [B, C] class probabilities after Mixup
     positions: torch.Tensor  # [B], place in the epoch's global order; always on the CPU
+    sizes: torch.Tensor | None = None  # [B, 2], of stored images: the height and width that they fill
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -119,8 +120,12 @@ class KeyedSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         positions = np.arange(self.rank, self.num_positions, self.world_size)[self.start :]
-        keys = random_keys(self.seed, "view", self.epoch, positions)
+        keys = self.keys(positions)
         return iter(list(zip(self._global_order()[positions].tolist(), positions.tolist(), keys.tolist(), strict=True)))
+
+    def keys(self, positions: np.ndarray) -> np.ndarray:
+        """The keys, uint64 [n], of the views at these positions of the epoch."""
+        return random_keys(self.seed, "view", self.epoch, positions)
 
     def __len__(self) -> int:
         return len(range(self.rank, self.num_positions, self.world_size))

@@ -32,6 +32,12 @@ FLAG = "--teacher-cache"
 # -- what is stored ----------------------------------------------------------------------------------------------------
 
 
+def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which nobody waits: of page-locked memory, if it is a GPU."""
+    tensor = torch.from_numpy(values)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 class Labels:
     """The arg-max class, two bytes a view: all that hard distillation asks for."""
 
@@ -47,7 +53,7 @@ class Labels:
 
     def decode(self, rows: np.ndarray, device: torch.device) -> torch.Tensor:
         """Records [B] -> [B, C] with a one at the class: logits with the same arg-max."""
-        labels = torch.from_numpy(rows["label"].astype(np.int64)).to(device, non_blocking=True)
+        labels = _sent(rows["label"].astype(np.int64), device)
         return F.one_hot(labels, self.num_classes).float()
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
@@ -80,11 +86,11 @@ class LogProbabilities:
 
     def decode(self, rows: np.ndarray, device: torch.device) -> torch.Tensor:
         """Records [B] -> log-probabilities [B, C], which serve as logits at any temperature."""
-        values = torch.from_numpy(rows["values"].astype(np.float32)).to(device, non_blocking=True)
+        values = _sent(rows["values"].astype(np.float32), device)
         if self.topk == self.num_classes:
             return values
         rest = (1 - values.exp().sum(dim=1, keepdim=True)).clamp(min=1e-8) / (self.num_classes - self.topk)
-        classes = torch.from_numpy(rows["classes"].astype(np.int64)).to(device, non_blocking=True)
+        classes = _sent(rows["classes"].astype(np.int64), device)
         return rest.log().repeat(1, self.num_classes).scatter(1, classes, values)
 
     def missing(self, rows: np.ndarray) -> np.ndarray:

@@ -563,16 +563,67 @@ def _disk_faults(what: Any) -> Iterator[None]:
         raise RunError(f"cannot write to {what}: {error.strerror}; the checkpoint is intact") from error
 
 
-class StepLog:
-    """Collects what each step reports and says it every `interval` steps: the only place that waits for the device.
+@dataclass
+class _Table:
+    """What some steps have reported, on its way to the host.
 
-    Values stay on the device until then, so that the loop never waits for them. All ranks must call it alike.
+    Attributes:
+        steps: each step's values; the tensors among them are to be read from `cells`.
+        end: the step after the last of them.
+        cells: [steps, tensors + 1] on the host, complete once `event` is over; the last column counts the ranks on
+            which the loss was not finite.
+        event: the CUDA event at the end of the copy, or None if there is nothing to wait for.
+        arrived: when it was first known to be there, in `time.perf_counter()` seconds.
+    """
+
+    steps: list[dict[str, torch.Tensor | float]]
+    end: int
+    cells: torch.Tensor
+    event: Any
+    arrived: float | None = None
+
+    def look(self) -> None:
+        """Note the time if it is there by now; waits for nothing."""
+        if self.arrived is None and (self.event is None or self.event.query()):
+            self.arrived = time.perf_counter()
+
+    def read(self) -> tuple[list[dict[str, float]], list[int]]:
+        """Each step's values as numbers, and which steps had a loss that was not finite; waits if it has to."""
+        if self.event is not None:
+            self.event.synchronize()
+        self.look()
+        rows, bad = [], []
+        for step, (values, cells) in enumerate(zip(self.steps, self.cells.tolist(), strict=True)):
+            column = iter(cells)
+            rows.append({k: next(column) if isinstance(v, torch.Tensor) else float(v) for k, v in values.items()})
+            if next(column):
+                bad.append(step)
+        return rows, bad
+
+
+def _to_host(table: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A copy on the host, and the event after which it may be read, or None if it may be read now."""
+    if table.device.type != "cuda":
+        return table.cpu(), None
+    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)  # a copy to other memory would wait
+    host.copy_(table, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(table.device))
+    return host, event
+
+
+class StepLog:
+    """Collects what each step reports and says it every `interval` steps, without waiting for the device.
+
+    On CUDA, values are sent to the host every `interval` steps and said at the next such step, when they have long
+    arrived; only the last step of an epoch and `report` wait for them. Elsewhere they are said at once. All ranks must
+    call it alike.
 
     Args:
         epoch: for the progress line.
         num_steps: steps in this epoch.
         batch_images: images in a step over all ranks, for the rate.
-        interval: steps between two lines; also how late a non-finite loss may be noticed.
+        interval: steps between two lines; also how late a non-finite loss may be noticed (on CUDA, one interval later).
         writer: a TensorBoard writer, or None.
         first_step: the step of this epoch to begin with.
         totals: what this rank had collected up to there, an earlier log's `totals`.
@@ -593,10 +644,13 @@ class StepLog:
         self.epoch, self.num_steps, self.batch_images = epoch, num_steps, batch_images
         self.interval, self.writer, self.max_skipped = interval, writer, max_skipped
         self.pending: list[dict[str, torch.Tensor | float]] = []
+        self.sent: _Table | None = None  # the one that is on its way
         # sums over this rank's steps; "steps" counts them, "skipped" the steps of all ranks that were not finite
         self.totals = {"steps": 0.0, "skipped": 0.0} | dict(totals or {})
         self.step = self.first_step = first_step
-        self.start = time.perf_counter()
+        # On CUDA, steps are begun well before the device is done with them: the rate is that of the steps done.
+        self.done, self.done_at = first_step, time.perf_counter()
+        self.start = self.done_at
         on_terminal = logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()  # only rank 0 talks
         self.bar = tqdm(
             total=num_steps,
@@ -611,26 +665,48 @@ class StepLog:
         """Take one step's values: 0-d tensors on the device, or numbers.
 
         Raises:
-            RunError: on all ranks together, if too many steps of any rank since the last report were not finite.
+            RunError: on all ranks together, if too many of the steps said now were not finite on any rank.
         """
         self.pending.append({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
         self.step += 1
-        if self.step % self.interval == 0 or self.step == self.num_steps:
+        if self.sent is not None:
+            self.sent.look()
+        if self.step == self.num_steps:
             self.report()
+        elif self.step % self.interval == 0:
+            self._send()
 
     def report(self) -> None:
-        """Say what has been collected since the last report, if anything."""
+        """Say all that has been collected and not yet been said, if anything; waits for the device."""
+        self._send()
+        self._receive()
+
+    def _send(self) -> None:
+        """Send what is pending to the host, and say what was sent before."""
         if not self.pending:
             return
-        names = list(self.pending[0])
-        table = torch.stack([_as_row(values) for values in self.pending])  # (steps, names)
+        self._receive()
+        steps, self.pending = self.pending, []
+        names = [name for name, value in steps[0].items() if isinstance(value, torch.Tensor)]
+        cells = [values[name].float() for values in steps for name in names]
+        table = torch.stack(cells).view(len(steps), len(names))
         bad = all_reduce_sum((~torch.isfinite(table[:, names.index("loss")])).float())  # (steps,), in how many ranks
-        rows, bad_steps = table.tolist(), [step for step, ranks in enumerate(bad.tolist()) if ranks]
-        first = self.step - len(rows)
+        self.sent = _Table(steps, self.step, *_to_host(torch.cat([table, bad[:, None]], dim=1)))
+        if self.sent.event is None:
+            self._receive()
+
+    def _receive(self) -> None:
+        """Say what was sent, if anything."""
+        if self.sent is None:
+            return
+        table, self.sent = self.sent, None
+        rows, bad_steps = table.read()
+        first = table.end - len(rows)
+        self.done, self.done_at = table.end, table.arrived
         self.totals["skipped"] += len(bad_steps)
         if self.totals["skipped"] > self.max_skipped:
             self.bar.close()
-            where = "on another rank" if math.isfinite(rows[bad_steps[0]][names.index("loss")]) else "here"
+            where = "on another rank" if math.isfinite(rows[bad_steps[0]]["loss"]) else "here"
             raise RunError(
                 f"the loss is not finite in epoch {self.epoch} at step {first + bad_steps[0]} ({where}); try a lower "
                 f"--lr, --clip-grad 1, or --amp off, or tolerate some with --max-skipped-steps; the last checkpoint is "
@@ -641,28 +717,27 @@ class StepLog:
                 logger.warning("epoch %d  step %d skipped: its loss is not finite", self.epoch, first + step)
                 continue
             self.totals["steps"] += 1
-            for name, value in zip(names, row, strict=True):
+            for name, value in row.items():
                 self.totals[name] = self.totals.get(name, 0.0) + value
                 if self.writer is not None:
                     self.writer.add_scalar(f"step/{name}", value, self.epoch * self.num_steps + first + step)
-        self._say(dict(zip(names, rows[-1], strict=True)), len(rows))
-        self.pending.clear()
+        self._say(rows[-1], len(rows))
 
     def _say(self, latest: dict[str, float], steps: int) -> None:
         rate = f"{self.images_per_second:.0f} images/s"
         self.bar.set_postfix_str(f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {rate}", refresh=False)
         self.bar.update(steps)
         if self.bar.disable:
-            seconds_left = (self.num_steps - self.step) * self.batch_images / self.images_per_second
+            seconds_left = (self.num_steps - self.done) * self.batch_images / self.images_per_second
             logger.info(
                 "epoch %d  step %d/%d  loss %.4f  lr %.2e  %.0f images/s  %.0f s left in the epoch",
-                *(self.epoch, self.step, self.num_steps, latest["loss"], latest["lr"]),
+                *(self.epoch, self.done, self.num_steps, latest["loss"], latest["lr"]),
                 *(self.images_per_second, seconds_left),
             )
 
     @property
     def images_per_second(self) -> float:
-        return (self.step - self.first_step) * self.batch_images / (time.perf_counter() - self.start)
+        return (self.done - self.first_step) * self.batch_images / max(1e-9, self.done_at - self.start)
 
     def close(self) -> dict[str, float]:
         """Means over the epoch's steps and over all ranks, and the training rate in images/s over all ranks.
@@ -676,10 +751,3 @@ class StepLog:
         steps, skipped = totals.pop("steps"), totals.pop("skipped")
         means = {name: total / max(1.0, steps) for name, total in totals.items()}
         return means | {"images_per_second": rate} | ({"skipped_steps": self.totals["skipped"]} if skipped else {})
-
-
-def _as_row(values: dict[str, torch.Tensor | float]) -> torch.Tensor:
-    device = next(value.device for value in values.values() if isinstance(value, torch.Tensor))
-    numbers = [float(value) for value in values.values() if not isinstance(value, torch.Tensor)]
-    others = iter(torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True))
-    return torch.stack([v.float() if isinstance(v, torch.Tensor) else next(others) for v in values.values()])

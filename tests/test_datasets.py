@@ -22,10 +22,13 @@ import torchvision
 from PIL import Image
 
 import datasets
+from augment import EvalTransform, TrainAugmentation
 from datasets import (
     DIGITS_FILE,
+    DeviceImages,
+    FramedImages,
     KeyedImages,
-    PackedImages,
+    MemoryImages,
     PathImages,
     Source,
     StreamingImages,
@@ -36,6 +39,7 @@ from datasets import (
     build_sources,
     build_train_loader,
     build_train_transform,
+    frame_of,
     keep_in_memory,
     take_fraction,
 )
@@ -640,7 +644,7 @@ def test_hugging_face_stream(tmp_path, num_workers):
 def source_of(counts):
     targets = np.repeat(np.arange(len(counts)), counts)
     np.random.default_rng(0).shuffle(targets)
-    images = PackedImages([np.full((1, 1, 3), n % 256, dtype=np.uint8) for n in range(len(targets))])
+    images = MemoryImages([np.full((1, 1, 3), n % 256, dtype=np.uint8) for n in range(len(targets))])
     return Source(images, targets, len(counts), np.arange(len(targets)))
 
 
@@ -686,7 +690,7 @@ def test_memory_holds_the_same_pixels_of_images_of_any_size(tmp_path):
     save(picture(8, mode="L"), tmp_path / "train" / "dog" / "grey.png")
     source = take_fraction(build_sources("IMNET", str(tmp_path))[0], 0.9)
     kept = keep_in_memory(source, 1)
-    assert isinstance(kept.images, PackedImages) and targets_of(kept) == targets_of(source)
+    assert isinstance(kept.images, MemoryImages) and targets_of(kept) == targets_of(source)
     for found, expected in zip(pixels_of(kept), pixels_of(source), strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -696,7 +700,7 @@ def test_memory_limit_is_respected(tmp_path, limit_mb, fits):
     write_tree(tmp_path, each=5, height=24, width=32)  # 10 images, 23,040 bytes: 0.02197 MiB
     source = build_sources("IMNET", str(tmp_path))[0]
     kept = keep_in_memory(source, limit_mb)
-    assert isinstance(kept.images, PackedImages) == fits
+    assert isinstance(kept.images, MemoryImages) == fits
     assert fits or kept is source
 
 
@@ -801,7 +805,7 @@ def test_views_do_not_depend_on_the_order_of_reading(images):
     samples, dataset = list(sampler), KeyedImages(images, transform)
     for number in (5, 0, 27, 5):
         seed_generators(number)  # what other code draws must not matter
-        image, target, position = dataset[samples[number]]
+        image, target, position, _ = dataset[samples[number]]
         assert_same_views({position: (target, image)}, expected)
 
 
@@ -819,6 +823,64 @@ def test_repeats_are_different_views_of_one_image_side_by_side(images):
         assert all(torch.equal(whole[position][1], whole[position + n][1]) for n in (1, 2))
         assert len({cropped[position + n][1].numpy().tobytes() for n in range(3)}) == 3
     assert len({image.numpy().tobytes() for _, image in whole.values()}) == 10  # ceil(28 / 3)
+
+
+# -- on the device -----------------------------------------------------------------------------------------------------
+
+
+def on_device(source, size=(32, 32)):
+    return TrainAugmentation(frame_of(source), size, MEAN, STD)
+
+
+@pytest.mark.parametrize("input_size", [(32, 32), (72, 96)])
+def test_views_made_on_the_device_depend_on_their_key_alone(images, input_size):
+    memory = keep_in_memory(images, 1)
+    view = on_device(memory, input_size)
+    expected = views(memory, view)
+    assert len(expected) == 28
+    assert_same_views(views(memory, view, num_workers=2, batch_size=7), expected)
+    assert_same_views(views(memory, view, batch_size=2, size=3), expected)
+    other = views(memory, view, epoch=3)
+    assert not any(torch.equal(other[place][1], image) for place, (_, image) in expected.items())
+
+
+def test_images_in_memory_need_no_loader_processes_and_are_picked_on_the_device(images):
+    memory = keep_in_memory(images, 1)
+    loader = train_loader(memory, on_device(memory), num_workers=2).loader
+    assert loader.num_workers == 0 and isinstance(loader.dataset, DeviceImages)
+    assert loader.dataset.images.shape[0] == 28 and loader.dataset.images.dtype == torch.uint8
+    assert loader.dataset.images.device == CPU
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_each_image_is_evaluated_once_on_the_device(images, size):
+    memory = keep_in_memory(images, 1)
+    host = build_eval_transform((32, 32), MEAN, STD, interpolation="bicubic", crop_ratio=1)
+    expected = {}
+    for batch in eval_loader(memory, host, 4):
+        expected |= dict(zip(batch.positions.tolist(), zip(batch.images, batch.targets, strict=True), strict=True))
+    found = []
+    for rank in range(size):
+        for batch in eval_loader(memory, EvalTransform(frame_of(memory), (32, 32), MEAN, STD), 4, 0, rank, size):
+            for position, image, target in zip(batch.positions.tolist(), batch.images, batch.targets, strict=True):
+                assert target == expected[position][1]
+                assert (image - expected[position][0]).abs().mean() < 0.5 / 255 / min(STD)  # half a grey level
+                found.append(position)
+    assert sorted(found) == list(range(28))
+
+
+def test_images_of_all_sizes_share_a_frame(tmp_path):
+    for number, size in enumerate([(9, 14), (12, 7), (5, 5)]):
+        save(picture(number).resize(size), tmp_path / "train" / "cat" / f"{number}.png")
+        save(picture(number).resize(size), tmp_path / "val" / "cat" / f"{number}.png")
+    memory = keep_in_memory(build_sources("IMNET", str(tmp_path))[0], 1)
+    assert frame_of(memory) == (14, 12)
+    batch = FramedImages(memory).__getitems__([(2, 7, 0), (0, 8, 0), (1, 9, 0)])
+    assert batch.sizes.tolist() == [[5, 5], [14, 9], [7, 12]] and batch.positions.tolist() == [7, 8, 9]
+    for image, (height, width), place in zip(batch.images, batch.sizes.tolist(), (2, 0, 1), strict=True):
+        pixels = image.permute(1, 2, 0).numpy()
+        assert np.array_equal(pixels[:height, :width], memory.array(place)[0])
+        assert not pixels[height:].any() and not pixels[:, width:].any()
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------
@@ -1038,7 +1100,7 @@ def test_mixup_that_is_off_leaves_class_indices_even_for_odd_batches():
     mixup = mixup_with(mixup=0, cutmix=0, batch_size=7)
     assert mixup is None
     before, after = batch_of_six(), build_prepare(CPU, mixup)(batch_of_six())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
 
 
 def test_odd_batch_is_a_user_error():
@@ -1048,4 +1110,4 @@ def test_odd_batch_is_a_user_error():
 
 def test_images_and_targets_go_to_the_device_and_positions_stay():
     batch = build_prepare(torch.device("meta"), None)(batch_of_six())
-    assert isinstance(batch, Batch) and [tensor.device.type for tensor in batch] == ["meta", "meta", "cpu"]
+    assert isinstance(batch, Batch) and [tensor.device.type for tensor in batch[:3]] == ["meta", "meta", "cpu"]

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import re
+import types
 
 import pytest
 import timm
@@ -12,14 +13,18 @@ import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
+import datasets
 import engine
+import main
 import models
-from datasets import EpochLoader, build_prepare
+from datasets import EpochLoader, build_prepare, collate, copied_ahead
 from engine import TrainState, build_lr_schedule, build_optimizer, evaluate, fit, train_one_epoch
-from losses import SupervisedLoss, build_base_criterion
+from losses import DistillationLoss, FrozenTeacher, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
+from teacher_cache import CachedTeacher, Labels, TeacherCache
 from utils import RunError, StepLog, UserError, World, read_checkpoint
 
 CPU = torch.device("cpu")
@@ -48,6 +53,10 @@ def random_batches(sizes, num_classes=10, dtype=torch.float32):
         )
         for size in sizes
     ]
+
+
+def joined(batches):
+    return Batch(*(torch.cat(parts) for parts in zip(*(batch[:3] for batch in batches), strict=True)))
 
 
 def weights_in(module):
@@ -102,7 +111,7 @@ def test_evaluation_is_exact_for_every_division_into_batches(sizes):
 
 def test_batches_of_different_size_have_no_different_weight():
     model, batches = build_deit(), random_batches((7, 1))
-    whole = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    whole = joined(batches)
     assert evaluate(model, batches, contextlib.nullcontext()) == pytest.approx(
         evaluate(model, [whole], contextlib.nullcontext()), rel=1e-6
     )
@@ -174,7 +183,7 @@ def gradients(model, batch):
 
 def test_two_half_batches_make_the_update_of_the_whole():
     halves = random_batches((4, 4), dtype=torch.float64)
-    whole = Batch(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
+    whole = joined(halves)
     model = build_deit().double()
     expected = {name: value - 0.1 * gradients(model, whole)[name] for name, value in model.named_parameters()}
     state = state_of(model, accum_steps=2)
@@ -212,7 +221,7 @@ def test_gradients_are_clipped_by_their_common_norm(share):
 
 def test_clipping_sees_the_accumulated_gradient():
     halves = random_batches((4, 4), dtype=torch.float64)
-    whole = Batch(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
+    whole = joined(halves)
     once, twice = build_deit().double(), build_deit().double()
     take_step(state_of(once, clip_grad=0.1), whole)
     state = state_of(twice, clip_grad=0.1, accum_steps=2)
@@ -305,6 +314,67 @@ def test_biases_norms_and_embeddings_are_not_decayed():
         exempt = parameter.ndim < 2 or name in ("pos_embed", "cls_token", "dist_token")
         assert (id(parameter) in decayed) != exempt, name
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+
+
+@pytest.mark.parametrize(
+    "name, reference",
+    [
+        ("adamw", lambda groups: torch.optim.AdamW(groups, lr=0.01)),
+        ("adam", lambda groups: torch.optim.Adam(groups, lr=0.01)),
+        ("SGD", lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)),
+        ("momentum", lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9)),
+    ],
+)
+def test_fused_optimisers_are_taken_and_make_the_same_updates(name, reference):
+    model, batches = build_deit().to(memory_format=torch.channels_last), random_batches((4, 4, 4))
+    twin = copy.deepcopy(model)
+    optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {"params": [twin.get_parameter(names[p]) for p in group["params"]], "weight_decay": group["weight_decay"]}
+        for group in optimizer.param_groups
+    ]
+    for state in (TrainState(model, model, optimizer), TrainState(twin, twin, reference(groups))):
+        for batch in batches:
+            take_step(state, batch)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # Adam divides by gradients of about zero
+
+
+@pytest.mark.parametrize("name, fused", [("lookahead_adamw", True), ("lamb", False), ("radam", False)])
+def test_optimisers_of_every_kind_can_be_built(name, fused):
+    model = build_deit()
+    before, state = weights_in(model), TrainState(model, model, build_optimizer(model, name, lr=0.01))
+    take_step(state, random_batches((4,))[0])
+    assert bool(state.optimizer.param_groups[0].get("fused")) is fused
+    assert not same_bits(before, model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lookahead_adamw"])
+@pytest.mark.parametrize("written, read", [(True, False), (False, True)])
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16])
+def test_a_checkpoint_of_the_other_implementation_goes_on(name, written, read, amp_dtype):
+    def build(fused):
+        model = build_deit()
+        optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05, fused=fused)
+        state = TrainState(model, model, optimizer, amp_dtype=amp_dtype)
+        if amp_dtype is not None:
+            state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 256.0})
+        return state
+
+    first, second, batches = build(written), build(read), random_batches((4, 4, 4, 4))
+    for batch in batches[:3]:
+        take_step(first, batch)
+    second.resume(copy.deepcopy(first.state_dict([])), "here", updates_per_epoch=3)
+    assert {bool(group["fused"]) for group in second.optimizer.param_groups} == {read}
+    before = weights_in(first.module)
+    for state in (first, second):
+        take_step(state, batches[3])
+    moved = [value - before[name] for name, value in first.module.named_parameters()]
+    apart = [one - other for one, other in zip(first.module.parameters(), second.module.parameters(), strict=True)]
+    norm = [torch.cat([each.flatten() for each in values]).norm() for values in (apart, moved)]
+    assert norm[0] < 1e-3 * norm[1]
 
 
 @pytest.mark.parametrize("name, options", [("adamww", {}), ("adamw", {"betas": (0.9,)}), ("adamw", {"eps": -1.0})])
@@ -403,12 +473,13 @@ class Blobs(Dataset):
 def train_loader(seed=0, accum_steps=1):
     sampler = KeyedSampler(len(Blobs()), seed=seed, multiple=BATCH * accum_steps)
     batches = len(sampler) // BATCH
-    return EpochLoader(DataLoader(Blobs(), BATCH, sampler=sampler), sampler, batches, BATCH, batches // accum_steps)
+    loader = DataLoader(Blobs(), BATCH, sampler=sampler, collate_fn=collate)
+    return EpochLoader(loader, sampler, batches, BATCH, batches // accum_steps)
 
 
 def val_loader():
     sampler = KeyedSampler(21, shuffle=False)
-    return DataLoader(Blobs(), BATCH, sampler=sampler)
+    return DataLoader(Blobs(), BATCH, sampler=sampler, collate_fn=collate)
 
 
 class Recorder:
@@ -526,6 +597,113 @@ def test_frozen_parts_stay_in_eval_mode(scope):
         assert not model.layer1.training and model.fc.training
     else:
         assert statistics <= changed and model.layer1.training
+
+
+# -- the device is not waited for --------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a GPU would be waited for: a number that is read, or a shape that depends on numbers."""
+
+    OPERATIONS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.removeprefix("aten::")
+        masked = name.startswith("index") and isinstance(args[1], list | tuple)
+        if name in self.OPERATIONS or (masked and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            self.found.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def waits_of_an_epoch(criterion):
+    """What an epoch with all that DeiT's recipe has on the device waits for before its first report."""
+    model = build_deit(drop_rate=0.1, drop_path_rate=0.3)
+    model.set_distilled_training(True)
+    state, log = build_state(model, amp_dtype=torch.bfloat16), StepLog(0, 100, BATCH, 50)
+    prepare = build_prepare(CPU, Mixup(**MIXUP))
+    with Waits() as waits:
+        train_one_epoch(state, random_batches((BATCH,) * 4), criterion, prepare, build_schedules(state), log)
+    assert state.num_updates == 4
+    return waits.found
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_no_step_waits_for_the_device(cached, tmp_path, monkeypatch):
+    # On CUDA the kernel checks the classes; only on a CPU are they read first.
+    monkeypatch.setattr(
+        nn.functional, "one_hot", lambda labels, n: labels.new_zeros(len(labels), n).scatter(1, labels[:, None], 1)
+    )
+    teacher = FrozenTeacher(build_resnet(), (0.5,) * 3, (0.5,) * 3, (0.4,) * 3, (0.6,) * 3)
+    if cached:
+        teacher = CachedTeacher(TeacherCache(tmp_path, Labels(10), BATCH, 0, 1), lambda: 0, teacher)
+        teacher(random_batches((BATCH,))[0])
+    base = build_base_criterion(False, 0.1)
+    assert waits_of_an_epoch(DistillationLoss(base, teacher, "hard")) == []
+
+
+@pytest.mark.parametrize("look", [torch.Tensor.item, bool, lambda loss: loss.isfinite().nonzero(), lambda x: x[x > 0]])
+def test_a_step_that_waits_for_the_device_is_noticed(look):
+    def criterion(outputs, batch):
+        loss, terms = CRITERION(outputs[0], batch)
+        look(loss.detach())
+        return loss, terms
+
+    assert len(waits_of_an_epoch(criterion)) == 4
+
+
+def test_no_batch_is_read_before_it_is_asked_for():
+    batches = random_batches((2, 2, 2))
+    reader = iter(batches)
+    copied = copied_ahead(reader, CPU)
+    assert torch.equal(next(copied).images, batches[0].images)
+    assert next(reader) is batches[1]
+    assert torch.equal(next(copied).images, batches[2].images) and next(copied, None) is None
+
+
+def test_on_cuda_a_batch_is_copied_on_another_stream_that_the_computation_waits_for(monkeypatch):
+    done, stream = [], ["computes"]  # what is done, in order, and on which stream
+
+    class Tensor:
+        def record_stream(self, other):
+            done.append(("keep for", other.name))
+
+    class Stream:
+        def __init__(self, device):
+            self.name = "copies"
+
+    computes = types.SimpleNamespace(name="computes", wait_stream=lambda other: done.append(("wait for", other.name)))
+
+    @contextlib.contextmanager
+    def on(other):
+        stream.append(other.name)
+        yield
+        stream.pop()
+
+    def copy_batch(batch, device):
+        done.append(("copy on", stream[-1]))
+        return Batch(Tensor(), Tensor(), batch)
+
+    for name, stand_in in (("Stream", Stream), ("current_stream", lambda device: computes), ("stream", on)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(datasets, "to_device", copy_batch)
+    for batch in copied_ahead(range(2), types.SimpleNamespace(type="cuda")):
+        done.append(("step", batch.positions))
+    each = [("copy on", "copies"), ("wait for", "copies"), ("keep for", "computes"), ("keep for", "computes")]
+    assert done == [*each, ("step", 0), *each, ("step", 1)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_the_teacher_is_compiled_with_the_model(flags, tmp_path):
+    torch.save({"model": build_resnet().state_dict()}, tmp_path / "teacher.pth")
+    flags = [*flags, "--teacher-model", "test_resnet", "--teacher-path", str(tmp_path / "teacher.pth")]
+    args = main.get_parser().parse_args([*flags, "--input-size", "32"])
+    teacher = main.build_teacher(args, build_deit(), 10, CPU)
+    assert (teacher.model._compiled_call_impl is not None) == args.compile
+    assert not teacher.model.training and same_bits(build_resnet().state_dict(), teacher.model.state_dict())
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

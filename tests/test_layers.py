@@ -17,6 +17,7 @@ FLOORS = {
     "losses": 1,
     "samplers": 1,
     "augment": 1,
+    "packs": 1,
     "teacher_cache": 1,
     "utils": 0,
 }

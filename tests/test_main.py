@@ -1,13 +1,16 @@
 """Whole runs in this process: what they write, and flags that work together."""
 
 import json
+import re
 
 import pytest
 import timm
 import tiny
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import datasets
 import main
 import utils
 
@@ -123,6 +126,57 @@ def test_an_earlier_run_is_resumed_or_kept_and_never_written_over(plain_run, cap
 def test_a_fraction_of_the_data_is_logged(tmp_path, capsys):
     run(tmp_path, "--train-fraction", "0.25", "--batch-size", "32", "--no-repeated-aug")
     assert "352 views of 352 different images (of 360)" in capsys.readouterr().err
+
+
+def test_a_run_is_augmented_and_evaluated_on_the_device(plain_run, tmp_path, capsys):
+    flags = ["--model", "deit_tiny_patch16_224", "--augment", "device"]
+    (record,) = run(tmp_path, *flags)
+    assert "augmented on the device" in capsys.readouterr().err
+    assert record["train_loss"] == pytest.approx(tiny.log_of(plain_run)[0]["train_loss"], rel=0.05)
+    evaluated = []
+    for where in ("host", "device"):
+        flags = ["--model", "deit_tiny_patch16_224", "--eval", "--resume", str(plain_run / "best.pth")]
+        main.cli([*tiny.TINY, *flags, "--augment", where])
+        evaluated.append(re.findall(r"test_loss (\S+)  test_acc1 (\S+)", capsys.readouterr().err)[0])
+    (host_loss, host_acc1), (device_loss, device_acc1) = evaluated
+    assert float(device_loss) == pytest.approx(float(host_loss), rel=1e-3)
+    assert float(device_acc1) == pytest.approx(float(host_acc1), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "expected"),
+    [
+        ("cuda", [], True),
+        ("cpu", [], False),
+        ("cuda", ["--augment", "host"], False),
+        ("cpu", ["--augment", "device"], True),
+        ("cuda", ["--aa", "augmix-m5"], False),
+        ("cuda", ["--aa", "3a"], True),
+        ("cuda", ["--aa", "none"], True),
+    ],
+)
+def test_images_in_memory_are_augmented_on_a_gpu_unless_told_otherwise(device, flags, expected):
+    source, _ = datasets.build_sources("DIGITS", None)
+    args = main.get_parser().parse_args(flags)
+    assert main._augments_on_device(args, source, torch.device(device)) == expected
+
+
+def test_image_files_are_augmented_on_the_host(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (20, 10)).save(tmp_path / part / "cat" / "1.png")
+    source, _ = datasets.build_sources("IMNET", str(tmp_path))
+    parser = main.get_parser()
+    assert not main._augments_on_device(parser.parse_args([]), source, torch.device("cuda"))
+    with tiny.user_error("--augment device", "tools.pack_dataset"):
+        main._augments_on_device(parser.parse_args(["--augment", "device"]), source, torch.device("cuda"))
+    in_memory = datasets.keep_in_memory(source, 1)
+    assert main._augments_on_device(parser.parse_args([]), in_memory, torch.device("cuda"))
+
+
+def test_three_augment_has_its_published_spelling():
+    parser = main.get_parser()
+    assert parser.parse_args(["--ThreeAugment"]) == parser.parse_args(["--aa", "3a"])
 
 
 @pytest.mark.parametrize("scaling, lr", [("linear", "6.25e-05"), ("sqrt", "0.000177"), ("none", "0.0005")])

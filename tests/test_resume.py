@@ -117,7 +117,11 @@ def test_every_difference_is_seen(whole, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("flags", [[], ["--accum-steps", "2", "--batch-size", "32"]], ids=["plain", "accumulating"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--accum-steps", "2", "--batch-size", "32"], ["--augment", "device"]],
+    ids=["plain", "accumulating", "augmented on the device"],
+)
 def test_a_run_is_resumed_after_any_update(flags, tmp_path):
     # saved after every update, killed in the next one: right after an epoch, in its middle, before its last update
     short = ["--train-fraction", "0.3", "--epochs", "2", *flags]

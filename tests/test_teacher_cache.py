@@ -263,6 +263,17 @@ def test_students_of_the_store_and_of_the_live_teacher_have_the_same_bits(proces
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names  # checksums included
 
 
+def test_views_made_on_the_device_are_the_same_for_the_teacher_and_later_for_the_student(teacher, tmp_path):
+    def train(name, *flags):
+        flags = [*RUN, "--augment", "device", "--distillation-type", "hard", "--output-dir", tmp_path / name, *flags]
+        main.cli([str(flag) for flag in flags])
+
+    train("live", *teacher)
+    train("none", *teacher, "--teacher-cache", tmp_path / "cache", "--precompute-teacher")
+    train("stored", "--teacher-cache", tmp_path / "cache")
+    assert same_bits(tmp_path / "live", tmp_path / "stored")
+
+
 def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(teacher, tmp_path):
     flags = ["main.py", *RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher, "--log-interval", "1"]
     cache = ["--teacher-cache", tmp_path / "cache"]
@@ -335,6 +346,7 @@ OTHER = {
     "train_interpolation": ["--train-interpolation", "bilinear"],
     "reprob": ["--reprob", "0"],
     "remode": ["--remode", "const"],
+    "augmentation": ["--augment", "device"],
     "recount": ["--recount", "2"],
     "repeated_aug": ["--no-repeated-aug"],
     "mixup": ["--mixup", "0.5"],
@@ -363,7 +375,7 @@ def test_a_store_of_another_run_is_refused_by_the_field(field, store, capsys):
 
 def test_any_field_of_a_fingerprint_is_compared_and_named(store):
     fields = json.loads((store / "fingerprint.json").read_text())
-    assert {"views", "labels", "normalization", "augmentation_code", "processes", "teacher_weights"} <= fields.keys()
+    assert {"views", "labels", "normalization", "augmentation", "processes", "teacher_weights"} <= fields.keys()
     for field in fields:
         if field != "topk":  # of soft distillation
             with tiny.user_error(f"{field} ("):

@@ -534,6 +534,97 @@ def test_the_step_log_keeps_no_graph_alive():
     assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in log.pending[0].values())
 
 
+class Device:
+    """Stands in for a GPU: a table is blank on the host until the device has come to its end, or was waited for."""
+
+    def __init__(self):
+        self.tables, self.waits = [], 0  # of the tables not yet there, the blank ones and what is to be in them
+
+    def to_host(self, table):
+        blank = torch.full_like(table, -1.0)
+        self.tables.append((blank, table))
+        return blank, DeviceEvent(self, blank)
+
+    def catch_up(self):
+        for blank, table in self.tables:
+            blank.copy_(table)
+        self.tables.clear()
+
+
+class DeviceEvent:
+    def __init__(self, device, blank):
+        self.device, self.blank = device, blank
+
+    def query(self):
+        return all(blank is not self.blank for blank, _ in self.device.tables)
+
+    def synchronize(self):
+        if not self.query():
+            self.device.waits += 1
+            self.device.catch_up()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(utils, "_to_host", device.to_host)
+    return device
+
+
+def test_what_a_device_reports_is_said_an_interval_later_without_waiting_for_it(device, lines):
+    log = StepLog(epoch=7, num_steps=10, batch_images=8, interval=4, writer=Recorder())
+    for step in range(9):
+        log.update(step_values(step))
+        if step == 5:
+            device.catch_up()
+    assert [line.split("  ")[1] for line in lines()] == ["step 4/10"] and device.waits == 0
+    log.update(step_values(9))  # the last step waits for all
+    assert [line.split("  ")[1:3] for line in lines()] == [
+        ["step 4/10", "loss 3.0000"],
+        ["step 8/10", "loss 7.0000"],
+        ["step 10/10", "loss 9.0000"],
+    ]
+    assert [entry for entry in log.writer.scalars if entry[0] == "step/lr"] == [
+        ("step/lr", 0.5 * step, 70 + step) for step in range(10)
+    ]
+    means = log.close()
+    assert means.pop("images_per_second") > 0 and means == pytest.approx({"loss": 4.5, "lr": 2.25, "loss_base": 2.0})
+
+
+def test_a_report_waits_for_all_that_is_on_its_way(device):
+    log = StepLog(epoch=0, num_steps=10, batch_images=8, interval=2)
+    for step in range(5):
+        log.update(step_values(step))
+    assert log.totals["steps"] == 2
+    log.report()
+    assert log.totals["steps"] == 5 and log.totals["loss"] == 10 and log.totals["lr"] == 5
+    log.report()  # and then there is nothing to say
+    assert log.totals["steps"] == 5
+
+
+def test_a_device_s_non_finite_loss_ends_the_run_an_interval_later(device):
+    log = StepLog(epoch=1, num_steps=100, batch_images=8, interval=4)
+    for step in range(7):
+        log.update(step_values(step) | ({"loss": torch.tensor(float("nan"))} if step == 2 else {}))
+    with pytest.raises(RunError, match="not finite in epoch 1 at step 2 "):
+        log.update(step_values(7))
+
+
+def test_the_rate_is_that_of_the_steps_the_device_has_done(device, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(utils, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    log = StepLog(epoch=0, num_steps=12, batch_images=10, interval=4)
+    for step in range(12):
+        now[0] += 1  # it takes the host a second to begin a step
+        if step == 5:
+            device.catch_up()  # with the first 4 steps, after 6 s; that is said after 8 s
+        if step == 11:
+            device.catch_up = lambda catch_up=device.catch_up: (catch_up(), now.append(now.pop() + 6))
+        log.update(step_values(step))
+        assert step != 7 or log.images_per_second == pytest.approx(40 / 6)
+    assert log.close()["images_per_second"] == 120 / 24  # 12 s, and two waits of 6 s
+
+
 def test_an_epoch_without_steps_has_no_means():
     assert set(StepLog(epoch=0, num_steps=0, batch_images=8, interval=1).close()) == {"images_per_second"}
 

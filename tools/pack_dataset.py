@@ -1,0 +1,213 @@
+"""Pack a data set for fast reading, once: all images reduced to the size that training needs, in a few large files.
+
+    python -m tools.pack_dataset --data-set IMNET --data-path /path/to/imagenet --output packed --size 256
+    python main.py --data-set PACKED --data-path packed ...
+    python -m tools.pack_dataset --output packed --verify      # read a pack and compare its checksums
+
+Of the data flags below, --ram-cache and --eval-crop-ratio have no effect here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import main as training
+import packs
+from datasets import Source
+from packs import Record
+from tools import command
+from utils import RunError, UserError, World, available_cpus, logger, set_up_logging
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+PROBES = 16  # images by which the pack's length is estimated
+LOG_SECONDS = 10.0
+T, R = TypeVar("T"), TypeVar("R")
+
+
+def build_parser() -> training.Parser:
+    # What main.py says of --skip-broken-images (that others take their places) is not so here.
+    parser = training.Parser(prog="python -m tools.pack_dataset", description=__doc__, conflict_handler="resolve")
+    training._add_data_arguments(parser)
+    parser.set_defaults(data_set=None)
+    add = parser.add_argument_group("pack").add_argument
+    add("--output", type=Path, required=True, help="folder of the pack")
+    add("--size", type=training.number(int, 1, 16384), default=256, metavar="PIXELS", help="short side of an image; "
+        "the long one is at most 1.5 times as long; smaller images stay as they are")  # fmt: skip
+    add("--format", choices=packs.KINDS, default="uint8", help="uint8: pixels, which need no decoding; jpeg: about a "
+        "tenth of their space")  # fmt: skip
+    add("--quality", type=training.number(int, 1, 100), help="of --format jpeg; default: 90")
+    add("--shard-mib", type=training.number(float, 0, open_low=True), default=1024, help="length of the files")
+    add("--skip-broken-images", type=training.number(int, 0), default=0, metavar="N", help="leave out up to so many "
+        "images that cannot be read")  # fmt: skip
+    add("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace a pack in --output")
+    add("--verify", action="store_true", help="read the pack and compare its checksums, after packing, or without "
+        "--data-set and --data-path only that")  # fmt: skip
+    return parser
+
+
+def build_sources(own: argparse.Namespace) -> dict[str, Source]:
+    """The data to be packed, by split.
+
+    Raises:
+        UserError: besides those of main.py's, for a stream.
+    """
+    # Nothing is kept in memory, and what cannot be read is left out here, not replaced.
+    changed = {"data_set": own.data_set or "IMNET", "eval": False, "ram_cache": 0, "skip_broken_images": 0}
+    sources = training.build_sources(argparse.Namespace(**{**vars(own), **changed}), ALONE)
+    if not all(isinstance(source, Source) for source in sources):
+        raise UserError(f"--data-set {own.data_set}: is a stream, which is in large files already; train from it as is")
+    return dict(zip(packs.SPLITS, sources, strict=True))
+
+
+class Reader:
+    """Makes records of a source's images, and leaves out a number of those that cannot be read.
+
+    Args:
+        limit: how many may be left out, over all sources.
+        encode: image and target -> record.
+    """
+
+    def __init__(self, limit: int, encode: Callable[..., Record]) -> None:
+        self.limit, self.encode = limit, encode
+        self.left_out: list[str] = []
+
+    def read(self, source: Source, place: int) -> Record | str:
+        """The record of one image, or what is wrong with it."""
+        try:
+            image, target = source[place]
+        except RunError as error:
+            return f"{source.images.describe(source.order[place])} ({error.__cause__})"
+        return self.encode(image, target)
+
+    def records(self, source: Source, pool: ThreadPoolExecutor) -> Iterator[Record]:
+        """The records of a source in its order, few of which are in memory at a time.
+
+        Raises:
+            RunError: if too many images cannot be read.
+        """
+        for record in in_order(pool, partial(self.read, source), range(len(source)), 4 * available_cpus()):
+            if isinstance(record, Record):
+                yield record
+                continue
+            if len(self.left_out) == self.limit:
+                raise RunError(
+                    f"cannot read image {record}, and --skip-broken-images is {self.limit}; mend or remove it, or "
+                    f"leave more of them out"
+                )
+            self.left_out.append(record)
+            logger.warning("left out: %s", record)
+
+    def length(self, sources: Iterable[Source]) -> float:
+        """About how many bytes all records will take, judged by a few."""
+        total = 0.0
+        for source in sources:
+            probes = [self.read(source, place) for place in np.linspace(0, len(source) - 1, PROBES).astype(int)]
+            lengths = [len(record.content) for record in probes if isinstance(record, Record)]
+            total += len(source) * float(np.mean(lengths or [0]) + packs.INDEX.itemsize)
+        return total
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """`map` by a pool that is never more than so many results ahead."""
+    pending: deque = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # if it ends early
+        for future in pending:
+            future.cancel()
+
+
+def with_progress(records: Iterable[Record], split: str, total: int) -> Iterator[Record]:
+    """The same records, with a bar on a terminal, or else a line of the log every now and then."""
+    start = said = time.perf_counter()
+    bar = tqdm(records, split, total, unit="image", disable=None, leave=False)  # None: off unless on a terminal
+    for count, record in enumerate(bar, 1):
+        yield record
+        now = time.perf_counter()
+        if bar.disable and now - said > LOG_SECONDS:
+            said, rate = now, count / (now - start)
+            left = (total - count) / rate
+            logger.info("%s: %d of %d images, %.0f images/s, %.0f s left", split, count, total, rate, left)
+
+
+def pack(own: argparse.Namespace) -> dict[str, Any]:
+    """Write the pack that the flags describe; what its pack.json says.
+
+    Raises:
+        UserError, RunError
+    """
+    if own.quality is not None and own.format != "jpeg":
+        raise UserError("--quality: pixels have none; drop the flag, or add --format jpeg")
+    if own.output.exists() and not own.output.is_dir():
+        raise UserError(f"--output {own.output}: is a file; name a folder")
+    if packs.holds_pack(own.output) and not own.overwrite:
+        raise UserError(f"--output {own.output}: holds a pack; add --overwrite to replace it, or name another folder")
+    if own.data_path and own.output.resolve() == Path(own.data_path).resolve():
+        raise UserError(f"--output {own.output}: is the folder of the data; name another")
+    sources = build_sources(own)
+    quality = (own.quality or 90) if own.format == "jpeg" else None
+    settings = {"kind": own.format, "size": own.size, "quality": quality}
+    reader = Reader(own.skip_broken_images, partial(packs.encode, **settings))
+    packs.check_space(own.output, reader.length(sources.values()))
+    start = time.perf_counter()
+    with ThreadPoolExecutor(available_cpus()) as pool:  # decoding and reducing release the interpreter's lock
+        splits = {
+            split: with_progress(reader.records(source, pool), split, len(source)) for split, source in sources.items()
+        }
+        num_classes, shard_bytes = sources["train"].num_classes, int(own.shard_mib * 2**20)
+        about = packs.write_pack(own.output, splits, **settings, num_classes=num_classes, shard_bytes=shard_bytes)
+    seconds = time.perf_counter() - start
+    images = sum(part["images"] for part in about["splits"].values())
+    shards = [shard for part in about["splits"].values() for shard in part["shards"]]
+    logger.info(
+        "packed %d images into %d files, %.1f MiB, in %.1f s (%.0f images/s), %d left out",
+        *(images, len(shards), sum(shard["bytes"] for shard in shards) / 2**20, seconds, images / seconds),
+        len(reader.left_out),
+    )
+    return about
+
+
+def check(folder: Path) -> None:
+    """Read a pack.
+
+    Raises:
+        UserError: if it cannot be opened.
+        RunError: if records are damaged.
+    """
+    damaged = packs.verify(folder, "--output")
+    if damaged:
+        raise RunError(f"{folder} is damaged: {', '.join(damaged)}; pack it again with python -m tools.pack_dataset")
+    logger.info("%s is sound", folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with command.errors_in_a_line("pack_dataset"):
+        own = build_parser().parse_args(argv)
+        set_up_logging(ALONE)
+        packing = own.data_set is not None or own.data_path is not None
+        if not packing and not own.verify:
+            raise UserError("--data-set: say what is to be packed, or add --verify to check the pack in --output")
+        if packing:
+            pack(own)
+        if own.verify:
+            check(own.output)
+
+
+if __name__ == "__main__":
+    main()
