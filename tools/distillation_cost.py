@@ -89,7 +89,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     return [{"teacher": way} | ratio_row(own, rates[0]) for way, own in zip(ways, rates, strict=True)]
 
 
-def main(argv: list[str] | None = None) -> None:
+def get_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--student", default="deit_tiny_patch16_224", help="model without a teacher")
@@ -103,7 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=2, help="steps in a turn")
     add("--rounds", type=int, default=7, help="counted turns of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
     torch.set_num_threads(available_cpus())
     with errors_in_a_line("distillation_cost"), tempfile.TemporaryDirectory() as folder:
         device = select_device(args.device, 0)

@@ -8,7 +8,6 @@ Two ratios, each of two things done in turn in one process, so that a machine's 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,14 +21,8 @@ import engine
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
-from tools.timing import rates_in_turn, ratio_row, write_results
+from tools.timing import compare, write_results
 from utils import StepLog, available_cpus, select_device
-
-
-def compare(first: Callable[[], int], second: Callable[[], int], rounds: int, device: torch.device) -> dict:
-    """Images/s (medians) of both and their ratio round by round."""
-    rates = rates_in_turn([first, second], rounds, device)
-    return ratio_row(rates[0], rates[1]) | {"images_per_second_bare": statistics.median(rates[1])}
 
 
 def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
@@ -57,7 +50,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
 
     def bare() -> int:
         set_train_mode(model)
-        for images, targets, _ in batches:
+        for images, targets, *_ in batches:
             with engine.autocast(model, amp_dtype):
                 loss = F.cross_entropy(model(images), targets, label_smoothing=0.1)
             loss.backward()
@@ -88,9 +81,10 @@ def measure_loader(input_size: int, views: int, rounds: int) -> dict:
     source = datasets.take_fraction(source, min(1.0, views / len(source)))
     transform = datasets.build_train_transform((input_size, input_size), (0.5,) * 3, (0.25,) * 3)
     sampler = KeyedSampler(len(source))
-    keyed = DataLoader(datasets.KeyedImages(source, transform), batch_size=32, sampler=sampler)
+    options = {"batch_size": 32, "collate_fn": datasets.collate}
+    keyed = DataLoader(datasets.KeyedImages(source, transform), sampler=sampler, **options)
     unkeyed_images = UnkeyedImages(source, transform)
-    unkeyed = DataLoader(unkeyed_images, batch_size=32, sampler=RandomSampler(unkeyed_images))
+    unkeyed = DataLoader(unkeyed_images, sampler=RandomSampler(unkeyed_images), **options)
 
     def read(loader: DataLoader) -> int:
         sampler.set_epoch(sampler.epoch + 1)  # other views each time: some draws cost more than others

@@ -45,7 +45,7 @@ def build_parser() -> training.Parser:
     add("--size", type=training.number(int, 1, 16384), default=256, metavar="PIXELS", help="short side of an image; "
         "the long one is at most 1.5 times as long; smaller images stay as they are")  # fmt: skip
     add("--format", choices=packs.KINDS, default="uint8", help="uint8: pixels, which need no decoding; jpeg: about a "
-        "tenth of their space")  # fmt: skip
+        "seventh of their space")  # fmt: skip
     add("--quality", type=training.number(int, 1, 100), help="of --format jpeg; default: 90")
     add("--shard-mib", type=training.number(float, 0, open_low=True), default=1024, help="length of the files")
     add("--skip-broken-images", type=training.number(int, 0), default=0, metavar="N", help="leave out up to so many "

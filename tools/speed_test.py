@@ -154,7 +154,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def get_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -175,7 +176,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=2, help="passes in a turn")
     add("--rounds", type=int, default=9, help="counted turns of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
     torch.set_num_threads(available_cpus())
     with errors_in_a_line("speed_test"):
         device = select_device(args.device, 0)

@@ -64,15 +64,29 @@ def rates_in_turn(works: Sequence[Callable[[], int]], rounds: int, device: torch
     return rates
 
 
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest value as `name`, `name_min` and `name_max`."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
 def ratio_row(rates: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Median rate and the median, smallest and largest ratio to the reference, round by round."""
+    """Median, smallest and largest rate, and likewise the ratio to the reference, round by round."""
     ratios = [rate / other for rate, other in zip(rates, reference, strict=True)]
-    return {
-        "images_per_second": statistics.median(rates),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
+    return spread("images_per_second", rates) | spread("ratio", ratios)
+
+
+def compare(
+    first: Callable[[], int], second: Callable[[], int], rounds: int, device: torch.device, second_name: str = "bare"
+) -> dict[str, float]:
+    """Images/s of both, taken in turn, and the ratio of the first to the second.
+
+    Args:
+        first, second: works as `rates_in_turn` takes them.
+        rounds: counted turns of each.
+        second_name: the second's rate is called `images_per_second_NAME`.
+    """
+    rates = rates_in_turn([first, second], rounds, device)
+    return ratio_row(rates[0], rates[1]) | spread(f"images_per_second_{second_name}", rates[1])
 
 
 def write_results(file: Path, device: torch.device, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:

@@ -1,0 +1,173 @@
+"""The benchmark at a tiny size; what it times is not judged here."""
+
+import json
+import time
+
+import pytest
+import tiny
+import torch
+
+from tools import bench
+from utils import RunError
+
+SMALL = ["--batch-size", "2", "--steps", "1", "--rounds", "1", "--input-size", "32", "--teacher", "test_resnet"]
+SMALL += ["--models", "deit_tiny_patch16_224", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+def run(folder, capsys, *sections):
+    """The rows of these sections, as they are in the file, and what was printed."""
+    file = folder / "bench.json"
+    bench.main([*SMALL, "--only", *sections, "--output", str(file)])
+    written = json.loads(file.read_text())
+    assert written["environment"]["torch"] == torch.__version__ and written["settings"]["batch_size"] == 2
+    output = capsys.readouterr().out.splitlines()
+    for name in sections:
+        assert name in output
+        for row in written[name]:
+            assert any(text.strip().startswith(row["name"]) for text in output)
+            assert_spread(row, "seconds" if name == "start" else "images_per_second")
+    return [written[name] for name in sections]
+
+
+def assert_spread(row, *names):
+    for name in names:
+        assert 0 < row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]
+
+
+def settled(*flags):
+    return bench.settle(bench.get_parser().parse_args([*SMALL, *flags]), CPU)
+
+
+def test_augmentation_is_compared_for_three_kinds_of_images(tmp_path, capsys):
+    (rows,) = run(tmp_path, capsys, "augmentation")
+    assert [row["name"] for row in rows] == ["32 px to 32 px", "32 px to 32 px", "256 px to 32 px"]
+    for row in rows:  # of a single round
+        assert row["ratio"] == pytest.approx(row["images_per_second"] / row["images_per_second_timm"])
+        assert "one thread each" in row["against"]
+
+
+def test_both_pipelines_give_views_of_the_same_images():
+    for loader in bench._readers(settled(), CPU, 40, 48, 0):
+        loader.set_epoch(0)
+        batches = list(loader)
+        places = torch.cat([batch.positions for batch in batches])
+        assert places.tolist() == list(range(8))  # four batches of two
+        views = torch.cat([batch.images for batch in batches])
+        assert views.shape == (8, 3, 48, 48) and views.dtype == torch.float32
+        assert views.amin() < -1.5 and views.amax() > 1.5  # normalised noise
+
+
+def test_steps_are_compared_and_their_operations_counted(tmp_path, capsys, monkeypatch):
+    (rows,) = run(tmp_path, capsys, "step")
+    (row,) = rows
+    assert row["ratio"] == pytest.approx(row["images_per_second"] / row["images_per_second_timm"])
+    width, tokens = 192, 5
+    block = 12 * width * width * tokens + 2 * tokens * tokens * width
+    assert row["flops_per_image"] == 6 * (12 * block + 4 * 768 * width + width * 1000)
+    assert row["utilisation"] is None  # of a CPU
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    fast = row | {"images_per_second": 1e6, "images_per_second_min": 5e5, "images_per_second_max": 2e6}
+    fast |= {"precision": "torch.bfloat16", "flops_per_image": 98_900_000}
+    used = bench.utilisation(fast, torch.device("cuda"))
+    assert list(used.values()) == pytest.approx([0.1, 0.05, 0.2])
+    assert "10.0 % of the device's peak" in bench.line(fast | used)
+    assert bench.utilisation(fast | {"precision": "None"}, torch.device("cuda"))["utilisation"] is None
+
+
+@pytest.mark.parametrize("loop", [bench._our_steps, bench._timms_steps])
+def test_both_loops_train_and_average_every_weight(loop, monkeypatch):
+    built, averages = [], []
+
+    def spy(owner, name, made):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: made.append(original(*args, **options)) or made[-1])
+
+    spy(bench.training, "build_model", built)
+    spy(bench.timm, "create_model", built)
+    spy(bench.training, "ModelEmaV3", averages)
+    spy(bench.timm.utils, "ModelEmaV3", averages)
+    options = bench.run_flags(settled(), "--model-ema-decay", "0.5", "--drop-path", "0", "--lr", "1")
+    args = bench.training.get_parser().parse_args(options)
+    batch = bench.Batch(torch.randn(2, 3, 32, 32), torch.tensor([3, 4]), torch.arange(2))
+    work = loop(args, [batch], CPU)
+    before = {name: weight.clone() for name, weight in built[0].named_parameters()}
+    assert work() == 2 and work() == 2
+    average = dict(averages[0].module.named_parameters())
+    for name, weight in built[0].named_parameters():
+        assert not torch.equal(weight, before[name]), name
+        assert not torch.equal(average[name], weight) and not torch.equal(average[name], before[name]), name
+
+
+def test_evit_is_compared_in_training_and_inference(tmp_path, capsys):
+    (rows,) = run(tmp_path, capsys, "evit")
+    assert [(row["mode"], row["keep_rate"]) for row in rows] == [
+        (mode, keep) for mode in ("training", "inference") for keep in (None, 0.7, 0.5)
+    ]
+    assert all(row["model"].startswith("evit_small") == (row["keep_rate"] is not None) for row in rows)
+
+
+def test_every_way_to_be_taught_is_compared(tmp_path, capsys):
+    (rows,) = run(tmp_path, capsys, "distillation")
+    assert [row["name"].split()[0] for row in rows] == ["no", "stored", "50", "live"]
+
+
+def test_whole_runs_are_timed(tmp_path, capfd):
+    begin = time.perf_counter()
+    runs, starts = run(tmp_path, capfd, "end-to-end", "start")
+    assert [row["name"] for row in runs] == ["main.py --augment host", "main.py --augment device"]
+    for row in runs:
+        assert_spread(row, "ratio", "images_per_second_bare")
+        assert row["ratio_max"] == pytest.approx(row["images_per_second_max"] / row["images_per_second_bare"])
+    (row,) = starts
+    assert row["starts"] == 1 and row["seconds"] < time.perf_counter() - begin
+
+
+def test_epochs_after_the_first_are_those_of_the_log(tmp_path, monkeypatch):
+    def train(args):
+        lines = [{"images_per_second": rate} for rate in (1.0, 20.0, 30.0)]
+        with open(f"{args.output_dir}/log.txt", "w") as file:
+            file.writelines(json.dumps(each) + "\n" for each in lines)
+
+    monkeypatch.setattr(bench.training, "main", train)
+    assert bench._epochs_of_a_run(bench.run_flags(settled())) == [20.0, 30.0]
+
+
+def test_finished_sections_are_kept_when_a_later_one_fails(tmp_path, capsys, monkeypatch):
+    def fails(args, device):
+        raise RunError("the disk is full")
+
+    row = {"name": "fast", "starts": 3} | dict.fromkeys(("seconds", "seconds_min", "seconds_max"), 1.5)
+    monkeypatch.setattr(bench, "SECTIONS", {"start": lambda args, device: [row], "step": fails})
+    with pytest.raises(SystemExit):
+        bench.main([*SMALL, "--only", "start", "step", "--output", str(tmp_path / "out" / "bench.json")])
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["start"] == [row]
+    captured = capsys.readouterr()
+    assert "1.50" in captured.out and captured.err == "bench: error: the disk is full\n"
+
+
+def test_defaults_depend_on_the_device(monkeypatch):
+    plain = bench.get_parser().parse_args(["--rounds", "9"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    small, large = bench.settle(plain, CPU), bench.settle(plain, torch.device("cuda"))
+    assert (small.batch_size, small.compile, len(small.models), small.rounds) == (32, False, 1, 9)
+    assert (large.batch_size, large.compile, len(large.models), large.rounds) == (256, True, 3, 9)
+    assert large.output.name.startswith("bench-nvidia-h100-80gb-hbm3-20") and large.output.suffix == ".json"
+    assert not bench.settle(bench.get_parser().parse_args(["--no-compile"]), torch.device("cuda")).compile
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--only", "step", "stpe"], ["--only stpe", "no such section", "end-to-end"]),
+        (["--data-path", "/nowhere"], ["--data-path /nowhere", "no such folder"]),
+    ],
+)
+def test_a_mistake_is_a_line_before_anything_is_measured(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SECTIONS", {**bench.SECTIONS, "augmentation": None, "step": None})
+    with tiny.user_error(*words):
+        settled(*flags)
+    with pytest.raises(SystemExit) as info:
+        bench.main([*SMALL, *flags])
+    assert info.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,383 @@
+"""All speeds that this repository claims, measured on this machine: `python -m tools.bench`.
+
+    augmentation  views/s of ours, in batches on the device, against timm's pipeline
+    step          training steps of our loop against a loop of timm's own parts
+    evit          EViT against DeiT, training and inference
+    distillation  no teacher, stored answers, a live teacher
+    end-to-end    runs of main.py, augmenting on the host and on the device, against a bare training step
+    start         seconds from `python main.py` to the end of its first step
+
+What is compared is done in turn in this process. Every figure is a median with the smallest and the largest, every
+claim a ratio within the run. The file of results is written anew after each section, so that what is done is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import re
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import timm
+import timm.data
+import timm.loss
+import timm.optim
+import timm.utils
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import augment
+import datasets
+import engine
+import losses
+import main as training
+from samplers import Batch
+from tools import distillation_cost, speed_test
+from tools.checkpoint_cost import until_step
+from tools.command import errors_in_a_line
+from tools.timing import compare, describe_environment, rates_in_turn, ratio_row, spread, write_results
+from utils import StepLog, UserError, World, available_cpus, select_device, set_up_kernels
+
+CLASSES = 1000
+EPOCHS = 3  # of a run of main.py; the first warms up
+STARTS = 3  # at most
+DISTINCT = 64  # images that are augmented again and again
+PEAK_FLOPS = {  # dense, in 16 bits, per second, as the manufacturer states them
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+
+def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Views/s on the device, for stored images of 32 and 256 px.
+
+    The device has all of the host's processors against it; where it is the processors, one thread has one thread.
+    """
+    threads, alone = torch.get_num_threads(), device.type == "cpu"
+    workers = 0 if alone else available_cpus()
+    against = "timm's pipeline, one thread each" if alone else f"timm's pipeline in {workers} processes"
+    if alone:
+        torch.set_num_threads(1)
+    rows = []
+    for stored, size in ((32, args.input_size), (32, 32), (256, args.input_size)):
+        fresh(args)
+        ours, theirs = _readers(args, device, stored, size, workers)
+        with datasets.closing_workers(ours.loader, theirs.loader):
+            row = compare(_reading(ours, device), _reading(theirs, device), args.rounds, device, "timm")
+        rows.append({"name": f"{stored} px to {size} px", "against": against} | row)
+    torch.set_num_threads(threads)
+    return rows
+
+
+def _readers(
+    args: argparse.Namespace, device: torch.device, stored: int, size: int, workers: int
+) -> tuple[datasets.EpochLoader, datasets.EpochLoader]:
+    """Loaders of the same images in memory: ours, then timm's pipeline."""
+    images = np.random.default_rng(0).integers(0, 256, (DISTINCT, stored, stored, 3), np.uint8)
+    batches = 2 * workers or 4 * args.steps  # all processes are busy to the end
+    order = np.arange(batches * args.batch_size) % DISTINCT
+    source = datasets.Source(datasets.MemoryImages(list(images)), np.zeros(DISTINCT, np.int64), CLASSES, order)
+    normalization = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    view = augment.TrainAugmentation((stored, stored), (size, size), *normalization)
+    if args.compile and device.type == "cuda":  # as main.py does
+        view.compile()
+    options = {"batch_size": args.batch_size, "accum_steps": 1, "repeats": 1, "seed": 0, "num_workers": workers}
+    options |= {"pin_memory": device.type == "cuda", "world": World(0, 1, 0, 1, device)}
+    transform = datasets.build_train_transform((size, size), *normalization)
+    ours, theirs = (datasets.build_train_loader(source, each, **options) for each in (view, transform))
+    return ours, theirs
+
+
+def _reading(loader: datasets.EpochLoader, device: torch.device) -> Callable[[], int]:
+    """A work of one epoch, up to the views on the device."""
+    epochs = itertools.count()  # other views each time: some draws cost more than others
+
+    def work() -> int:
+        loader.set_epoch(next(epochs))
+        return sum(len(batch.images) for batch in datasets.copied_ahead(loader, device))
+
+    return work
+
+
+# -- training steps ----------------------------------------------------------------------------------------------------
+
+
+def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Training steps on ready batches with Mixup and an average of the weights, and the use made of the device."""
+    rows = []
+    for name in args.models:
+        fresh(args)
+        run = training.get_parser().parse_args(run_flags(args, "--model", name))
+        size = args.input_size
+        batches = [
+            Batch(
+                torch.randn(args.batch_size, 3, size, size, device=device),
+                torch.randint(CLASSES, (args.batch_size,), device=device),
+                torch.arange(args.batch_size),
+            )
+            for _ in range(args.steps)
+        ]
+        ours, theirs = _our_steps(run, batches, device), _timms_steps(run, batches, device)
+        row = compare(ours, theirs, args.rounds, device, "timm")
+        fact = speed_test.describe(speed_test.build(name, None, size, torch.device("cpu")), (size, size))
+        flops = 3 * 2 * fact["macs"]  # the backward pass takes twice the forward pass
+        row |= {"precision": str(engine.select_amp("auto", device)), "flops_per_image": flops}
+        rows.append({"name": f"{name}, a step", "against": "a loop of timm's parts"} | row | utilisation(row, device))
+    return rows
+
+
+def _our_steps(run: argparse.Namespace, batches: list[Batch], device: torch.device) -> Callable[[], int]:
+    """A work of one epoch of the loop that main.py runs."""
+    model = training.build_model(run, CLASSES, device)
+    state = training.build_state(run, model, model, run.batch_size, World(0, 1, 0, 1, device))
+    schedules = training.build_schedules(run, state, len(batches))
+    prepare = training.build_prepare(run, CLASSES, device)
+    criterion = losses.SupervisedLoss(losses.build_base_criterion(run.bce_loss, run.smoothing))
+
+    def work() -> int:
+        log = StepLog(state.epoch, len(batches), run.batch_size, run.log_interval)
+        engine.train_one_epoch(state, batches, criterion, prepare, schedules, log)
+        return len(batches) * run.batch_size
+
+    return work
+
+
+def _timms_steps(run: argparse.Namespace, batches: list[Batch], device: torch.device) -> Callable[[], int]:
+    """A work of the same steps with what timm has for them, at the same precision and order in memory."""
+    model = timm.create_model(run.model, num_classes=CLASSES, drop_path_rate=run.drop_path, img_size=run.input_size[0])
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = timm.optim.create_optimizer_v2(model, opt=run.opt, lr=1e-5, weight_decay=run.weight_decay)
+    smoothing = {"label_smoothing": run.smoothing, "num_classes": CLASSES}
+    mixup = timm.data.Mixup(mixup_alpha=run.mixup, cutmix_alpha=run.cutmix, **smoothing)
+    criterion = timm.loss.SoftTargetCrossEntropy()
+    ema = timm.utils.ModelEmaV3(model, decay=run.model_ema_decay)
+    amp = engine.select_amp(run.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    if run.compile:
+        model.compile()
+
+    def work() -> int:
+        for batch in batches:
+            images, targets = mixup(batch.images, batch.targets)
+            optimizer.zero_grad()
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                loss = criterion(model(images), targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            ema.update(model)
+        return len(batches) * run.batch_size
+
+    return work
+
+
+def utilisation(row: dict[str, Any], device: torch.device) -> dict[str, float | None]:
+    """Floating-point operations of the model as a share of what the device can do, or None where that is not known."""
+    known = device.type == "cuda" and row["precision"] in ("torch.bfloat16", "torch.float16")
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if known else None
+    return {
+        f"utilisation{end}": row[f"images_per_second{end}"] * row["flops_per_image"] / peak if peak else None
+        for end in ("", "_min", "_max")
+    }
+
+
+# -- models and teachers -----------------------------------------------------------------------------------------------
+
+
+def evit(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """EViT-S at keep rates 0.7 and 0.5 against DeiT-S."""
+    rows = []
+    for mode in ("training", "inference"):
+        fresh(args)
+        flags = ["--models", "deit_small_patch16_224", "evit_small_patch16_224", "--keep-rates", "0.7", "0.5"]
+        flags += ["--input-size", args.input_size, "--batch-sizes", args.batch_size, "--steps", args.steps]
+        flags += ["--rounds", args.rounds, "--amp", "auto", *(["--train"] if mode == "training" else [])]
+        own = speed_test.get_parser().parse_args([*map(str, flags), *(["--compile"] if args.compile else [])])
+        for row in speed_test.measure(own, device):
+            keep = "" if row["keep_rate"] is None else f" at {row['keep_rate']}"
+            rows.append({"name": f"{row['model']}{keep}, {mode}", "against": own.models[0], "mode": mode} | row)
+    return rows
+
+
+def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Training steps of DeiT-Ti with and without a teacher."""
+    flags = ["--teacher", args.teacher, "--input-size", args.input_size, "--batch-size", args.batch_size]
+    flags += ["--steps", args.steps, "--rounds", args.rounds, *(["--compile"] if args.compile else [])]
+    own = distillation_cost.get_parser().parse_args([str(flag) for flag in flags])
+    with tempfile.TemporaryDirectory() as folder:
+        rows = distillation_cost.measure(own, device, Path(folder))
+    return [{"name": row["teacher"], "against": rows[0]["teacher"]} | row for row in rows]
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
+    """Flags of main.py for a run of the first of the models."""
+    flags = ["--model", args.models[0], "--input-size", args.input_size, "--batch-size", args.batch_size]
+    flags += ["--device", args.device, "--warmup-epochs", 0, "--compile" if args.compile else "--no-compile"]
+    data = ["--data-set", "CIFAR10", "--data-path", args.data_path] if args.data_path else ["--data-set", "DIGITS"]
+    return [str(flag) for flag in (*flags, *data, *more)]
+
+
+def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Epochs of main.py after the first, against a bare step of the same model timed before and after the run."""
+    run = training.get_parser().parse_args(run_flags(args))
+    train, _ = datasets.build_sources(run.data_set, run.data_path)
+    steps = args.steps * (20 if device.type == "cuda" else 6)  # in an epoch, if there are so many images
+    fraction = min(1.0, (steps + 0.5) * args.batch_size / len(train))
+    model = training.build_model(run, train.num_classes, device)
+    if args.compile:
+        model.compile()
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
+    work = speed_test.training(model, images, engine.select_amp(run.amp, device), args.steps)
+    bare, rows = [rates_in_turn([work], 2, device)[0]], []
+    for where in ("host", "device"):
+        flags = run_flags(args, "--augment", where, "--train-fraction", fraction, "--epochs", EPOCHS)
+        fresh(args)  # as in a process of its own
+        rates = _epochs_of_a_run(flags)
+        bare.append(rates_in_turn([work], 2, device)[0])
+        around = [rate for each in bare[-2:] for rate in each]
+        row = ratio_row(rates, [statistics.median(around)] * len(rates))
+        row |= spread("images_per_second_bare", around) | {"train_fraction": fraction}
+        rows.append({"name": f"main.py --augment {where}", "against": "a bare step of its model"} | row)
+    return rows
+
+
+def _epochs_of_a_run(flags: list[str]) -> list[float]:
+    """Images/s of each epoch but the first, as log.txt says."""
+    # The evaluation is no part of these figures, and on a CPU it would take longer than the rest.
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate_state", return_value={}):
+        training.main(training.get_parser().parse_args([*flags, "--output-dir", folder]))
+        lines = (Path(folder) / "log.txt").read_text().splitlines()
+    return [json.loads(line)["images_per_second"] for line in lines[1:]]
+
+
+def start(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Seconds from launching `python main.py` to the word that its first step is done, not compiled.
+
+    (On CUDA that word comes with the second step.)
+    """
+    seconds = []
+    for _ in range(min(STARTS, args.rounds)):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = run_flags(args, "--no-compile", "--epochs", 1)
+            seconds.append(until_step(flags, Path(folder), 1)["seconds"])
+    return [{"name": "from the command to its first step", "starts": len(seconds)} | spread("seconds", seconds)]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    "augmentation": augmentation,
+    "step": step,
+    "evit": evit,
+    "distillation": distillation,
+    "end-to-end": end_to_end,
+    "start": start,
+}
+
+
+def fresh(args: argparse.Namespace) -> None:
+    """Forget what was compiled, whose sizes would make later sizes variable, and give memory back."""
+    if args.compile:
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for a terminal."""
+
+    def figure(name: str, digits: int) -> str:
+        median, low, high = (f"{row[name + end]:.{digits}f}" for end in ("", "_min", "_max"))
+        return f"{median:>8s} {f'({low} to {high})':20s}"
+
+    if "seconds" in row:
+        return f"{row['name']:42s} {figure('seconds', 2)} s"
+    used = f"  {100 * row['utilisation']:.1f} % of the device's peak" if row.get("utilisation") else ""
+    rates, ratios = figure("images_per_second", 1), figure("ratio", 3)
+    return f"{row['name']:42s} {rates} images/s {ratios} of {row['against']}{used}"
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each section that is asked for; they are printed and written as they come."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, section in SECTIONS.items():
+        if name not in args.only:
+            continue
+        fresh(args)
+        results[name] = section(args, device)
+        print(f"{name}\n  " + "\n  ".join(map(line, results[name])), flush=True)
+        write_results(args.output, device, vars(args), results)
+    return results
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags; None where the default depends on the device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", default=list(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--batch-size", type=int, help="images in a step; default: 256 on CUDA, else 32")
+    add("--steps", type=int, help="steps in a turn; default: 5 on CUDA, else 2")
+    add("--rounds", type=int, help="counted turns of each; default: 7 on CUDA, else 3")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    add("--models", nargs="+", help="whose training steps are timed; the first is also trained end to end; default: "
+        "DeiT-Ti, on CUDA DeiT-S and DeiT-B too")  # fmt: skip
+    add("--teacher", default="regnety_160", help="of distillation, any model of timm's")
+    add("--input-size", type=int, default=224, help="pixels")
+    add("--data-path", help="folder of CIFAR-10, for whole runs; default: the bundled digits")
+    add("--output", type=Path, help="JSON file of the results; default: results/bench-DEVICE-DATE.json")
+    return parser
+
+
+def settle(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
+    """The flags with the defaults that depend on the device.
+
+    Raises:
+        UserError: for what would end the tool in its middle.
+    """
+    for name in args.only:
+        if name not in SECTIONS:
+            raise UserError(f"--only {name}: no such section; use some of {', '.join(SECTIONS)}")
+    if args.data_path and not Path(args.data_path).is_dir():
+        raise UserError(f"--data-path {args.data_path}: no such folder; check the path, or drop the flag")
+    on_cuda, about = device.type == "cuda", describe_environment(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    sizes = ("tiny", "small", "base") if on_cuda else ("tiny",)
+    defaults = {"batch_size": 256 if on_cuda else 32, "steps": 5 if on_cuda else 2, "rounds": 7 if on_cuda else 3}
+    defaults |= {"compile": on_cuda, "models": [f"deit_{size}_patch16_224" for size in sizes]}
+    defaults |= {"output": Path(f"results/bench-{slug}-{about['date']}.json")}
+    return argparse.Namespace(**{n: defaults.get(n) if value is None else value for n, value in vars(args).items()})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    torch.set_num_threads(available_cpus())
+    with errors_in_a_line("bench"):
+        device = select_device(args.device, 0)
+        args = settle(args, device)
+        set_up_kernels(deterministic=False)
+        measure(args, device)
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
