@@ -54,7 +54,7 @@ class Draws:
     """Uniform numbers in [0, 1) for each sample: the first that are asked for, the next, ...
 
     Args:
-        keys: int64 [B], the samples' keys.
+        keys: int64 [B], the samples' keys: hashed ones, since neighbours among small numbers would share draws.
         number: how many there are for each.
     """
 
@@ -392,18 +392,23 @@ def _enhancement(level: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
     return 0.1 + 1.8 * level
 
 
+def _floor(number: torch.Tensor) -> torch.Tensor:
+    """Down to a whole number, also if rounding on some device has left it a little short of one."""
+    return (number + 1e-3).floor()
+
+
 # timm's operations: what they are here, and their argument by level (0 to 1 for magnitudes 0 to 10) and a random sign
 OPERATIONS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
     "AutoContrast": ("autocontrast", lambda level, sign: level),
     "Equalize": ("equalize", lambda level, sign: level),
     "Invert": ("invert", lambda level, sign: level),
     "Rotate": ("rotate", lambda level, sign: sign * 30 * level),  # degrees
-    "Posterize": ("posterize", lambda level, sign: (4 * level).floor()),  # bits to keep
-    "PosterizeIncreasing": ("posterize", lambda level, sign: 4 - (4 * level).floor()),
-    "PosterizeOriginal": ("posterize", lambda level, sign: 4 + (4 * level).floor()),
-    "Solarize": ("solarize", lambda level, sign: (256 * level).floor().clamp(max=256)),  # threshold
-    "SolarizeIncreasing": ("solarize", lambda level, sign: 256 - (256 * level).floor().clamp(max=256)),
-    "SolarizeAdd": ("solarize_add", lambda level, sign: (110 * level).floor().clamp(max=128)),
+    "Posterize": ("posterize", lambda level, sign: _floor(4 * level)),  # bits to keep
+    "PosterizeIncreasing": ("posterize", lambda level, sign: 4 - _floor(4 * level)),
+    "PosterizeOriginal": ("posterize", lambda level, sign: 4 + _floor(4 * level)),
+    "Solarize": ("solarize", lambda level, sign: _floor(256 * level).clamp(max=256)),  # threshold
+    "SolarizeIncreasing": ("solarize", lambda level, sign: 256 - _floor(256 * level).clamp(max=256)),
+    "SolarizeAdd": ("solarize_add", lambda level, sign: _floor(110 * level).clamp(max=128)),
     "Color": ("color", _enhancement),
     "ColorIncreasing": ("color", _toward_two),
     "Contrast": ("contrast", _enhancement),
@@ -418,7 +423,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Te
     "TranslateYRel": ("translate_y", lambda level, sign: sign * 0.45 * level),  # of the height
     "Desaturate": ("color", lambda level, sign: 0.5 - 0.5 * level),
     "GaussianBlur": ("blur", lambda level, sign: 0.1 + 1.9 * level),
-    # A radius from 0.1 to 2: where timm draws it, the level is drawn below.
+    # A radius from 0.1 to twice the level: of that, the level is drawn below.
     "GaussianBlurRand": ("blur", lambda level, sign: 0.1 + 1.9 * level),
 }
 
@@ -490,8 +495,9 @@ class Policy(nn.Module):
                 magnitude = magnitude + noise * self.magnitude_std
             magnitude = magnitude.clamp(0, self.magnitude_max) / 10
             which = self.which[row, column]
+            drawn = (2 * magnitude - 0.1) * level / 1.9
             arguments = [
-                OPERATIONS[name][1](level if name == "GaussianBlurRand" else magnitude, sign) for name in self.names
+                OPERATIONS[name][1](drawn if name == "GaussianBlurRand" else magnitude, sign) for name in self.names
             ]
             argument = torch.stack(arguments).gather(0, which[None])[0]
             kind = torch.where(applied <= self.prob[row, column], self.kinds[which], 0)
@@ -651,8 +657,8 @@ class EvalTransform(nn.Module):
             )
         resized = [math.floor(side / self.crop_ratio) for side in self.size]
         if resized[0] == resized[1]:  # the long side is cut off to whole pixels, else both are rounded
-            shorter = torch.minimum(height, width)
-            new_height, new_width = ((resized[0] * side / shorter).floor() for side in (height, width))
+            # In whole numbers: compiled for a GPU, a quotient of float32 may be a little less than the whole one it is.
+            new_height, new_width = (resized[0] * sizes // sizes.amin(dim=1, keepdim=True)).float().unbind(1)
         else:
             ratio = torch.minimum(height / resized[0], width / resized[1])
             new_height, new_width = (height / ratio).round(), (width / ratio).round()

@@ -39,6 +39,7 @@ from utils import RunError, UserError, World, gather, ignore_stop_signals, logge
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
+MOST_FRAME = 4  # area of the frame of images on the device, in that of the average image
 SCHEMES = ("hfds/", "hfids/", "wds/", "torch/", "tfds/")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -600,13 +601,16 @@ class DeviceImages(Dataset):
         return Batch(images, targets, positions, sizes)
 
 
-def has_shapes(source: Source | StreamingImages) -> bool:
-    """Whether the images are in memory or packed, so that they can be augmented on the device."""
-    return isinstance(source, Source) and hasattr(source.images, "shapes")
+def fits_frames(source: Source | StreamingImages) -> bool:
+    """Whether images can be augmented on the device: in memory or packed, and not of all too different sizes."""
+    if not isinstance(source, Source) or not hasattr(source.images, "shapes"):
+        return False
+    areas = source.images.shapes[source.order, :2].prod(axis=1)
+    return np.prod(frame_of(source)) <= MOST_FRAME * areas.mean()
 
 
 def frame_of(source: Source) -> tuple[int, int]:
-    """Height and width that take every image of a source that `has_shapes`."""
+    """Height and width that take every image of a source in memory or packed."""
     height, width = source.images.shapes[source.order, :2].max(axis=0).tolist()
     return height, width
 

@@ -471,11 +471,11 @@ def _augments_on_device(args: argparse.Namespace, source: Any, device: torch.dev
         UserError: if they are to, and cannot.
     """
     if args.augment == "auto":
-        return device.type == "cuda" and datasets.has_shapes(source) and augment.is_supported(args.aa)
-    if args.augment == "device" and not datasets.has_shapes(source):
+        return device.type == "cuda" and datasets.fits_frames(source) and augment.is_supported(args.aa)
+    if args.augment == "device" and not datasets.fits_frames(source):
         raise UserError(
-            "--augment device: the images are neither in memory nor packed; raise --ram-cache, pack them with "
-            "python -m tools.pack_dataset, or drop the flag"
+            "--augment device: the images are neither in memory nor packed, or of too different sizes; raise "
+            "--ram-cache, pack them with python -m tools.pack_dataset, or drop the flag"
         )
     return args.augment == "device"
 

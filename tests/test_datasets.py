@@ -39,6 +39,7 @@ from datasets import (
     build_sources,
     build_train_loader,
     build_train_transform,
+    fits_frames,
     frame_of,
     keep_in_memory,
     take_fraction,
@@ -881,6 +882,14 @@ def test_images_of_all_sizes_share_a_frame(tmp_path):
         pixels = image.permute(1, 2, 0).numpy()
         assert np.array_equal(pixels[:height, :width], memory.array(place)[0])
         assert not pixels[height:].any() and not pixels[:, width:].any()
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(20, True), (400, False)])
+def test_one_very_large_image_does_not_blow_up_all_frames(longest, expected):
+    arrays = [np.zeros((10, 10, 3), np.uint8)] * 9 + [np.zeros((10, longest, 3), np.uint8)]
+    source = Source(MemoryImages(arrays), np.zeros(10, np.int64), 1, np.arange(10))
+    assert frame_of(source) == (10, longest)
+    assert fits_frames(source) == expected
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------
