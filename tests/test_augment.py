@@ -467,8 +467,11 @@ def erased(number, size=(40, 30), seed=0, **options):
     """Views of white images, at 1, and where they are erased."""
     options = {"re_prob": 1.0, "re_mode": "const", **options}
     view = TrainAugmentation(size, size, (0.5,) * 3, (0.5,) * 3, **{**PLAIN, **options})
-    view.crop = lambda draws, sizes, size: (augment._whole(sizes), Affine.scaling(*unmoved), None)
-    unmoved = full(1, number), full(1, number), full(0, number), full(0, number)
+    view.crop = lambda draws, sizes, size: (
+        augment._whole(sizes),
+        Affine.scaling(*(full(each, len(sizes)) for each in (1, 1, 0, 0))),
+        None,
+    )
     white = torch.full((number, 3, *size), 255, dtype=torch.uint8)
     views = view(white, torch.tensor([size]).expand(number, 2), keys_of(number, seed))
     return views, (views != 1).any(dim=1)

@@ -18,7 +18,6 @@ import gc
 import itertools
 import json
 import re
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +46,7 @@ from tools.timing import compare, describe_environment, rates_in_turn, ratio_row
 from utils import StepLog, UserError, World, available_cpus, select_device, set_up_kernels
 
 CLASSES = 1000
-EPOCHS = 3  # of a run of main.py; the first warms up
+EPOCHS = 5  # of a run of main.py; the first warms up
 STARTS = 3  # at most
 DISTINCT = 64  # images that are augmented again and again
 PEAK_FLOPS = {  # dense, in 16 bits, per second, as the manufacturer states them
@@ -236,36 +235,40 @@ def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
 
 
 def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Epochs of main.py after the first, against a bare step of the same model timed before and after the run."""
+    """Epochs of main.py after the first, against a bare step of the same model timed between them."""
     run = training.get_parser().parse_args(run_flags(args))
     train, _ = datasets.build_sources(run.data_set, run.data_path)
-    steps = args.steps * (20 if device.type == "cuda" else 6)  # in an epoch, if there are so many images
+    steps = args.steps * (20 if device.type == "cuda" else 3)  # in an epoch, if there are so many images
     fraction = min(1.0, (steps + 0.5) * args.batch_size / len(train))
     model = training.build_model(run, train.num_classes, device)
     if args.compile:
         model.compile()
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     work = speed_test.training(model, images, engine.select_amp(run.amp, device), args.steps)
-    bare, rows = [rates_in_turn([work], 2, device)[0]], []
+    rows = []
     for where in ("host", "device"):
         flags = run_flags(args, "--augment", where, "--train-fraction", fraction, "--epochs", EPOCHS)
         fresh(args)  # as in a process of its own
-        rates = _epochs_of_a_run(flags)
-        bare.append(rates_in_turn([work], 2, device)[0])
-        around = [rate for each in bare[-2:] for rate in each]
-        row = ratio_row(rates, [statistics.median(around)] * len(rates))
-        row |= spread("images_per_second_bare", around) | {"train_fraction": fraction}
+        rates, bare = _epochs_of_a_run(flags, lambda: rates_in_turn([work], 1, device)[0][0])
+        row = ratio_row(rates, bare) | spread("images_per_second_bare", bare) | {"train_fraction": fraction}
         rows.append({"name": f"main.py --augment {where}", "against": "a bare step of its model"} | row)
     return rows
 
 
-def _epochs_of_a_run(flags: list[str]) -> list[float]:
-    """Images/s of each epoch but the first, as log.txt says."""
-    # The evaluation is no part of these figures, and on a CPU it would take longer than the rest.
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate_state", return_value={}):
+def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[list[float], list[float]]:
+    """Images/s of each epoch but the first, as log.txt says, and the mean of what `between` gave before and after it."""
+    # It takes the place of the evaluation, which is no part of these figures and on a CPU takes longer than the rest.
+    found: list[float] = []
+
+    def evaluate_state(*_: Any) -> dict[str, float]:
+        found.append(between())
+        return {}
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate_state", evaluate_state):
         training.main(training.get_parser().parse_args([*flags, "--output-dir", folder]))
         lines = (Path(folder) / "log.txt").read_text().splitlines()
-    return [json.loads(line)["images_per_second"] for line in lines[1:]]
+    rates = [json.loads(line)["images_per_second"] for line in lines[1:]]
+    return rates, [(before + after) / 2 for before, after in itertools.pairwise(found)]
 
 
 def start(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
