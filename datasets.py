@@ -236,15 +236,23 @@ def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source 
     sizes = [np.prod((*source[probe][0].size, 3)) for probe in probes]
     if np.mean(sizes) * len(source) > limit_mb * 2**20:
         return source
+
+    def read(places: range) -> list[tuple[np.ndarray, int]]:
+        return [_decoded(source, place) for place in places]
+
+    blocks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-        samples = list(pool.map(lambda index: _decoded(source[index]), range(len(source))))
-    arrays, targets = zip(*samples, strict=True)
+        samples = itertools.chain.from_iterable(pool.map(read, blocks))
+        arrays, targets = zip(*samples, strict=True)
     packed = MemoryImages(arrays, source.file_names())
     return replace(_source(packed, targets, source.num_classes), broken=source.broken)
 
 
-def _decoded(sample: tuple[Image.Image, int]) -> tuple[np.ndarray, int]:
-    return np.asarray(sample[0]), sample[1]
+def _decoded(source: Source, place: int) -> tuple[np.ndarray, int]:
+    if hasattr(source.images, "array"):
+        return source.array(place)
+    image, target = source[place]
+    return np.asarray(image), target
 
 
 # -- reading the data sets ---------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str,
 
 
 def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Images/s of each epoch but the first, as log.txt says, and the mean of what `between` gave before and after it."""
+    """Images/s of each epoch but the first, as in log.txt, and the mean of what `between` gave before and after it."""
     # It takes the place of the evaluation, which is no part of these figures and on a CPU takes longer than the rest.
     found: list[float] = []
 
