@@ -95,12 +95,15 @@ class Affine:
     f: torch.Tensor
 
     @classmethod
-    def scaling(
-        cls, scale_y: torch.Tensor, scale_x: torch.Tensor, top: torch.Tensor, left: torch.Tensor
-    ) -> Affine:  # fmt: skip
+    def scaling(cls, scale_y: torch.Tensor, scale_x: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> Affine:
         """(x, y) -> (scale_x x + left, scale_y y + top)."""
         none = torch.zeros_like(left)
         return cls(scale_x, none, left, none, scale_y, top)
+
+    @property
+    def coefficients(self) -> tuple[torch.Tensor, ...]:
+        """From a to f."""
+        return self.a, self.b, self.c, self.d, self.e, self.f
 
     def after(self, first: Affine) -> Affine:
         """The map that takes `first` and then this one."""
@@ -116,7 +119,7 @@ class Affine:
     def outside(self, height: int, width: int) -> torch.Tensor:
         """Which pixels [B, 1, height, width] of a view get their centre from outside a view of that size."""
         x, y = _centres(width, self.a), _centres(height, self.a)[:, None]
-        a, b, c, d, e, f = (each[:, None, None, None] for each in (self.a, self.b, self.c, self.d, self.e, self.f))
+        a, b, c, d, e, f = (each[:, None, None, None] for each in self.coefficients)
         u, v = a * x + (b * y + c), d * x + (e * y + f)
         return (u < 0) | (u >= width) | (v < 0) | (v >= height)
 
@@ -217,7 +220,8 @@ class Resampler:
             places, bilinear = Lines(*fields[:5], margin), fields[5]
             return self._sheared(values, places.positions(lines, number), places, axis, bilinear)
 
-        margin, fields = places.margin, (*list(vars(places).values())[:5], bilinear)
+        margin = places.margin
+        fields = (places.skew, places.slope, places.offset, places.first, places.length, bilinear)
         if not _computes_some_alone(values):
             return sheared(values, values, *fields)
         weights = self._straight(values.shape[3], places.positions(lines[:1], number)[:, 0], places, axis, bilinear)
@@ -768,7 +772,7 @@ class TrainAugmentation(nn.Module):
             views = self._blacken(views, outside, flipped < self.hflip, filled)
         for step, moved in zip(steps, filled, strict=True):
             views = recolour(views, step, self.kinds)
-            views = only(step.is_a(*GEOMETRIC), self._fill, views, *vars(moved).values())
+            views = only(step.is_a(*GEOMETRIC), self._fill, views, *moved.coefficients)
         for step in jitter(self.color_jitter, draws) if self.color_jitter else []:
             views = recolour(views, step, frozenset(("brightness", "contrast", "color")))
         return self._erase(self.normalize(views), draws)

@@ -132,11 +132,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval", action=_SWITCH, default=False, help="evaluate only")
     add("--eval-interval", type=_COUNT, default=1, help="epochs between two evaluations; the last is always evaluated")
     add("--log-interval", type=_COUNT, default=50, help="steps between two log lines and checks for a non-finite loss")
-    add("--num-workers", type=_NATURAL, help="loader processes per rank; default: the CPUs available to it, at most 10")
+    add("--num-workers", type=_NATURAL, help="loader processes per rank; default: the CPUs available "
+        "to it, at most 10 (images that live on the device need none)")  # fmt: skip
     add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; auto: bf16 where the "
         "hardware has it, else fp16 on CUDA, else off")  # fmt: skip
-    add("--compile", action=_SWITCH, default=False, help="torch.compile the model")
+    add("--compile", action=_SWITCH, default=False, help="torch.compile the model, a teacher, and on a "
+        "GPU the augmentation")  # fmt: skip
     add(
         "--deterministic",
         action=_SWITCH,
@@ -212,7 +214,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-classes", type=_COUNT, help="number of classes, where the data do not say")
     add("--train-fraction", type=_SHARE, default=1.0, help="fixed class-balanced part of the training data to use")
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help="decode a data set once and keep it in "
-        "memory if it takes at most this much")  # fmt: skip
+        "memory, or on the device that augments it, if it takes at most this much")  # fmt: skip
     add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help="let the next image take the place of one "
         "that cannot be read, for up to so many training images")  # fmt: skip
     add(

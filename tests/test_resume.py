@@ -522,6 +522,7 @@ def test_an_unchanged_run_is_resumed_without_a_warning(stopped, capsys):
         (["--batch-size", "32"], "--batch-size was 64, is 32"),
         (["--train-fraction", "0.5"], "images was 1442, is 721"),
         (["--amp", "bf16"], "precision was None, is torch.bfloat16"),
+        (["--augment", "device"], "augmentation was host, is device"),
     ],
 )
 def test_what_changes_the_bits_of_a_resumed_run_is_named(flags, change, stopped, capsys):
