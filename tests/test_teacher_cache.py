@@ -247,8 +247,11 @@ def same_bits(first, second):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_students_of_the_store_and_of_the_live_teacher_have_the_same_bits(processes, teacher, store, tmp_path):
     def train(name, *flags):
-        command = ["main.py", *RUN, "--distillation-type", "hard", "--output-dir", tmp_path / name, *flags]
-        return tiny.torchrun(processes, *command) if processes > 1 else tiny.run(*command)
+        command = [*RUN, "--distillation-type", "hard", "--output-dir", tmp_path / name, *flags]
+        if processes > 1:
+            tiny.torchrun(processes, "main.py", *command)
+        else:
+            main.cli([str(word) for word in command])
 
     train("live", *teacher)
     if processes > 1:
@@ -274,12 +277,16 @@ def test_views_made_on_the_device_are_the_same_for_the_teacher_and_later_for_the
     assert same_bits(tmp_path / "live", tmp_path / "stored")
 
 
-def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(teacher, tmp_path):
-    flags = ["main.py", *RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher, "--log-interval", "1"]
+def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(teacher, tmp_path, capsys):
+    def output(*flags):
+        run = [*RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher, "--log-interval", "1", *flags]
+        main.cli([str(flag) for flag in run])
+        return capsys.readouterr().err
+
     cache = ["--teacher-cache", tmp_path / "cache"]
-    outputs = [tiny.run(*flags, "--output-dir", tmp_path / "live")]
-    tiny.run(*flags, *cache, "--precompute-teacher")
-    outputs.append(tiny.run(*flags, *cache, "--output-dir", tmp_path / "stored"))
+    outputs = [output("--output-dir", tmp_path / "live")]
+    output(*cache, "--precompute-teacher")
+    outputs.append(output(*cache, "--output-dir", tmp_path / "stored"))
     live, stored = ([float(loss) for loss in re.findall(r"step \S+  loss (\S+)", output)] for output in outputs)
     assert len(live) == 2 * 45 and stored == pytest.approx(live, rel=1e-3)
     for live, stored in zip(tiny.log_of(tmp_path / "live"), tiny.log_of(tmp_path / "stored"), strict=True):
