@@ -604,8 +604,8 @@ class DeviceImages(Dataset):
     def __getitems__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
         index, positions = (torch.tensor(numbers) for numbers in list(zip(*samples, strict=True))[:2])
         index = index.to(self.images.device, non_blocking=True)
-        parts = (each.index_select(0, index) for each in (self.images, self.targets, self.sizes))
-        images, targets, sizes = parts
+        stored = (self.images, self.targets, self.sizes)
+        images, targets, sizes = (each.index_select(0, index) for each in stored)
         return Batch(images, targets, positions, sizes)
 
 
