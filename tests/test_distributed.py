@@ -84,8 +84,8 @@ def test_bare_srun_starts_a_process_group(tmp_path):
     shared = {"SLURM_JOB_ID": 7, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_ID": 0}
     shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": tiny.free_port()}
     command = ["main.py", *tiny.PLAIN, "--batch-size", "32", "--output-dir", tmp_path]
-    ranks = [tiny.start(command, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in (0, 1)]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    ranks = [tiny.Process(command, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in (0, 1)]
+    outputs = [rank.output() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert "effective batch 64 images" in outputs[0]
     assert outputs[1] == ""

@@ -235,7 +235,7 @@ def stop_two_ranks(flags, folder, send):
         assert run.process.poll() is None, folder.with_suffix(".out").read_text()
         time.sleep(0.05)
     send(run)
-    assert run.process.wait(timeout=60) != 0
+    assert run.wait(60) != 0
     chaos.kill(run.living())
     output = folder.with_suffix(".out").read_text()
     kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is kept", output)
@@ -245,7 +245,7 @@ def stop_two_ranks(flags, folder, send):
 def test_a_signal_to_torchrun_stops_all_ranks_at_the_same_step(two_ranks, tmp_path):
     flags, whole = two_ranks
     stop_two_ranks(flags, tmp_path / "run", lambda run: run.process.terminate())
-    assert chaos.Run(tmp_path / "run", flags, processes=2, restarts=0).process.wait(timeout=120) == 0
+    assert chaos.Run(tmp_path / "run", flags, processes=2, restarts=0).wait(120) == 0
     assert chaos.compare(whole, tmp_path / "run") == []
 
 
@@ -269,7 +269,7 @@ def start_ranks(kind, folder, *flags, workers=1):
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port()}
     command = ["tests/faults.py", kind, 1, 50, *tiny.PLAIN, "--epochs", "3", "--batch-size", "32", "--num-workers"]
     command += [workers, "--output-dir", folder, *flags]
-    return [tiny.start(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
+    return [tiny.Process(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -283,9 +283,9 @@ def start_ranks(kind, folder, *flags, workers=1):
 )
 def test_a_fault_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
     ranks = start_ranks(kind, tmp_path, "--log-interval", "5")
-    outputs = [None, ranks[1].communicate(timeout=120)[0]]
+    outputs = [None, ranks[1].output(120)]
     begin = time.monotonic()
-    outputs[0] = ranks[0].communicate(timeout=30)[0]
+    outputs[0] = ranks[0].output(30)
     assert time.monotonic() - begin < 30
     assert [rank.returncode for rank in ranks] == [1, -signal.SIGKILL if kind == "rank" else 1], outputs
     assert cause in outputs[1]
@@ -299,7 +299,7 @@ def test_a_fault_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
 
 def test_a_rank_s_nan_is_skipped_by_all_if_that_is_tolerated(tmp_path):
     ranks = start_ranks("nan", tmp_path, "--max-skipped-steps", "1", workers=0)
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.output(120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert [record.get("skipped_steps") for record in tiny.log_of(tmp_path)] == [None, None, 1.0]
     assert "epoch 2  step 6 skipped" in outputs[0]
@@ -413,13 +413,13 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
 
 
 def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path):
-    process = tiny.start(["main.py", *tiny.TINY, "--epochs", "99", "--output-dir", tmp_path, "--log-interval", "5"])
+    process = tiny.Process(["main.py", *tiny.TINY, "--epochs", "99", "--output-dir", tmp_path, "--log-interval", "5"])
     for line in process.stdout:
         if "epoch 3  step 5" in line:
             # From now on no file takes more than 50 kB: what a full disk is to a program.
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
             break
-    output = process.communicate(timeout=60)[0]
+    output = process.output(60)
     assert process.returncode == 1
     last = output.splitlines()[-1]
     assert re.match(r"main.py: run ended: cannot write a checkpoint to .*; the earlier one is intact", last), output

@@ -297,7 +297,7 @@ def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(
 def test_a_killed_precomputation_goes_on_and_ends_with_the_same_files(teacher, store, tmp_path):
     command = ["main.py", *RUN, "--distillation-type", "hard", "--precompute-teacher", *teacher]
     command += ["--teacher-cache", tmp_path / "cache", "--log-interval", "1", "--epochs", "2"]
-    process = tiny.start(command)
+    process = tiny.Process(command)
     deadline = time.monotonic() + 120
     part = tmp_path / "cache" / "epoch_0000_rank0of1.part.npy"
 

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 
+from tools.chaos import kill, processes_with
 from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -24,28 +27,31 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 def environment(**changes):
     """This environment without any launcher's variables, one thread per process; a change to None leaves one out."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("SLURM_")}
-    changed = {**kept, "OMP_NUM_THREADS": "1", **changes}
+    changed = {**kept, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "TINY_RUN": uuid.uuid4().hex, **changes}
     return {key: str(value) for key, value in changed.items() if value is not None}
 
 
-def start(command, **changes):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
-        env=environment(**changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Process(subprocess.Popen):
+    """A command of this repository, its output kept; with its children it can be found by its environment."""
+
+    def __init__(self, command, **changes):
+        self.variables = environment(**changes)
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        super().__init__([sys.executable, *map(str, command)], cwd=REPOSITORY, env=self.variables, **out)
+
+    def output(self, seconds=240):
+        """The output once it has ended; if that takes too long, all its processes write what they are at and end."""
+        try:
+            return self.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            kill(processes_with(f"TINY_RUN={self.variables['TINY_RUN']}"), signal.SIGABRT)  # the fault handler's
+            pytest.fail(f"not done in {seconds} s: {self.communicate()[0]}")
 
 
 def run(*command, status=0, **changes):
     """Run to the end; the output, which must come with that exit status."""
-    process = start(command, **changes)
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
+    process = Process(command, **changes)
+    output = process.output()
     assert process.returncode == status, output
     return output
 

@@ -39,6 +39,26 @@ RUN += ["--num-workers", "1", "--batch-size", "32", "--accum-steps", "2", "--cli
 TIMES = ("images_per_second",)  # in log.txt, and never the same twice
 
 
+def processes_with(*variables: str) -> list[int]:
+    """Processes that have all of these in their environment, as NAME=value."""
+    wanted, found = [variable.encode() for variable in variables], []
+    for entry in Path("/proc").iterdir():
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+        except OSError:  # it has just ended, or is another user's
+            continue
+        if all(each in environment for each in wanted):
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def kill(pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
+    """A signal to those that are still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 class Run:
     """One start of main.py, with all the processes that come of it."""
 
@@ -49,7 +69,7 @@ class Run:
             launcher = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
             command += ["-m", "torch.distributed.run", *launcher]
         command += ["main.py", *flags, "--resume", "auto", "--output-dir", str(folder)]
-        environment = os.environ | {"CHAOS_RUN": self.token, "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"CHAOS_RUN": self.token, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         with open(folder.with_suffix(".out"), "a") as output:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -57,16 +77,16 @@ class Run:
 
     def living(self, rank: int | None = None) -> list[int]:
         """Processes of this start (of this rank), also those that have lost their parents."""
-        wanted = [f"CHAOS_RUN={self.token}".encode()] + ([f"RANK={rank}".encode()] if rank is not None else [])
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            except OSError:  # it has just ended, or is another user's
-                continue
-            if all(each in variables for each in wanted):
-                found.append(int(entry.name))
-        return sorted(found)
+        return processes_with(f"CHAOS_RUN={self.token}", *([f"RANK={rank}"] if rank is not None else []))
+
+    def wait(self, seconds: float) -> int:
+        """The exit status; of a run that takes longer, all processes write what they are at and end."""
+        try:
+            return self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            kill(self.living(), signal.SIGABRT)  # the fault handler's signal
+            self.process.wait()
+            raise RuntimeError(f"not done in {seconds:g} s: {self.folder.with_suffix('.out').read_text()}") from None
 
     def is_writing(self) -> bool:
         """Whether a checkpoint is half written."""
@@ -80,13 +100,6 @@ class Run:
     def victims(self, rank: int | None) -> list[int]:
         """All processes, or one rank's training process."""
         return self.living() if rank is None else self.living(rank)[:1]
-
-
-def kill(pids: list[int]) -> None:
-    """SIGKILL to those that are still there."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def wait_and_kill(run: Run, moment: str, seconds: float, rank: int | None) -> bool:
