@@ -13,6 +13,8 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_image
 from timm.data import auto_augment, random_erasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 
@@ -714,6 +716,32 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
     monkeypatch.setattr(augment, "_computes_some_alone", lambda values: False)
     assert compiled.dtype == torch.bfloat16 and compiled.shape == (6, 3, size, size)
     assert torch.equal(compiled, view(*arguments))
+
+
+@pytest.mark.parametrize(
+    "size, policy, re_mode",
+    [
+        (32, "rand-m9-mstd0.5-inc1", "pixel"),
+        (80, "rand-m9-mstd0.5-inc1", "rand"),
+        (80, "original", "const"),
+        (32, "3a", "const"),
+        (80, "3a", "pixel"),
+    ],
+)
+def test_views_on_a_gpu_are_made_there_without_waiting_for_it(size, policy, re_mode):
+    # Tensors without values need no GPU: to read a number of one, or to mix it with one of the CPU, is an error.
+    with FakeTensorMode():
+        options = {"auto_augment": policy, "re_mode": re_mode, "re_count": 2, "interpolation": "random"}
+        view = TrainAugmentation((90, 70), (size, size), MEAN, STD, **options, dtype=torch.bfloat16).to("cuda")
+        images = torch.empty(6, 3, 90, 70, dtype=torch.uint8, device="cuda")
+        sizes, keys = (torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((6, 2), (6,)))
+        views = [view(images, sizes, keys), EvalTransform((90, 70), (size, size), MEAN, STD).to("cuda")(images, sizes)]
+        assert [each.device.type for each in views] == ["cuda", "cuda"]
+        assert [each.shape for each in views] == [(6, 3, size, size)] * 2
+        with pytest.raises(RuntimeError, match="same device"):
+            view(images, sizes.cpu(), keys)
+        with pytest.raises(DataDependentOutputException):
+            images.max().item()
 
 
 @pytest.mark.parametrize("policy", ["augmix-m5-w4-d2", "rand-m9-tweights", "rand-m9-n3", "rand-m15-mmax20"])

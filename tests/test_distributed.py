@@ -6,8 +6,6 @@ import torch
 
 import utils
 
-pytestmark = pytest.mark.processes
-
 
 def weights(folder, name="checkpoint.pth", key="model"):
     return torch.load(folder / name, weights_only=True)[key]

@@ -24,8 +24,6 @@ import samplers
 import utils
 from tools import chaos
 
-pytestmark = pytest.mark.processes
-
 # Mixup, dropout, stochastic depth, average: 22 updates in an epoch
 FLAGS = [*tiny.TINY, "--epochs", "3", "--drop", "0.1", "--model-ema-decay", "0.9", "--amp", "off"]
 UPDATES = 22

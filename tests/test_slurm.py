@@ -13,8 +13,6 @@ import tiny
 
 from tools import chaos
 
-pytestmark = pytest.mark.processes
-
 SCRIPT = Path(__file__).with_name("slurm.sh")
 FLAGS = [*tiny.TINY, "--epochs", "200", "--batch-size", "16", "--drop", "0.1", "--warmup-epochs", "1"]
 FLAGS += ["--model-ema-decay", "0.99", "--num-workers", "1"]  # SLURM signals loader processes as well

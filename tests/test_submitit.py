@@ -9,8 +9,6 @@ import tiny
 import run_with_submitit
 import utils
 
-pytestmark = pytest.mark.processes
-
 LOCAL = ["run_with_submitit.py", "--cluster", "local", "--nodes", "1", "--ngpus", "0"]
 
 

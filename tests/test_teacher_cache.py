@@ -17,8 +17,6 @@ from samplers import Batch
 from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint, check_space
 from utils import RunError
 
-pytestmark = pytest.mark.processes
-
 CPU = torch.device("cpu")
 
 
