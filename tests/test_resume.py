@@ -233,7 +233,7 @@ def stop_two_ranks(flags, folder, send):
         assert run.process.poll() is None, folder.with_suffix(".out").read_text()
         time.sleep(0.05)
     send(run)
-    assert run.wait(60) != 0
+    assert run.wait(120) != 0
     chaos.kill(run.living())
     output = folder.with_suffix(".out").read_text()
     kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is kept", output)
@@ -243,7 +243,7 @@ def stop_two_ranks(flags, folder, send):
 def test_a_signal_to_torchrun_stops_all_ranks_at_the_same_step(two_ranks, tmp_path):
     flags, whole = two_ranks
     stop_two_ranks(flags, tmp_path / "run", lambda run: run.process.terminate())
-    assert chaos.Run(tmp_path / "run", flags, processes=2, restarts=0).wait(120) == 0
+    assert chaos.Run(tmp_path / "run", flags, processes=2, restarts=0).wait(240) == 0
     assert chaos.compare(whole, tmp_path / "run") == []
 
 
@@ -281,7 +281,7 @@ def start_ranks(kind, folder, *flags, workers=1):
 )
 def test_a_fault_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
     ranks = start_ranks(kind, tmp_path, "--log-interval", "5")
-    outputs = [None, ranks[1].output(120)]
+    outputs = [None, ranks[1].output()]
     begin = time.monotonic()
     outputs[0] = ranks[0].output(30)
     assert time.monotonic() - begin < 30
@@ -297,7 +297,7 @@ def test_a_fault_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
 
 def test_a_rank_s_nan_is_skipped_by_all_if_that_is_tolerated(tmp_path):
     ranks = start_ranks("nan", tmp_path, "--max-skipped-steps", "1", workers=0)
-    outputs = [rank.output(120) for rank in ranks]
+    outputs = [rank.output() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert [record.get("skipped_steps") for record in tiny.log_of(tmp_path)] == [None, None, 1.0]
     assert "epoch 2  step 6 skipped" in outputs[0]
@@ -417,7 +417,7 @@ def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path):
             # From now on no file takes more than 50 kB: what a full disk is to a program.
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
             break
-    output = process.output(60)
+    output = process.output()
     assert process.returncode == 1
     last = output.splitlines()[-1]
     assert re.match(r"main.py: run ended: cannot write a checkpoint to .*; the earlier one is intact", last), output
