@@ -299,9 +299,10 @@ def adjust_color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """0 is PIL's SMOOTH filter, 1 the image; pixels at the border stay; factor [B]."""
-    values = images.float()
-    columns = values[..., :-2] + values[..., 1:-1] + values[..., 2:]
-    smooth = (columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :] + 4 * values[..., 1:-1, 1:-1]) / 13
+    # In one sum, which a compiler makes in one pass over the image, and in numbers of two bytes
+    values, height, width = images.short(), images.shape[2] - 2, images.shape[3] - 2
+    nine = sum(values[..., top : top + height, left : left + width] for top in range(3) for left in range(3))
+    smooth = (nine + 4 * values[..., 1:-1, 1:-1]).float() / 13
     inner = blend((smooth + 0.5).floor(), images[..., 1:-1, 1:-1], factor)
     rows = torch.cat([images[..., :1, 1:-1], inner, images[..., -1:, 1:-1]], dim=2)
     return torch.cat([images[..., :1], rows, images[..., -1:]], dim=3)
