@@ -20,7 +20,22 @@ from torchvision.transforms import functional as pil
 
 import augment
 import samplers
-from augment import KINDS, OPERATIONS, Affine, Draws, EvalTransform, Policy, Resampler, Step, TrainAugmentation
+from augment import EvalTransform, TrainAugmentation, image_ops
+from augment.image_ops import Affine, Resampler, paint
+from augment.policy import (
+    GEOMETRIC,
+    KINDS,
+    OPERATIONS,
+    Draws,
+    Policy,
+    Step,
+    as_affine,
+    jitter,
+    parse_policy,
+    recolour,
+    splitmix64,
+)
+from augment.views import random_resized_crop
 from datasets import build_eval_transform, build_sources, build_train_transform
 from tools import show_augmentation
 
@@ -60,6 +75,11 @@ def photos(height, width, number=4):
 def batch(images):
     """uint8 [B, 3, H, W] of PIL images."""
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+
+
+def whole_images(sizes):
+    """The box [top, left, height, width] of each."""
+    return 0 * sizes[:, 0].float(), 0 * sizes[:, 0].float(), *sizes.float().unbind(1)
 
 
 def sizes_of(images):
@@ -180,12 +200,12 @@ def test_colours_are_pils(kind, size):
     images = photos(*size) if kind == "blur" else with_odd_images(photos(*size))
     for argument in arguments:
         theirs = batch([function(image, argument) for image in images])
-        ours = augment.recolour(batch(images), step_of(kind, argument, len(images)), frozenset(KINDS))
+        ours = recolour(batch(images), step_of(kind, argument, len(images)), frozenset(KINDS))
         assert_close(ours, theirs, tolerance)
 
 
 def test_every_operation_has_been_compared():
-    assert {kind for kind, _ in OPERATIONS.values()} == {*COLOURS, *augment.GEOMETRIC}
+    assert {kind for kind, _ in OPERATIONS.values()} == {*COLOURS, *GEOMETRIC}
     names = {*auto_augment._RAND_TRANSFORMS, *auto_augment._RAND_INCREASING_TRANSFORMS, *auto_augment._RAND_3A}
     assert names <= OPERATIONS.keys()
 
@@ -193,7 +213,7 @@ def test_every_operation_has_been_compared():
 def test_other_samples_keep_their_colours():
     images = batch(photos(32, 32))
     step = Step(torch.tensor([KINDS.index(kind) for kind in ("invert", "none", "rotate", "blur")]), full(1.5))
-    views = augment.recolour(images.clone(), step, frozenset(KINDS))
+    views = recolour(images.clone(), step, frozenset(KINDS))
     assert [torch.equal(view, image) for view, image in zip(views, images, strict=True)] == [False, True, True, False]
 
 
@@ -209,11 +229,11 @@ GEOMETRY = {
 def moved_by(images, step, interpolation, fill):
     """One geometric step of ours on whole images."""
     height, width = images.shape[2:]
-    map = augment.as_affine(step, height, width)
+    map = as_affine(step, height, width)
     box = full(0), full(0), full(height), full(width)
     views = Resampler((height, width), (height, width), interpolation)(images, box, map)
     outside = map.outside(height, width)
-    return augment.paint(views, outside, torch.tensor(fill, dtype=torch.uint8).view(1, 3, 1, 1)), outside
+    return paint(views, outside, torch.tensor(fill, dtype=torch.uint8).view(1, 3, 1, 1)), outside
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (224, 224)])
@@ -286,8 +306,7 @@ def test_gathering_and_products_agree(name, monkeypatch):
     frame, box, size = RESIZES[name]
     images = batch(photos(*frame))
     straight = resized(images, box, size, "bicubic")
-    monkeypatch.setattr(augment, "_computes_some_alone", lambda values: False)
-    monkeypatch.setattr(Resampler, "_straight", None)  # not to be called
+    monkeypatch.setattr(image_ops, "can_select_samples", lambda values: False)
     difference = (resized(images, box, size, "bicubic").int() - straight.int()).abs().float()
     assert difference.max() <= 1 and difference.mean() <= 0.1
 
@@ -298,7 +317,7 @@ def test_views_do_not_depend_on_how_they_are_computed(size, policy, monkeypatch)
     views = TrainAugmentation((120, 90), (size, size), MEAN, STD, auto_augment=policy, interpolation="random")
     arguments = batch(images), sizes_of(images), keys_of(32)
     alone = grey_levels(views(*arguments))
-    monkeypatch.setattr(augment, "_computes_some_alone", lambda values: False)
+    monkeypatch.setattr(image_ops, "can_select_samples", lambda values: False)
     difference = (grey_levels(views(*arguments)) - alone).abs()
     # Where two differ by more, a value lies at a threshold: of solarize, of posterize, of a histogram.
     assert difference.mean() < 0.1 and (difference > 1).float().mean() < 3e-3
@@ -341,7 +360,7 @@ def test_evaluation_is_pils(size, ratio):
 def test_hash_is_the_samplers():
     random_values = np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64)
     values = np.concatenate([np.array([0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1], np.uint64), random_values])
-    ours = augment.splitmix64(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64)
+    ours = splitmix64(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64)
     assert (ours == samplers._splitmix64(values)).all()
 
 
@@ -381,7 +400,7 @@ def test_a_view_is_its_keys(size, policy):
 def test_crops_are_drawn_as_timms(height, width):
     number = 8000
     sizes = torch.tensor([[height, width]]).expand(number, 2)
-    box, _, _ = augment._random_resized_crop(Draws(keys_of(number), 32), sizes, (32, 32))
+    box, _, _ = random_resized_crop(Draws(keys_of(number), 32), sizes, (32, 32))
     image = Image.new("RGB", (width, height))
     random.seed(0)
     drawn = [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(number)]
@@ -401,7 +420,7 @@ def test_crops_are_drawn_as_timms(height, width):
 
 def timm_draws(name, number):
     """For each of many images, what timm's policy would apply: (kind here, argument here), in order."""
-    policy, drawn = augment.parse_policy(name), []
+    policy, drawn = parse_policy(name), []
     ops = policy.ops if isinstance(policy, auto_augment.RandAugment) else [op for row in policy.policy for op in row]
 
     def record(op):
@@ -470,7 +489,7 @@ def erased(number, size=(40, 30), seed=0, **options):
     options = {"re_prob": 1.0, "re_mode": "const", **options}
     view = TrainAugmentation(size, size, (0.5,) * 3, (0.5,) * 3, **{**PLAIN, **options})
     view.crop = lambda draws, sizes, size: (
-        augment._whole(sizes),
+        whole_images(sizes),
         Affine.scaling(*(full(each, len(sizes)) for each in (1, 1, 0, 0))),
         None,
     )
@@ -567,8 +586,8 @@ def test_pipeline_is_timms(name, flip, frame, monkeypatch):
     transform.transforms[place : place + 1] = [
         lambda image, kind=kind, argument=argument: THEIRS[kind](image, argument, **settings) for kind, argument in pair
     ]
-    monkeypatch.setattr(augment, "CROP_AREA", (1.0, 1.0))
-    monkeypatch.setattr(augment, "CROP_ASPECT", (1.0, 1.0))
+    monkeypatch.setattr("augment.views.CROP_AREA", (1.0, 1.0))
+    monkeypatch.setattr("augment.views.CROP_ASPECT", (1.0, 1.0))
     monkeypatch.setattr(Policy, "forward", lambda policy, draws: [step_of(*each) for each in pair])
     images = photos(frame, frame)
     view = TrainAugmentation((frame, frame), (96, 96), MEAN, STD, **options)
@@ -651,7 +670,7 @@ def test_padding_moves_with_the_image(monkeypatch):
 def test_jitter_draws_factors_and_orders():
     number, names = 6000, ("brightness", "contrast", "color")
     for strength, low in ((0.4, 0.6), (1.5, 0.0)):
-        steps = augment.jitter(strength, Draws(keys_of(number), 8))
+        steps = jitter(strength, Draws(keys_of(number), 8))
         orders = Counter(zip(*(step.kind.tolist() for step in steps), strict=True))
         kinds = [KINDS.index(name) for name in names]
         assert_counts_alike(orders, Counter(dict.fromkeys(itertools.permutations(kinds), number // 6)))
@@ -666,10 +685,12 @@ def test_jitter_draws_factors_and_orders():
 def test_jitter_is_pils(order, monkeypatch):
     adjust = {"brightness": pil.adjust_brightness, "contrast": pil.adjust_contrast, "color": pil.adjust_saturation}
     factors = {"brightness": 1.3, "contrast": 0.7, "color": 1.4}
-    monkeypatch.setattr(augment, "jitter", lambda strength, draws: [step_of(kind, factors[kind]) for kind in order])
+    monkeypatch.setattr(
+        "augment.views.jitter", lambda strength, draws: [step_of(kind, factors[kind]) for kind in order]
+    )
     view = TrainAugmentation((48, 48), (48, 48), MEAN, STD, **{**PLAIN, "color_jitter": 0.4})
     view.crop = lambda draws, sizes, size: (
-        augment._whole(sizes),
+        whole_images(sizes),
         Affine.scaling(full(1), full(1), *[full(0)] * 2),
         None,
     )
@@ -683,7 +704,7 @@ def test_jitter_is_pils(order, monkeypatch):
 @pytest.mark.parametrize("policy, jittered", [("none", True), ("3a", True), ("rand-m9-t3a", True), ("v0", False)])
 def test_policies_replace_jitter_as_in_timm(policy, jittered, monkeypatch):
     calls = []
-    monkeypatch.setattr(augment, "jitter", lambda strength, draws: calls.append(strength) or [])
+    monkeypatch.setattr("augment.views.jitter", lambda strength, draws: calls.append(strength) or [])
     transform = build_train_transform((96, 96), MEAN, STD, auto_augment=policy, color_jitter=0.2)
     assert any(type(part).__name__ == "ColorJitter" for part in transform.transforms) == jittered
     images = photos(96, 96, 2)
@@ -713,7 +734,7 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
         arguments += (keys_of(6),)
     torch._dynamo.reset()
     compiled = torch.compile(view, fullgraph=True, backend="eager")(*arguments)  # else raises where the graph breaks
-    monkeypatch.setattr(augment, "_computes_some_alone", lambda values: False)
+    monkeypatch.setattr(image_ops, "can_select_samples", lambda values: False)
     assert compiled.dtype == torch.bfloat16 and compiled.shape == (6, 3, size, size)
     assert torch.equal(compiled, view(*arguments))
 
@@ -802,7 +823,7 @@ def test_picture_shows_both_codes(policy, operations, tmp_path, capsys):
 
 def test_picture_of_a_data_set(tmp_path, capsys):
     rows, columns, _ = picture_of(tmp_path, capsys, "--num-images", 3, "--input-size", 32, "--views", 1, "--aa", "v0")
-    names = {(op.name, op.magnitude) for row in augment.parse_policy("v0").policy for op in row}
+    names = {(op.name, op.magnitude) for row in parse_policy("v0").policy for op in row}
     assert (rows, columns) == (1 + len(names) + 1, 6)
 
 

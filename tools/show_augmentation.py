@@ -21,8 +21,9 @@ from PIL import Image, ImageDraw, ImageOps
 from timm.data.auto_augment import AugmentOp
 
 import main as training
-from augment import KINDS, OPERATIONS, Policy, Resampler, Step, TrainAugmentation, as_affine, paint, recolour
-from augment import parse_policy as timm_policy
+from augment import Policy, TrainAugmentation
+from augment.image_ops import Resampler, paint
+from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolour
 from datasets import Source, build_train_transform
 from samplers import random_keys, seed_generators
 from tools import command
@@ -89,7 +90,7 @@ def operate(images: torch.Tensor, name: str, level: float, sign: float) -> torch
 
 def operation_rows(images: Sequence[Image.Image], policy: str, seed: int) -> list[Row]:
     """Each operation once at its magnitude: for each image timm's result and ours."""
-    found = timm_policy(policy)
+    found = parse_policy(policy)
     ops = found.ops if hasattr(found, "ops") else [op for row in found.policy for op in row]
     rows = []
     for number, (name, magnitude) in enumerate(sorted({(op.name, op.magnitude) for op in ops})):

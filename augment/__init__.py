@@ -1,0 +1,13 @@
+"""The augmentation as batched tensor code: stored uint8 images in, normalized views out, on any device.
+
+It follows timm's PIL pipeline operation by operation. The differences:
+  - crop, flip and geometric operations are one affine map and one interpolation, where PIL interpolates each time, so
+    a color operation that comes before a geometric one sees the image already moved;
+  - the random numbers of a view are hashed from its key, not taken from generators.
+Views do not depend on the batch; CPU and GPU differ by the rounding of float32.
+"""
+
+from augment.policy import Policy, is_supported
+from augment.views import PADDING, SMALL_IMAGE, EvalTransform, TrainAugmentation
+
+__all__ = ["PADDING", "SMALL_IMAGE", "EvalTransform", "Policy", "TrainAugmentation", "is_supported"]

@@ -1,0 +1,284 @@
+"""From stored uint8 images to normalized views, in batches: the training augmentation and the evaluation transform."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from augment.image_ops import Affine, Resampler, in_parts, only, paint
+from augment.policy import GEOMETRIC, Draws, Policy, as_affine, jitter, recolour
+
+SMALL_IMAGE = 64  # up to this size views are made by padding and cropping, not by random resized crops
+PADDING = 4  # pixels around a small image
+CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of random resized crops
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+ATTEMPTS = 10  # at a crop or a region that fits
+NOISE = 2**20  # normal numbers to fill erased regions with
+
+
+class Normalize(nn.Module):
+    """uint8 [B, 3, H, W] -> (x / 255 - mean) / std, in `dtype`."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in (mean, std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mul_(self.scale).add_(self.shift).to(self.dtype)
+
+
+class EvalTransform(nn.Module):
+    """How images are evaluated: as `datasets.build_eval_transform` shows them, within a grey level or two.
+
+    Above 64 px they are resized to size / crop_ratio and cut to their centre; up to there they are used whole.
+
+    Args:
+        frame: height and width of the stored images, in pixels.
+        size: height and width of the views, in pixels.
+        mean, std: per channel, of images scaled to [0, 1].
+        crop_ratio: side of the view within the resized image.
+        dtype: of the views.
+    """
+
+    def __init__(
+        self,
+        frame: tuple[int, int],
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_ratio: float = 0.875,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.size, self.crop_ratio = size, crop_ratio
+        self.resample = Resampler(frame, size, "bicubic")
+        self.normalize = Normalize(mean, std, dtype)
+
+    def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, H, W], of which the first `sizes` [B, 2] rows and columns count -> [B, 3, height, width]."""
+        return in_parts(self._views, self.size, images, sizes)
+
+    def _views(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        return self.normalize(self.resample(images, _whole(sizes), self._map(sizes)))
+
+    def _map(self, sizes: torch.Tensor) -> Affine:
+        """From the view's coordinates to those of images of these sizes."""
+        height, width = sizes.float().unbind(1)
+        if max(self.size) <= SMALL_IMAGE:
+            none = torch.zeros_like(height)
+            return Affine.scaling(height / self.size[0], width / self.size[1], none, none)
+        resized = [math.floor(side / self.crop_ratio) for side in self.size]
+        if resized[0] == resized[1]:  # the long side is cut off to whole pixels, else both are rounded
+            # In whole numbers: compiled for a GPU, a quotient of float32 may be a little less than the whole one it is.
+            new_height, new_width = (resized[0] * sizes // sizes.amin(dim=1, keepdim=True)).float().unbind(1)
+        else:
+            ratio = torch.minimum(height / resized[0], width / resized[1])
+            new_height, new_width = (height / ratio).round(), (width / ratio).round()
+        top, left = ((new_height - self.size[0]) / 2).round(), ((new_width - self.size[1]) / 2).round()
+        scale_y, scale_x = height / new_height, width / new_width
+        return Affine.scaling(scale_y, scale_x, top * scale_y, left * scale_x)
+
+
+def _whole(sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The box [top, left, height, width] of whole images."""
+    height, width = sizes.float().unbind(1)
+    return torch.zeros_like(height), torch.zeros_like(width), height, width
+
+
+class TrainAugmentation(nn.Module):
+    """DeiT's training augmentation (paper, section 6 and table 9), as `datasets.build_train_transform` does it in PIL.
+
+    Random resized crop (up to 64 px: padding by 4 and a random crop), flip, the policy, colour jitter where there is no
+    policy or 3-Augment, normalisation, random erasing.
+
+    Args:
+        frame: height and width of the stored images, in pixels.
+        size: height and width of the views, in pixels.
+        mean, std: per channel, of images scaled to [0, 1].
+        interpolation: "bilinear", "bicubic" or "random".
+        hflip: probability of a flip.
+        color_jitter: strength, for brightness, contrast and saturation.
+        auto_augment: timm's name of a policy, or none.
+        re_prob, re_mode, re_count: of random erasing; "const", "rand" (a colour) or "pixel", up to so many regions.
+        dtype: of the views.
+
+    Raises:
+        UserError: if the policy is not known, or not for this.
+    """
+
+    def __init__(
+        self,
+        frame: tuple[int, int],
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        interpolation: str = "bicubic",
+        hflip: float = 0.5,
+        color_jitter: float = 0.3,
+        auto_augment: str = "rand-m9-mstd0.5-inc1",
+        re_prob: float = 0.25,
+        re_mode: str = "pixel",
+        re_count: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.size, self.hflip = size, hflip
+        self.re_prob, self.re_mode, self.re_count = re_prob, re_mode, re_count
+        small = max(size) <= SMALL_IMAGE
+        self.crop = _padded_crop if small else random_resized_crop
+        # What is drawn at random in "random" is the interpolation of random crops, of which there are none up to 64 px.
+        self.resample = Resampler(frame, size, "bicubic" if small and interpolation == "random" else interpolation)
+        self.policy = None if auto_augment in ("", "none") else Policy(auto_augment)
+        self.color_jitter = color_jitter if self.policy is None or "3a" in auto_augment else 0.0
+        self.kinds = self.policy.kinds_used if self.policy is not None else frozenset()
+        self.normalize = Normalize(mean, std, dtype)
+        fill = torch.tensor([min(255, round(255 * value)) for value in mean], dtype=torch.uint8)
+        self.register_buffer("fill", fill.view(1, 3, 1, 1))
+        noise = torch.randn(NOISE + 3 * math.prod(size), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("noise", noise)  # read from one of the first NOISE places on
+
+    def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """The view of each image that its key says.
+
+        Args:
+            images: uint8 [B, 3, H, W].
+            sizes: [B, 2], rows and columns of each that count, from the first.
+            keys: int64 [B].
+
+        Returns:
+            [B, 3, height, width], normalised.
+        """
+        return in_parts(self._views, self.size, images, sizes, keys)
+
+    def _views(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        draws = Draws(keys, 64 + 16 * len(self.kinds) + 32 * self.re_count)
+        box, map, outside = self.crop(draws, sizes, self.size)
+        bilinear, flipped = draws(2)
+        map = map.after(_mirror(flipped < self.hflip, self.size[1]))
+        steps = self.policy(draws) if self.policy is not None else []
+        filled = []
+        for step in steps:
+            moved = as_affine(step, *self.size)
+            map = map.after(moved)
+            filled = [before.after(moved) for before in filled] + [moved]
+        views = self.resample(images, box, map, bilinear < 0.5)
+        if outside is not None:
+            views = self._blacken(views, outside, flipped < self.hflip, filled)
+        for step, moved in zip(steps, filled, strict=True):
+            views = recolour(views, step, self.kinds)
+            views = only(step.is_a(*GEOMETRIC), self._fill, views, *moved.coefficients)
+        for step in jitter(self.color_jitter, draws) if self.color_jitter else []:
+            views = recolour(views, step, frozenset(("brightness", "contrast", "color")))
+        return self._erase(self.normalize(views), draws)
+
+    def _blacken(
+        self, views: torch.Tensor, padding: Affine, flipped: torch.Tensor, filled: list[Affine]
+    ) -> torch.Tensor:
+        """Paint what comes from the padding of a small image."""
+        first = _mirror(flipped, self.size[1])
+        first = first.after(filled[0]) if filled else first
+        outside = padding.after(first).outside(*self.size)
+        return paint(views, outside, 0)
+
+    def _fill(self, views: torch.Tensor, *coefficients: torch.Tensor) -> torch.Tensor:
+        """Paint what a geometric operation has brought in from outside."""
+        return paint(views, Affine(*coefficients).outside(*self.size), self.fill)
+
+    def _erase(self, views: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Random erasing (Zhong et al. 2020) with timm's probabilities, after normalisation."""
+        if not self.re_prob:
+            return views
+        erased = draws()[0] <= self.re_prob
+        count = draws.integer(self.re_count) + 1
+        for number in range(self.re_count):
+            region = _erased_region(draws, self.size, count)
+            offset = draws.integer(NOISE)
+            views = only(erased & (number < count), self._erase_region, views, *region, offset)
+        return views
+
+    def _erase_region(
+        self,
+        views: torch.Tensor,
+        top: torch.Tensor,
+        left: torch.Tensor,
+        height: torch.Tensor,
+        width: torch.Tensor,
+        offset: torch.Tensor,
+    ) -> torch.Tensor:
+        top, left, height, width = (each[:, None] for each in (top, left, height, width))
+        y, x = (torch.arange(length, device=views.device) for length in self.size)
+        rows, columns = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        if self.re_mode == "const":
+            return paint(views, inside, 0)
+        shape = (3, 1, 1) if self.re_mode == "rand" else (3, *self.size)
+        noise = self.noise.unfold(0, math.prod(shape), 1).index_select(0, offset.long())
+        return paint(views, inside, noise.view(-1, *shape).to(views.dtype))
+
+
+def _mirror(flipped: torch.Tensor, width: int) -> Affine:
+    """x -> width - x where flipped."""
+    sign, shift = torch.where(flipped, -1.0, 1.0), torch.where(flipped, float(width), 0.0)
+    return Affine.scaling(torch.ones_like(sign), sign, torch.zeros_like(sign), shift)
+
+
+def _padded_crop(
+    draws: Draws, sizes: torch.Tensor, size: tuple[int, int]
+) -> tuple[tuple[torch.Tensor, ...], Affine, Affine | None]:
+    """The image at the view's size, shifted by up to 4 pixels each way: its box, its map, and where the padding is."""
+    down, right = draws.integer(2 * PADDING + 1) - PADDING, draws.integer(2 * PADDING + 1) - PADDING
+    one = torch.ones_like(down)
+    shift = Affine.scaling(one, one, down, right)
+    height, width = sizes.float().unbind(1)
+    none = torch.zeros_like(height)
+    resize = Affine.scaling(height / size[0], width / size[1], none, none)
+    return _whole(sizes), resize.after(shift), shift
+
+
+def random_resized_crop(
+    draws: Draws, sizes: torch.Tensor, size: tuple[int, int]
+) -> tuple[tuple[torch.Tensor, ...], Affine, None]:
+    """A crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3: its box, its map, and no padding."""
+    height, width = sizes.float().unbind(1)
+    area = draws(ATTEMPTS, *CROP_AREA) * height * width  # (attempts, B)
+    aspect = torch.exp(draws(ATTEMPTS, math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
+    (crop_height, crop_width), found = _first_fitting(
+        (area / aspect).sqrt().round(), (area * aspect).sqrt().round(), height, width
+    )
+    down, right = draws(2)
+    top, left = (down * (height - crop_height + 1)).floor(), (right * (width - crop_width + 1)).floor()
+    # Else the largest centre with the nearest allowed aspect ratio.
+    most_height = torch.minimum(height, (width / CROP_ASPECT[0]).round())
+    most_width = torch.minimum(width, (height * CROP_ASPECT[1]).round())
+    crop_height, crop_width = torch.where(found, crop_height, most_height), torch.where(found, crop_width, most_width)
+    top = torch.where(found, top, ((height - crop_height) / 2).floor())
+    left = torch.where(found, left, ((width - crop_width) / 2).floor())
+    box = (top, left, crop_height, crop_width)
+    return box, Affine.scaling(crop_height / size[0], crop_width / size[1], top, left), None
+
+
+def _first_fitting(
+    heights: torch.Tensor, widths: torch.Tensor, most_height: torch.Tensor | float, most_width: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the attempts [n, B] the first that is no larger: heights and widths [2, B], and whether there is one [B]."""
+    fits = (heights <= most_height) & (widths <= most_width) & (heights >= 1) & (widths >= 1)
+    first = fits.int().argmax(dim=0, keepdim=True)
+    return torch.cat([heights.gather(0, first), widths.gather(0, first)]), fits.any(dim=0)
+
+
+def _erased_region(draws: Draws, size: tuple[int, int], count: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Top, left, height and width [B] of a region; empty if none fits."""
+    area = draws(ATTEMPTS, *ERASED_AREA) * (size[0] * size[1]) / count
+    aspect = torch.exp(draws(ATTEMPTS, math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])))
+    heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    (height, width), found = _first_fitting(heights, widths, size[0] - 1, size[1] - 1)
+    down, right = draws(2)
+    top, left = (down * (size[0] - height + 1)).floor(), (right * (size[1] - width + 1)).floor()
+    return top, left, torch.where(found, height, 0), torch.where(found, width, 0)
