@@ -12,19 +12,19 @@ from typing import Any
 
 import submitit
 
-import main
+import flags
 import utils
 from utils import UserError
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
 
-def get_parser() -> main.Parser:
+def get_parser() -> flags.Parser:
     """The flags of main.py and those of a job."""
-    parser = main.get_parser(prog="run_with_submitit.py")
+    parser = flags.get_parser(prog="run_with_submitit.py")
     parser.set_defaults(output_dir="")
     add = parser.add_argument_group("job (its logs, and by default its output, go to JOB_DIR/<job id>)").add_argument
-    natural, count = main.number(int, 0), main.number(int, 1)
+    natural, count = flags.in_range(int, 0), flags.in_range(int, 1)
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: processes on this machine; "
         "debug: in this process")  # fmt: skip
     add("--nodes", type=count, default=2, help="machines")
@@ -91,7 +91,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     Raises:
         UserError: contradicting flags, or no SLURM.
     """
-    main.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
+    flags.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
     if args.cluster != "slurm" and args.nodes != 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
     # A relative folder would mean another place on another machine.

@@ -89,7 +89,7 @@ def test_both_loops_train_and_average_every_weight(loop, monkeypatch):
     spy(bench.training, "ModelEmaV3", averages)
     spy(bench.timm.utils, "ModelEmaV3", averages)
     options = bench.run_flags(settled(), "--model-ema-decay", "0.5", "--drop-path", "0", "--lr", "1")
-    args = bench.training.get_parser().parse_args(options)
+    args = bench.parse_args(options)
     batch = bench.Batch(torch.randn(2, 3, 32, 32), torch.tensor([3, 4]), torch.arange(2))
     work = loop(args, [batch], CPU)
     before = {name: weight.clone() for name, weight in built[0].named_parameters()}

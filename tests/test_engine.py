@@ -22,6 +22,7 @@ import main
 import models
 from datasets import EpochLoader, build_prepare, collate, copied_ahead
 from engine import TrainState, build_lr_schedule, build_optimizer, evaluate, fit, train_one_epoch
+from flags import parse_args
 from losses import DistillationLoss, FrozenTeacher, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
 from teacher_cache import CachedTeacher, Labels, TeacherCache
@@ -700,7 +701,7 @@ def test_on_cuda_a_batch_is_copied_on_another_stream_that_the_computation_waits_
 def test_the_teacher_is_compiled_with_the_model(flags, tmp_path):
     torch.save({"model": build_resnet().state_dict()}, tmp_path / "teacher.pth")
     flags = [*flags, "--teacher-model", "test_resnet", "--teacher-path", str(tmp_path / "teacher.pth")]
-    args = main.get_parser().parse_args([*flags, "--input-size", "32"])
+    args = parse_args([*flags, "--input-size", "32"])
     teacher = main.build_teacher(args, build_deit(), 10, CPU)
     assert (teacher.model._compiled_call_impl is not None) == args.compile
     assert not teacher.model.training and same_bits(build_resnet().state_dict(), teacher.model.state_dict())

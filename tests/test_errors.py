@@ -18,6 +18,7 @@ import engine
 import main
 import samplers
 import utils
+from flags import get_parser
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 RUN = "--data-set DIGITS --num-workers 0 --device cpu --input-size 32 --epochs 1 --output-dir {w}/output"
@@ -415,7 +416,7 @@ def test_a_mistake_ends_with_status_2_and_one_line(flags, names, mend, workspace
     before = {path: path.stat().st_mtime_ns for path in (workspace / "run").iterdir()}
     assert in_process(flags, workspace) == 2
     line = the_one_line(capsys.readouterr())
-    assert line.startswith(("main.py: error: ", f"{main.get_parser().prog}: error: "))
+    assert line.startswith(("main.py: error: ", f"{get_parser().prog}: error: "))
     assert names.replace("{w}", str(workspace)) in line
     assert mend in line
     assert not (workspace / "marker").exists(), "a checkpoint's code was run"

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import datasets
 import main
 import utils
+from flags import get_parser, parse_args
 
 PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
 
@@ -157,7 +158,7 @@ def test_a_run_is_augmented_and_evaluated_on_the_device(plain_run, tmp_path, cap
 )
 def test_images_in_memory_are_augmented_on_a_gpu_unless_told_otherwise(device, flags, expected):
     source, _ = datasets.build_sources("DIGITS", None)
-    args = main.get_parser().parse_args(flags)
+    args = parse_args(flags)
     assert main._augments_on_device(args, source, torch.device(device)) == expected
 
 
@@ -166,7 +167,7 @@ def test_image_files_are_augmented_on_the_host(tmp_path):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (20, 10)).save(tmp_path / part / "cat" / "1.png")
     source, _ = datasets.build_sources("IMNET", str(tmp_path))
-    parser = main.get_parser()
+    parser = get_parser()
     assert not main._augments_on_device(parser.parse_args([]), source, torch.device("cuda"))
     with tiny.user_error("--augment device", "tools.pack_dataset"):
         main._augments_on_device(parser.parse_args(["--augment", "device"]), source, torch.device("cuda"))
@@ -175,7 +176,7 @@ def test_image_files_are_augmented_on_the_host(tmp_path):
 
 
 def test_three_augment_has_its_published_spelling():
-    parser = main.get_parser()
+    parser = get_parser()
     assert parser.parse_args(["--ThreeAugment"]) == parser.parse_args(["--aa", "3a"])
 
 
@@ -190,11 +191,11 @@ def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
 
 @pytest.mark.parametrize("local_size", [1, 2])
 def test_loader_processes_default_to_the_cpus_of_a_rank(local_size):
-    args = main.get_parser().parse_args([])
+    args = parse_args([])
     world = utils.World(0, local_size, 0, local_size, torch.device("cpu"))
     expected = min(10, max(1, utils.available_cpus() // local_size))
     assert main._loader_options(args, world)["num_workers"] == expected
-    args = main.get_parser().parse_args(["--num-workers", "0"])
+    args = parse_args(["--num-workers", "0"])
     assert main._loader_options(args, world)["num_workers"] == 0
 
 
@@ -204,7 +205,7 @@ def test_pretrained_weights_are_where_training_starts(tmp_path):
     model = timm.create_model("deit_tiny_patch16_224", **shape)
     timm.models.save_for_hf(model, tmp_path / "hub", model_args=shape)
     args = ["--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", "--input-size", "32", "--drop-path", "0"]
-    built = main.build_model(main.get_parser().parse_args(args), 10, torch.device("cpu"))
+    built = main.build_model(parse_args(args), 10, torch.device("cpu"))
     assert built.head.out_features == 10
     for name, value in model.state_dict().items():
         assert name.startswith("head.") or torch.equal(built.state_dict()[name], value)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 import main
 import models_evit
+from flags import parse_args
 from models_evit import EViTBlock, KeepRate, evit_blocks, keep_attentive, reduce_tokens
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 7}
@@ -268,7 +269,7 @@ def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
     torch._dynamo.reset()
     flags = [*RUN, *REDUCED, "--patch-size", "4", "--compile", "--no-model-ema", "--amp", "off"]
-    args = main.get_parser().parse_args([*flags, "--shrink-start-epoch", "1", "--shrink-epochs", "4"])
+    args = parse_args([*flags, "--shrink-start-epoch", "1", "--shrink-epochs", "4"])
     world = main.utils.init_distributed("cpu")
     model = main.build_model(args, 10, world.device)
     state = main.build_state(args, model, model, images_per_batch=4, world=world)
@@ -349,9 +350,9 @@ def test_flags_of_evit_with_another_model_are_a_line(flag, capsys):
 
 @pytest.mark.parametrize("spelling", ["3,6,9", "(3, 6, 9)", "[3,6,9]"])
 def test_layers_are_read_in_every_spelling(spelling):
-    assert main.get_parser().parse_args(["--drop_loc", spelling]).drop_loc == [3, 6, 9]
+    assert parse_args(["--drop_loc", spelling]).drop_loc == [3, 6, 9]
 
 
 def test_keep_rates_are_read_one_or_per_layer():
-    assert main.get_parser().parse_args(["--base_keep_rate", "0.5"]).base_keep_rate == 0.5
-    assert main.get_parser().parse_args(["--base-keep-rate", "0.7,0.7,0.5"]).base_keep_rate == [0.7, 0.7, 0.5]
+    assert parse_args(["--base_keep_rate", "0.5"]).base_keep_rate == 0.5
+    assert parse_args(["--base-keep-rate", "0.7,0.7,0.5"]).base_keep_rate == [0.7, 0.7, 0.5]

@@ -9,8 +9,8 @@ import timm
 import tiny
 
 import datasets
-import main
 import run_with_submitit
+from flags import check_flags, get_parser, parse_args
 
 RECIPES = sorted((tiny.REPOSITORY / "recipes").glob("*.args"))
 # facebookresearch/deit main.py; `--color-jitter` is 0.3 in its last version
@@ -74,7 +74,7 @@ PUBLISHED_DEFAULTS = {
 
 
 def parse(*words):
-    return main.get_parser().parse_args([str(word) for word in words])
+    return parse_args([str(word) for word in words])
 
 
 def header(recipe):
@@ -104,7 +104,7 @@ def test_there_are_recipes():
 class TestRecipe:
     def test_parses_and_its_flags_agree(self, recipe):
         args = parse(f"@{recipe}")
-        main.check_flags(args)
+        check_flags(args)
         assert args.data_set in datasets.NAMES
         assert args.output_dir == f"output/{recipe.stem}"
 
@@ -122,9 +122,9 @@ class TestRecipe:
         monkeypatch.chdir(tiny.REPOSITORY)
         for words in commands(recipe):
             script = next(word for word in words if word.endswith(".py"))
-            module = {"main.py": main, "run_with_submitit.py": run_with_submitit}[script]
-            args = module.get_parser().parse_args(words[words.index(script) + 1 :])
-            main.check_flags(args)
+            parser = {"main.py": get_parser, "run_with_submitit.py": run_with_submitit.get_parser}[script]()
+            args = parser.parse_args(words[words.index(script) + 1 :])
+            check_flags(args)
             if args.data_set in ("IMNET", "INAT", "INAT19", "CARS"):
                 assert args.data_path, "data that are not downloaded need a folder"
             if recipe.stem.endswith("_imagenet"):
@@ -223,7 +223,7 @@ def test_defaults_are_the_published_ones():
 def test_published_command_lines(words, expected):
     args = parse(*words.split())
     assert {name: getattr(args, name) for name in expected} == expected
-    main.check_flags(args)
+    check_flags(args)
 
 
 @pytest.mark.parametrize("flag", ["--batch", "--mod", "--dist"])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import main
+from flags import parse_args
 from losses import soft_distillation
 from samplers import Batch
 from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint, check_space
@@ -440,7 +441,7 @@ ONE_VIEW = [
 
 
 def test_features_are_what_the_head_is_given(teacher):
-    args = main.get_parser().parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
+    args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
     world = main.utils.init_distributed("cpu")
     source, _ = main.build_sources(args, world)
     model = main.build_model(args, 10, CPU)

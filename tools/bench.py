@@ -38,6 +38,7 @@ import datasets
 import engine
 import losses
 import main as training
+from flags import parse_args
 from samplers import Batch
 from tools import distillation_cost, speed_test
 from tools.checkpoint_cost import until_step
@@ -121,7 +122,7 @@ def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]
     rows = []
     for name in args.models:
         fresh(args)
-        run = training.get_parser().parse_args(run_flags(args, "--model", name))
+        run = parse_args(run_flags(args, "--model", name))
         size = args.input_size
         batches = [
             Batch(
@@ -236,7 +237,7 @@ def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
 
 def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Epochs of main.py after the first, against a bare step of the same model timed between them."""
-    run = training.get_parser().parse_args(run_flags(args))
+    run = parse_args(run_flags(args))
     train, _ = datasets.build_sources(run.data_set, run.data_path)
     steps = args.steps * (20 if device.type == "cuda" else 3)  # in an epoch, if there are so many images
     fraction = min(1.0, (steps + 0.5) * args.batch_size / len(train))
@@ -265,7 +266,7 @@ def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[li
         return {}
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate_state", evaluate_state):
-        training.main(training.get_parser().parse_args([*flags, "--output-dir", folder]))
+        training.main(parse_args([*flags, "--output-dir", folder]))
         lines = (Path(folder) / "log.txt").read_text().splitlines()
     rates = [json.loads(line)["images_per_second"] for line in lines[1:]]
     return rates, [(before + after) / 2 for before, after in itertools.pairwise(found)]

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+import flags
 import main
 from models import load_exactly, weights_of
 from utils import RunError, UserError, read_checkpoint
@@ -31,9 +32,9 @@ def errors_in_a_line(tool: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def get_parser(tool: str, description: str | None) -> main.Parser:
+def get_parser(tool: str, description: str | None) -> flags.Parser:
     """A parser with `--resume` and `--ema`, for a tool that also takes the flags of main.py."""
-    parser = main.Parser(
+    parser = flags.Parser(
         prog=f"python -m tools.{tool}",
         description=description,
         epilog="The model and the data are those that the checkpoint names. Flags of main.py may follow and go before "
@@ -45,7 +46,7 @@ def get_parser(tool: str, description: str | None) -> main.Parser:
 
 
 def parse(
-    parser: main.Parser, argv: Sequence[str] | None
+    parser: flags.Parser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, argparse.Namespace, dict[str, torch.Tensor]]:
     """Read the tool's own flags, the flags of the run, which stand in the checkpoint, and the checkpoint's weights.
 
@@ -57,12 +58,12 @@ def parse(
     if own.ema and not checkpoint.get("model_ema"):
         raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
     weights = weights_of({"model": checkpoint["model_ema"]} if own.ema else checkpoint, "--resume", own.resume)
-    run_parser = main.get_parser(prog=parser.prog)
+    run_parser = flags.get_parser(prog=parser.prog)
     run_parser.set_defaults(**{"model": None} | _flags_in(checkpoint))
     run = run_parser.parse_args(rest)
     if run.model is None:
         raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
-    main.check_flags(run)
+    flags.check_flags(run)
     return own, run, weights
 
 
@@ -70,10 +71,10 @@ def _flags_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that describe model and data, of a checkpoint of ours or of the published code."""
     args = checkpoint.get("args") or {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    flags = {name: args[name] for name in KEPT if args.get(name) is not None}
-    if isinstance(flags.get("input_size"), int):  # so in the published code
-        flags["input_size"] = [flags["input_size"]]
-    return flags
+    kept = {name: args[name] for name in KEPT if args.get(name) is not None}
+    if isinstance(kept.get("input_size"), int):  # so in the original code
+        kept["input_size"] = [kept["input_size"]]
+    return kept
 
 
 def build_model(

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import main as training
 import packs
 from datasets import Source
+from flags import Parser, add_data_arguments, in_range
 from packs import Record
 from tools import command
 from utils import RunError, UserError, World, available_cpus, logger, set_up_logging
@@ -35,20 +36,20 @@ LOG_SECONDS = 10.0
 T, R = TypeVar("T"), TypeVar("R")
 
 
-def build_parser() -> training.Parser:
+def build_parser() -> Parser:
     # What main.py says of --skip-broken-images (that others take their places) is not so here.
-    parser = training.Parser(prog="python -m tools.pack_dataset", description=__doc__, conflict_handler="resolve")
-    training._add_data_arguments(parser)
+    parser = Parser(prog="python -m tools.pack_dataset", description=__doc__, conflict_handler="resolve")
+    add_data_arguments(parser)
     parser.set_defaults(data_set=None)
     add = parser.add_argument_group("pack").add_argument
     add("--output", type=Path, required=True, help="folder of the pack")
-    add("--size", type=training.number(int, 1, 16384), default=256, metavar="PIXELS", help="short side of an image; "
+    add("--size", type=in_range(int, 1, 16384), default=256, metavar="PIXELS", help="short side of an image; "
         "the long one is at most 1.5 times as long; smaller images stay as they are")  # fmt: skip
     add("--format", choices=packs.KINDS, default="uint8", help="uint8: pixels, which need no decoding; jpeg: about a "
         "seventh of their space")  # fmt: skip
-    add("--quality", type=training.number(int, 1, 100), help="of --format jpeg; default: 90")
-    add("--shard-mib", type=training.number(float, 0, open_low=True), default=1024, help="length of the files")
-    add("--skip-broken-images", type=training.number(int, 0), default=0, metavar="N", help="leave out up to so many "
+    add("--quality", type=in_range(int, 1, 100), help="of --format jpeg; default: 90")
+    add("--shard-mib", type=in_range(float, 0, open_low=True), default=1024, help="length of the files")
+    add("--skip-broken-images", type=in_range(int, 0), default=0, metavar="N", help="leave out up to so many "
         "images that cannot be read")  # fmt: skip
     add("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace a pack in --output")
     add("--verify", action="store_true", help="read the pack and compare its checksums, after packing, or without "

@@ -25,6 +25,7 @@ from augment import Policy, TrainAugmentation
 from augment.image_ops import Resampler, paint
 from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolour
 from datasets import Source, build_train_transform
+from flags import Parser, add_data_arguments, in_range
 from samplers import random_keys, seed_generators
 from tools import command
 from tools.visualize_tokens import find_images
@@ -37,17 +38,17 @@ GAP, HEADING, LEGEND, SMALLEST_PANEL = 4, 14, 150, 96  # pixels
 Row = tuple[str, list[np.ndarray]]  # a label, and pictures [H, W, 3]
 
 
-def build_parser() -> training.Parser:
-    parser = training.Parser(prog="python -m tools.show_augmentation", description=__doc__)
-    training._add_data_arguments(parser)
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m tools.show_augmentation", description=__doc__)
+    add_data_arguments(parser)
     parser.set_defaults(data_set="DIGITS")
     add = parser.add_argument_group("picture").add_argument
     add("--images", nargs="+", help="files and folders; default: the training data")
-    add("--num-images", type=training.number(int, 1), default=3, help="how many images")
-    add("--views", type=training.number(int, 0), default=6, help="rows of whole random views")
-    add("--input-size", type=training.number(int, 8), default=224, help="side of the views, in pixels")
+    add("--num-images", type=in_range(int, 1), default=3, help="how many images")
+    add("--views", type=in_range(int, 0), default=6, help="rows of whole random views")
+    add("--input-size", type=in_range(int, 8), default=224, help="side of the views, in pixels")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation; none for none")
-    add("--seed", type=training.number(int, 0), default=0, help="of the random views and of the operations' signs")
+    add("--seed", type=in_range(int, 0), default=0, help="of the random views and of the operations' signs")
     add("--output", type=Path, default=Path("augmentation.png"), help="the picture")
     return parser
 

@@ -18,6 +18,7 @@ import torch
 
 import engine
 import main as training
+from flags import in_range, keep_rates
 from models_evit import is_evit
 from tools import command
 from tools.speed_test import describe, inference
@@ -93,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("tradeoff", __doc__)
     default = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
     add = parser.add_argument
-    add("--keep-rates", nargs="+", type=training.keep_rates, default=default, metavar="RATE", help="one for all "
+    add("--keep-rates", nargs="+", type=keep_rates, default=default, metavar="RATE", help="one for all "
         "reducing layers, or one per layer: 0.7,0.7,0.5")  # fmt: skip
-    add("--steps", type=training.number(int, 1), default=2, help="passes in a turn of the speed measurement")
-    add("--rounds", type=training.number(int, 1), default=5, help="counted turns of each keep rate")
+    add("--steps", type=in_range(int, 1), default=2, help="passes in a turn of the speed measurement")
+    add("--rounds", type=in_range(int, 1), default=5, help="counted turns of each keep rate")
     add("--output", type=Path, help="write the rows to this JSON file, and a plot beside it")
     with command.errors_in_a_line("tradeoff"):
         own, run, weights = command.parse(parser, argv)

@@ -22,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 import main as training
+from flags import in_range
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
 from tools import command
@@ -128,7 +129,7 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> dat
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("visualize_tokens", __doc__)
     parser.add_argument("--images", nargs="+", help="files and folders; default: the validation data")
-    parser.add_argument("--num-images", type=training.number(int, 1), default=8, help="how many validation images")
+    parser.add_argument("--num-images", type=in_range(int, 1), default=8, help="how many validation images")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
     with command.errors_in_a_line("visualize_tokens"):
         own, run, weights = command.parse(parser, argv)
