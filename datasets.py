@@ -35,7 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from augment import PADDING, SMALL_IMAGE
 from packs import SPLITS, PackImages
 from samplers import Batch, KeyedSampler, random_key, random_keys, seed_generators
-from utils import RunError, UserError, World, gather, ignore_stop_signals, logger, main_process_first
+from utils import RunError, UserError, World, gather, ignore_stop_signals, logger, main_process_first, reason
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
@@ -370,13 +370,9 @@ def _download(name: str, root: Path, make: Callable[[], Any]) -> Any:
         raise UserError(f"--data-set {name}: needs {package}; pip install {package}") from None
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, no space, wrong checksum
         raise UserError(
-            f"--data-set {name}: not found under {root.resolve()} and cannot be downloaded there ({_reason(error)}); "
+            f"--data-set {name}: not found under {root.resolve()} and cannot be downloaded there ({reason(error)}); "
             f"put it there, name its folder with --data-path, or use the bundled --data-set DIGITS"
         ) from None
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cifar(root: Path, name: str, local_rank: int) -> tuple[Source, Source]:
@@ -413,7 +409,7 @@ def _cars(root: Path) -> tuple[Source, Source]:
             part = torchvision.datasets.StanfordCars(str(root), split, download=False)
         except (OSError, RuntimeError) as error:  # missing files, or no SciPy to read them
             raise UserError(
-                f"--data-path {root}: not Stanford Cars ({_reason(error)}); it needs stanford_cars/ with devkit/, "
+                f"--data-path {root}: not Stanford Cars ({reason(error)}); it needs stanford_cars/ with devkit/, "
                 f"cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
             ) from None
         paths, labels = zip(*part._samples, strict=True)
@@ -485,7 +481,7 @@ def _timm_sources(
                 parts.append(create_dataset(name, root=root, split=split, is_training=training, download=True))
         except (Exception, SystemExit) as error:  # each backend has errors of its own
             raise UserError(
-                f"--data-set {name}: split {split!r} cannot be read ({_reason(error)}); check the name, --data-path, "
+                f"--data-set {name}: split {split!r} cannot be read ({reason(error)}); check the name, --data-path, "
                 f"--train-split and --val-split"
             ) from error
     train_classes, val_classes = map(_class_names, parts)

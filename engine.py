@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoints import save_checkpoint
 from datasets import BrokenImages, EpochLoader, closing_workers, copied_ahead, to_device
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
@@ -40,7 +41,7 @@ from utils import (
     barrier,
     gather,
     logger,
-    save_checkpoint,
+    reason,
 )
 
 
@@ -131,9 +132,8 @@ def build_optimizer(
             options.setdefault("fused", True)
         return create_optimizer_v2(model, name, lr=lr, **options)
     except (ValueError, AssertionError, TypeError, LookupError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--opt {name}: timm has no such optimiser, or not with these --opt-* flags ({reason}); "
+            f"--opt {name}: timm has no such optimiser, or not with these --opt-* flags ({reason(error)}); "
             f"timm.optim.list_optimizers() lists them"
         ) from None
 

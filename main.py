@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import augment
+import checkpoints
 import datasets
 import engine
 import losses
@@ -37,7 +38,7 @@ def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
     """The flags with the file that `--resume` means: what `auto` finds, or the one before a damaged one."""
     if not args.resume or args.eval:
         return args
-    path = utils.find_checkpoint(args.resume, args.output_dir, world.is_main)
+    path = checkpoints.find_checkpoint(args.resume, args.output_dir, world.is_main)
     replaced = {"finetune": "", "pretrained": False} if path else {}
     return argparse.Namespace(**{**vars(args), **replaced, "resume": path})
 
@@ -280,7 +281,9 @@ def fingerprint(
     flags += ("train_interpolation", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax", "mixup_prob")
     flags += ("mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model", "teacher_model_kwargs")
     mixes = bool(args.mixup or args.cutmix or args.cutmix_minmax)
-    teacher = utils.file_hash(args.teacher_path) if args.teacher_path else "timm" if args.teacher_pretrained else None
+    teacher = (
+        checkpoints.file_hash(args.teacher_path) if args.teacher_path else "timm" if args.teacher_pretrained else None
+    )
     return {name: getattr(args, name) for name in flags} | {
         "views": loader.counter.num_positions,
         "labels": zlib.crc32(source.targets[source.order].tobytes()),
@@ -423,7 +426,7 @@ def describe_run(
             "augmentation": _augmentation(loader)["where"],
             "device (threads)": device,
             "precision": str(state.amp_dtype),
-            "teacher": utils.file_hash(args.teacher_path) if args.teacher_path else None,
+            "teacher": checkpoints.file_hash(args.teacher_path) if args.teacher_path else None,
             "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow")},
         },
     }
@@ -440,7 +443,7 @@ def resume(
     Raises:
         UserError: if the checkpoint is for another model or another optimiser, or holds weights only.
     """
-    checkpoint = utils.read_checkpoint(args.resume, "--resume")
+    checkpoint = checkpoints.read_checkpoint(args.resume, "--resume")
     changes = _changes(checkpoint, about)
     if checkpoint.get("progress") and isinstance(loader.counter, datasets.StreamingImages):
         changes.append("a stream has no places, so the epoch begins again")
@@ -487,7 +490,7 @@ def open_output(
     if not args.output_dir:
         return None, None
     folder = Path(args.output_dir)
-    if utils.holds_checkpoint(folder) and not args.resume and not args.overwrite:
+    if checkpoints.holds_checkpoint(folder) and not args.resume and not args.overwrite:
         raise UserError(
             f"--output-dir {folder}: holds an earlier run; go on with --resume auto, name another folder, or add "
             f"--overwrite"
@@ -497,7 +500,7 @@ def open_output(
         folder.mkdir(parents=True, exist_ok=True)
         if not world.is_main:
             return folder, None
-        utils.remove_temporary_files(folder)
+        checkpoints.remove_temporary_files(folder)
         utils.write_whole(folder / "config.json", (json.dumps(vars(args), indent=1, default=str) + "\n").encode())
         utils.open_log(folder, state.epoch)
         step = state.num_updates * state.accum_steps
@@ -510,7 +513,7 @@ def evaluate_only(args: argparse.Namespace, model: torch.nn.Module, val_loader: 
     """`--eval`: the weights, and their average if the checkpoint has one."""
     weights = {"test": None}
     if args.resume:
-        checkpoint = utils.read_checkpoint(args.resume, "--resume")
+        checkpoint = checkpoints.read_checkpoint(args.resume, "--resume")
         weights = {"test": models.weights_of(checkpoint, "--resume", args.resume)}
         if checkpoint.get("model_ema"):
             weights["test_ema"] = checkpoint["model_ema"]

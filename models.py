@@ -14,7 +14,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import nn
 
-from utils import UserError, logger, read_checkpoint
+from checkpoints import read_checkpoint
+from utils import UserError, logger, reason
 
 
 def create_model(
@@ -48,14 +49,14 @@ def create_model(
             options = {"img_size": input_size} | options
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = reason(error)
         if pretrained and not isinstance(error, (TypeError, AssertionError)):  # which speak of the options
             raise UserError(
-                f"{flag} {name}: pretrained weights cannot be had ({reason}); check the network, or pass a local file"
+                f"{flag} {name}: pretrained weights cannot be had ({why}); check the network, or pass a local file"
             ) from error
         given = " ".join(_as_flag(key, value, flag) for key, value in options.items() if value is not None)
-        mend = "add --drop-path 0" if "drop_path_rate" in reason else "change or drop that"
-        raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({reason}); {mend}") from error
+        mend = "add --drop-path 0" if "drop_path_rate" in why else "change or drop that"
+        raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({why}); {mend}") from error
 
 
 def _as_flag(option: str, value: Any, model_flag: str) -> str:
@@ -128,9 +129,9 @@ def _try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
             model.eval()(torch.zeros(1, 3, *input_size))
     except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
         height, width = input_size
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = reason(error)
         raise UserError(
-            f"{flag}: cannot take images of {height} x {width} px ({reason}); change --input-size or --patch-size, or "
+            f"{flag}: cannot take images of {height} x {width} px ({why}); change --input-size or --patch-size, or "
             f"drop the --*model-kwargs that say otherwise"
         ) from error
     model.train()

@@ -12,6 +12,7 @@ from typing import Any
 
 import submitit
 
+import checkpoints
 import flags
 import utils
 from utils import UserError
@@ -74,7 +75,7 @@ class Job:
         folder = Path(self.args.output_dir or Path(self.args.job_dir) / job_id)
         changes: dict[str, Any] = {"output_dir": str(folder)}
         restarted = self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        if restarted and utils.holds_checkpoint(folder):
+        if restarted and checkpoints.holds_checkpoint(folder):
             changes |= {"resume": "auto", "overwrite": False}
         return argparse.Namespace(**{**vars(self.args), **changes})
 

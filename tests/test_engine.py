@@ -20,13 +20,14 @@ import datasets
 import engine
 import main
 import models
+from checkpoints import read_checkpoint
 from datasets import EpochLoader, build_prepare, collate, copied_ahead
 from engine import TrainState, build_lr_schedule, build_optimizer, evaluate, fit, train_one_epoch
 from flags import parse_args
 from losses import DistillationLoss, FrozenTeacher, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
 from teacher_cache import CachedTeacher, Labels, TeacherCache
-from utils import RunError, StepLog, UserError, World, read_checkpoint
+from utils import RunError, StepLog, UserError, World
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)

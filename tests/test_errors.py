@@ -14,6 +14,7 @@ import tiny
 import torch
 from PIL import Image
 
+import checkpoints
 import engine
 import main
 import samplers
@@ -444,7 +445,7 @@ def test_a_mistake_as_a_process_without_network(tmp_path):
 
 def intact_checkpoint(folder, epoch):
     """A faulty run leaves a checkpoint of that epoch behind, readable and finite, and the log up to there."""
-    checkpoint = utils.read_checkpoint(str(folder / "checkpoint.pth"), "--resume")
+    checkpoint = checkpoints.read_checkpoint(str(folder / "checkpoint.pth"), "--resume")
     assert checkpoint["epoch"] == epoch
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
     assert not list(folder.glob(".*.tmp"))

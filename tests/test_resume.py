@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoints
 import datasets
 import engine
 import main
@@ -402,7 +403,7 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
         try:
-            read = utils.read_checkpoint(str(path), "--resume")
+            read = checkpoints.read_checkpoint(str(path), "--resume")
         except utils.UserError:
             refused += 1
         else:  # it was in the padding between two records

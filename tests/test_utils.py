@@ -19,19 +19,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoints
 import utils
-from utils import (
-    RunError,
-    StepLog,
-    UserError,
-    World,
-    append_log,
-    init_distributed,
-    last_line,
-    read_checkpoint,
-    save_checkpoint,
-    select_device,
-)
+from checkpoints import read_checkpoint, save_checkpoint
+from utils import RunError, StepLog, UserError, World, append_log, init_distributed, last_line, select_device
 
 # -- writing checkpoints -----------------------------------------------------------------------------------------------
 
@@ -678,7 +669,7 @@ def test_an_error_without_a_message_has_a_last_line_all_the_same():
 
 def test_a_checkpoint_of_the_original_code_with_its_flags_in_a_namespace_is_read(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(model="x")}, tmp_path / "original.pth")
-    checkpoint = utils.read_checkpoint(str(tmp_path / "original.pth"), "--finetune")
+    checkpoint = checkpoints.read_checkpoint(str(tmp_path / "original.pth"), "--finetune")
     assert torch.equal(checkpoint["model"]["w"], torch.ones(2))
 
 

@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
+from checkpoints import BEST, LATEST
 from tools.command import errors_in_a_line
 from tools.timing import write_results
-from utils import BEST, LATEST, UserError
+from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Everything that is random is on: workers, Mixup, CutMix, dropout, stochastic depth, repeated augmentation.

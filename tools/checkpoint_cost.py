@@ -22,13 +22,14 @@ import torch
 from timm.utils import ModelEmaV3
 
 import engine
+from checkpoints import LATEST
 from losses import SupervisedLoss, build_base_criterion
 from models import create_model
 from samplers import Batch
 from tools.chaos import REPOSITORY
 from tools.command import errors_in_a_line
 from tools.timing import rates_in_turn, ratio_row, write_results
-from utils import LATEST, RunError, StepLog, StopSignals, World, available_cpus, select_device
+from utils import RunError, StepLog, StopSignals, World, available_cpus, select_device
 
 
 def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch import nn
 
 import flags
 import main
+from checkpoints import read_checkpoint
 from models import load_exactly, weights_of
-from utils import RunError, UserError, read_checkpoint
+from utils import RunError, UserError
 
 # Flags in a checkpoint that say what the model is and what it was evaluated on.
 KEPT = ("model", "input_size", "patch_size", "model_kwargs", "base_keep_rate", "drop_loc", "fuse_token")

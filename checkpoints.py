@@ -1,0 +1,164 @@
+"""Checkpoint files: written whole, found for `--resume auto`, checked, read and downloaded."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import urllib.parse
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import RunError, UserError, agree, logger, reason, temporary_name, whole_file, write_whole
+
+LATEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "best.pth"
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """What killed processes have left half written."""
+    for name in (LATEST, PREVIOUS, BEST, "log.txt", "config.json"):
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) -> None:
+    """Write `checkpoint.pth`, keep the one before as `checkpoint_previous.pth`, and `best.pth` if it is the best.
+
+    Raises:
+        RunError: if the disk takes no more; the earlier files are intact.
+    """
+    latest = folder / LATEST
+    try:
+        with whole_file(latest, lambda stream: torch.save(dict(checkpoint), stream)) as new:
+            # First best.pth: a run killed after `latest` has its name would never evaluate this epoch again.
+            if is_best:
+                _link(new, folder / BEST)
+            if latest.exists():
+                _link(latest, folder / PREVIOUS)
+    # torch.save turns a full disk into a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"cannot write a checkpoint to {folder}: {reason(error)}; the earlier one is intact") from error
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give the file a second name without ever leaving `target` half written."""
+    temporary = temporary_name(target)
+    # A killed process of the same number may have left one, which is `source` under another name: never write to it.
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:  # a file system without hard links
+        write_whole(target, source.read_bytes())
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if `target` was `source` already
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of torch's format is complete and its checksums, which torch does not look at, are right."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # a damaged directory of its parts can look like anything
+        return False
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a run in this folder has been saved."""
+    return any((folder / name).exists() for name in (LATEST, PREVIOUS))
+
+
+def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
+    """The file that `--resume` means, the same for all processes; '' if it is `auto` and there is none.
+
+    `auto` is the newest checkpoint in `output_dir`. If that, or the `checkpoint.pth` that `resume` names, is damaged,
+    it is the one before; a damaged one in `output_dir` is then put aside, lest it become the one before.
+    """
+    automatic = resume == "auto"
+    latest = Path(output_dir) / LATEST if automatic else Path(resume)
+    if latest.name != LATEST or (automatic and not output_dir):
+        return "" if automatic else resume
+    previous = latest.with_name(PREVIOUS)
+    choice = 0.0
+    if is_main:
+        usable = previous.exists() and is_whole(previous)
+        torn = usable and latest.exists() and not is_whole(latest)
+        choice = 2.0 if torn or (usable and automatic and not latest.exists()) else float(latest.exists())
+        if torn:
+            logger.warning("%s is damaged; going on with %s", latest, previous)
+            if Path(output_dir).resolve() == latest.parent.resolve():
+                os.replace(latest, latest.with_suffix(".damaged"))
+    (choice,) = agree(choice)
+    if automatic:
+        resume = str(latest) if choice else ""
+        logger.info("--resume auto: %s", resume or f"nothing in {output_dir} yet, a fresh start")
+    return str(previous) if choice == 2 else resume
+
+
+def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
+    """Read a file (or https address) of tensors, numbers and strings; nothing in it is executed.
+
+    Args:
+        path: a `.pth` file written by `save_checkpoint` or the original code, a `.safetensors` file, or an https
+            address of one with its SHA-256: `NAME-1a2b3c4d.pth`, or `...#sha256=...`.
+        flag: the flag that named it, for the error message.
+
+    Raises:
+        UserError: if there is no such file, or it is not such a file.
+    """
+    if "://" in path:
+        path = _download(path, flag)
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: no such file; check the path")
+    if zipfile.is_zipfile(path) and not is_whole(Path(path)):
+        raise UserError(f"{flag} {path}: is damaged (wrong checksum); give another, such as {PREVIOUS}")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return {"model": load_file(path)}
+        # The original code put its flags into its checkpoints: a bag of values, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{flag} {path}: not a readable checkpoint (truncated, another format, or it holds code, which is never "
+            f"run); give a file of plain tensors such as checkpoint.pth or best.pth"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint; give a checkpoint.pth")
+    return checkpoint
+
+
+def file_hash(path: str) -> str | None:
+    """SHA-256 of a file; for a download, which states it, the address; None if there is no such file."""
+    if "://" in path:
+        return path
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+
+
+def _download(address: str, flag: str) -> str:
+    """Fetch a file into torch's cache, once; its path."""
+    url, _, fragment = address.partition("#")
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    published = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment) or re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    if not url.startswith("https://") or published is None:
+        raise UserError(
+            f"{flag} {address}: a download needs https and its SHA-256, in its name (NAME-1a2b3c4d.pth) or as "
+            f"...#sha256=1a2b3c4d...; or give a local file"
+        )
+    # The part before the name keeps two files called best.pth apart.
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{zlib.crc32(address.encode()):08x}-{name}"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=published[1].lower(), progress=False)
+    except Exception as error:
+        raise UserError(f"{flag} {address}: cannot be downloaded ({reason(error)}); give a local file") from error
+    return str(path)
