@@ -260,7 +260,7 @@ def build_cached_teacher(
                 f"--teacher-cache {folder}: {len(missing)} epochs are missing, the first is {missing[0]}; add "
                 f"--teacher-path FILE or --teacher-pretrained, or precompute them"
             )
-        needed = teacher_cache.check_space(folder, codec, num_positions, len(missing))
+        needed = cache.check_space(len(missing))
         logger.info("%s: %d epochs are missing and will take %.1f MiB", folder, len(missing), needed / 2**20)
         live = build_teacher(args, student, source.num_classes, world.device)
     with utils.main_process_first(world.local_rank):

@@ -14,179 +14,24 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 import zlib
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import RunError, UserError, write_whole
+from utils import UserError
 
 VERSION = 1
 PACK = "pack.json"
 KINDS = ("uint8", "jpeg")
 SPLITS = ("train", "val")
-LONGEST = 1.5  # longest side of an image in a pack, in its size
-SHARD_BYTES = 2**30
 INDEX = np.dtype(
     [(name, "<u8" if name == "offset" else "<u4") for name in
      ("shard", "offset", "length", "height", "width", "target", "crc32")]
 )  # fmt: skip
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-class Record(NamedTuple):
-    """An image as it goes into a shard."""
-
-    content: bytes
-    height: int
-    width: int
-    target: int
-
-
-def reduced(image: Image.Image, size: int) -> Image.Image:
-    """An image whose short side is `size` and whose long side is at most 1.5 · `size` pixels; none is enlarged.
-
-    The aspect is kept, so the short side of a very long image is shorter than `size`.
-    """
-    scale = min(size / min(image.size), LONGEST * size / max(image.size))
-    if scale >= 1:
-        return image
-    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-
-
-def encode(image: Image.Image, target: int, *, kind: str, size: int, quality: int | None) -> Record:
-    """The record of an RGB image and its class; `quality` (1 to 100) is that of a jpeg."""
-    image = reduced(image, size)
-    content = image.tobytes()
-    if kind == "jpeg":
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=quality)
-        content = stream.getvalue()
-    return Record(content, image.height, image.width, target)
-
-
-def holds_pack(folder: Path) -> bool:
-    """Whether there is a pack, sound or not, in the folder."""
-    return (folder / PACK).exists()
-
-
-def files_of(folder: Path) -> list[Path]:
-    """All files in the folder that are named as those of a pack, also what a killed process has left of one."""
-    names = [PACK, *(f"{split}_index.npy" for split in SPLITS)]
-    shards = [f"{split}_[0-9][0-9][0-9][0-9][0-9].bin" for split in SPLITS]
-    patterns = [*names, *(f".{name}.*.tmp" for name in names), *shards]
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-
-
-def write_pack(
-    folder: Path,
-    splits: Mapping[str, Iterable[Record]],
-    *,
-    kind: str,
-    size: int,
-    quality: int | None,
-    num_classes: int,
-    shard_bytes: int = SHARD_BYTES,
-) -> dict[str, Any]:
-    """Write a pack, over what there may be of another one; what is in its pack.json.
-
-    Args:
-        folder: made if it does not exist.
-        splits: records of "train" and "val", which are taken one at a time.
-        kind, size, quality: how the records were made by `encode`.
-        num_classes: number of classes.
-        shard_bytes: a shard is no longer than this, unless a single record is.
-
-    Raises:
-        RunError: if the disk takes no more.
-        UserError: if a split has no images.
-    """
-    about = {"version": VERSION, "kind": kind, "size": size, "quality": quality, "num_classes": num_classes}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in files_of(folder):  # pack.json first: from here on there is no pack
-            path.unlink()
-        about["splits"] = {split: _write_split(folder, split, splits[split], shard_bytes) for split in SPLITS}
-        write_whole(folder / PACK, (json.dumps(about, indent=1) + "\n").encode())
-    except OSError as error:
-        raise RunError(f"cannot write to {folder} ({error.strerror or error}); it holds no pack yet") from error
-    return about
-
-
-def _write_split(folder: Path, split: str, records: Iterable[Record], shard_bytes: int) -> dict[str, Any]:
-    """Shards and index of one split; what pack.json says of them."""
-    index, shards = bytearray(), _Shards(folder, split, shard_bytes)
-    try:
-        for record in records:
-            number, offset = shards.add(record.content)
-            row = (number, offset, len(record.content), record.height, record.width, record.target)
-            index += np.array((*row, zlib.crc32(record.content)), INDEX).tobytes()
-    finally:
-        shards.close()
-    rows = np.frombuffer(index, INDEX)
-    if not len(rows):
-        raise UserError(f"--data-path: there are no images for {split}; check the data")
-    stream = io.BytesIO()
-    np.save(stream, rows)
-    write_whole(folder / f"{split}_index.npy", stream.getvalue())
-    return {"images": len(rows), "index_crc32": zlib.crc32(rows), "shards": shards.written}
-
-
-class _Shards:
-    """Files of at most so many bytes, filled one after the other."""
-
-    def __init__(self, folder: Path, split: str, limit: int) -> None:
-        self.folder, self.split, self.limit = folder, split, limit
-        self.written: list[dict[str, Any]] = []  # name, bytes and CRC-32 of each
-        self.stream: BinaryIO | None = None
-
-    def add(self, content: bytes) -> tuple[int, int]:
-        """Append a record; its shard's number and its place there."""
-        if self.stream is None or self.written[-1]["bytes"] + len(content) > self.limit:
-            self.close()
-            name = f"{self.split}_{len(self.written):05d}.bin"
-            self.stream = (self.folder / name).open("wb")
-            self.written.append({"name": name, "bytes": 0, "crc32": 0})
-        shard = self.written[-1]
-        offset = shard["bytes"]
-        self.stream.write(content)
-        shard["bytes"] += len(content)
-        shard["crc32"] = zlib.crc32(content, shard["crc32"])
-        return len(self.written) - 1, offset
-
-    def close(self) -> None:
-        """Bring the open file to the disk: a pack.json promises that all is there."""
-        if self.stream is not None:
-            with self.stream:
-                self.stream.flush()
-                os.fsync(self.stream.fileno())
-            self.stream = None
-
-
-def check_space(folder: Path, needed: float) -> None:
-    """Make sure that a pack of so many bytes has room, in place of what is there of another one.
-
-    Raises:
-        UserError: if it has not.
-    """
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in files_of(folder))
-    if needed > free:
-        raise UserError(
-            f"--output {folder}: the pack takes about {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f}; lower "
-            f"--size, take --format jpeg, or another disk"
-        )
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def _broken(flag: str, folder: Path, what: str) -> UserError:

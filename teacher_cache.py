@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from samplers import Batch
-from utils import RunError, UserError
+from utils import RunError, UserError, check_space
 
 FLAG = "--teacher-cache"
 
@@ -131,6 +130,17 @@ class TeacherCache:
     def is_whole(self, epoch: int) -> bool:
         """Whether all ranks of some run have finished this epoch."""
         return bool(self._finished(epoch))
+
+    def check_space(self, epochs: int) -> int:
+        """Bytes that this many more epochs take, over all ranks.
+
+        Raises:
+            UserError: if the disk has less.
+        """
+        needed = epochs * self.num_positions * self.codec.dtype.itemsize
+        remedy = "lower --teacher-cache-topk, or set --augmentation-epochs"
+        check_space(self.folder, needed, f"{FLAG} {self.folder}: {epochs} epochs", remedy)
+        return needed
 
     def _finished(self, epoch: int) -> list[Path]:
         """The finished files of an epoch by rank, if there is one of each rank."""
@@ -301,19 +311,3 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise UserError(f"{FLAG} {folder}: is of another run: {', '.join(differing)}; match the flags, or name another")
-
-
-def check_space(folder: Path, codec: Labels | LogProbabilities, num_positions: int, epochs: int) -> int:
-    """Bytes that so many epochs will take.
-
-    Raises:
-        UserError: if the disk has less.
-    """
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    needed, free = epochs * num_positions * codec.dtype.itemsize, shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{FLAG} {folder}: {epochs} epochs take {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f}; "
-            f"lower --teacher-cache-topk, or set --augmentation-epochs"
-        )
-    return needed

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -327,6 +328,22 @@ def set_up_logging(world: World) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if world.is_main else logging.ERROR)
+
+
+def check_space(folder: Path, needed: float, what: str, remedy: str) -> None:
+    """Make sure that a disk has room for `needed` bytes in a folder, which need not exist yet.
+
+    Args:
+        what: flag, folder and what takes the space, for the error message.
+        remedy: what the user can do.
+
+    Raises:
+        UserError: if the disk has less.
+    """
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(f"{what} takes about {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f}; {remedy}")
 
 
 def reason(error: BaseException) -> str:

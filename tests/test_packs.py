@@ -30,9 +30,10 @@ from datasets import (
     keep_in_memory,
     take_fraction,
 )
-from packs import PackImages, Record, encode, verify, write_pack
+from packs import PackImages, verify
 from samplers import KeyedSampler
 from tools import pack_dataset
+from tools.pack_dataset import Record, encode, files_of, holds_pack, write_pack
 from utils import RunError, World
 
 SIZE = 16
@@ -300,7 +301,7 @@ def test_killed_half_way_leaves_no_pack_and_the_next_one_is_whole(pack, tmp_path
     process.start()  # over a pack that was whole
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert not packs.holds_pack(pack) and len(packs.files_of(pack)) >= 2
+    assert not holds_pack(pack) and len(files_of(pack)) >= 2
     with tiny.user_error("--data-path", pack, "none that was finished", AGAIN):
         build_sources("PACKED", str(pack))
     (pack / ".pack.json.123.tmp").touch()  # what else such a process may leave
@@ -314,16 +315,16 @@ def test_a_full_disk_is_a_line_and_leaves_no_pack(tmp_path, monkeypatch):
     def no_space(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packs.os, "fsync", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(RunError, match=r"^cannot write to .* \(No space left on device\); it holds no pack yet$"):
         write(tmp_path)
-    assert not packs.holds_pack(tmp_path)
+    assert not holds_pack(tmp_path)
 
 
 def test_a_split_without_images_is_a_user_error(tmp_path):
     with tiny.user_error("no images for val"):
         write_pack(tmp_path, {"train": [Record(b"abc", 1, 1, 0)], "val": []}, **ABOUT)
-    assert not packs.holds_pack(tmp_path)
+    assert not holds_pack(tmp_path)
 
 
 # -- the tool ----------------------------------------------------------------------------------------------------------
@@ -397,7 +398,7 @@ def test_a_broken_image_ends_the_tool_and_names_its_file(tree, tmp_path, capsys)
     (tree / "train/dog/1.png").write_bytes((tree / "train/dog/1.png").read_bytes()[:60])
     error = line_of(capsys, tmp_path / "pack", data=tree)
     assert str(tree / "train/dog/1.png") in error and "--skip-broken-images" in error and "--resume" not in error
-    assert not packs.holds_pack(tmp_path / "pack")
+    assert not holds_pack(tmp_path / "pack")
 
 
 def test_broken_images_are_left_out_up_to_a_number(tree, tmp_path, capsys):
@@ -432,7 +433,7 @@ def test_a_pack_is_replaced_only_on_demand(tree, tmp_path, capsys):
     assert PackImages(tmp_path, "train").kind == "jpeg" and verify(tmp_path) == []
     # what it would read while it writes
     error = line_of(capsys, tmp_path, "--overwrite", "--data-set", "PACKED", "--data-path", tmp_path)
-    assert "is the folder of the data" in error and packs.holds_pack(tmp_path)
+    assert "is the folder of the data" in error and holds_pack(tmp_path)
 
 
 def test_a_pack_can_be_packed_again_in_another_format(pack, tmp_path):
@@ -451,7 +452,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(tree, tmp_path, cap
     assert not (tmp_path / "pack").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage(0, 0, 8 * 2**10))
     pack_tool(tmp_path / "pack", data=tree)
-    assert packs.holds_pack(tmp_path / "pack")
+    assert holds_pack(tmp_path / "pack")
 
 
 def test_a_pack_is_checked_without_the_data(pack, capsys):

@@ -15,7 +15,7 @@ import main
 from flags import parse_args
 from losses import soft_distillation
 from samplers import Batch
-from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint, check_space
+from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint
 from utils import RunError
 
 CPU = torch.device("cpu")
@@ -150,8 +150,9 @@ def test_two_writers_of_one_file_are_refused(fill, tmp_path):
 
 def test_a_full_disk_is_said_before_and_while_writing(tmp_path, monkeypatch):
     with tiny.user_error("--teacher-cache", "MiB", "--augmentation-epochs"):
-        check_space(tmp_path / "new", LogProbabilities(1000, 1000), 10**9, 300)
-    assert check_space(tmp_path / "new", Labels(1000), 1281167 // 1024 * 1024, 300) < 800e6  # ImageNet
+        TeacherCache(tmp_path / "new", LogProbabilities(1000, 1000), 10**9, 0, 1).check_space(300)
+    imagenet = TeacherCache(tmp_path / "new", Labels(1000), 1281167 // 1024 * 1024, 0, 1)
+    assert imagenet.check_space(300) < 800e6
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -10,29 +10,35 @@ Of the data flags below, --ram-cache and --eval-crop-ratio have no effect here.
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import main as training
 import packs
 from datasets import Source
 from flags import Parser, add_data_arguments, in_range
-from packs import Record
 from tools import command
-from utils import RunError, UserError, World, available_cpus, logger, set_up_logging
+from utils import RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 PROBES = 16  # images by which the pack's length is estimated
 LOG_SECONDS = 10.0
+LONGEST = 1.5  # longest side of an image in a pack, in its size
+SHARD_BYTES = 2**30
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -69,6 +75,141 @@ def build_sources(own: argparse.Namespace) -> dict[str, Source]:
     if not all(isinstance(source, Source) for source in sources):
         raise UserError(f"--data-set {own.data_set}: is a stream, which is in large files already; train from it as is")
     return dict(zip(packs.SPLITS, sources, strict=True))
+
+
+# -- writing a pack ----------------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """An image as it goes into a shard."""
+
+    content: bytes
+    height: int
+    width: int
+    target: int
+
+
+def reduced(image: Image.Image, size: int) -> Image.Image:
+    """An image whose short side is `size` and whose long side is at most 1.5 · `size` pixels; none is enlarged.
+
+    The aspect is kept, so the short side of a very long image is shorter than `size`.
+    """
+    scale = min(size / min(image.size), LONGEST * size / max(image.size))
+    if scale >= 1:
+        return image
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, target: int, *, kind: str, size: int, quality: int | None) -> Record:
+    """The record of an RGB image and its class; `quality` (1 to 100) is that of a jpeg."""
+    image = reduced(image, size)
+    content = image.tobytes()
+    if kind == "jpeg":
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=quality)
+        content = stream.getvalue()
+    return Record(content, image.height, image.width, target)
+
+
+def holds_pack(folder: Path) -> bool:
+    """Whether there is a pack, sound or not, in the folder."""
+    return (folder / packs.PACK).exists()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files in the folder that are named as those of a pack, also what a killed process has left of one."""
+    names = [packs.PACK, *(f"{split}_index.npy" for split in packs.SPLITS)]
+    shards = [f"{split}_[0-9][0-9][0-9][0-9][0-9].bin" for split in packs.SPLITS]
+    patterns = [*names, *(f".{name}.*.tmp" for name in names), *shards]
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def write_pack(
+    folder: Path,
+    splits: Mapping[str, Iterable[Record]],
+    *,
+    kind: str,
+    size: int,
+    quality: int | None,
+    num_classes: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a pack, over what there may be of another one; what is in its pack.json.
+
+    Args:
+        folder: made if it does not exist.
+        splits: records of "train" and "val", which are taken one at a time.
+        kind, size, quality: how the records were made by `encode`.
+        num_classes: number of classes.
+        shard_bytes: a shard is no longer than this, unless a single record is.
+
+    Raises:
+        RunError: if the disk takes no more.
+        UserError: if a split has no images.
+    """
+    about = {"version": packs.VERSION, "kind": kind, "size": size, "quality": quality, "num_classes": num_classes}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in files_of(folder):  # pack.json first: from here on there is no pack
+            path.unlink()
+        about["splits"] = {split: _write_split(folder, split, splits[split], shard_bytes) for split in packs.SPLITS}
+        write_whole(folder / packs.PACK, (json.dumps(about, indent=1) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"cannot write to {folder} ({error.strerror or error}); it holds no pack yet") from error
+    return about
+
+
+def _write_split(folder: Path, split: str, records: Iterable[Record], shard_bytes: int) -> dict[str, Any]:
+    """Shards and index of one split; what pack.json says of them."""
+    index, shards = bytearray(), _Shards(folder, split, shard_bytes)
+    try:
+        for record in records:
+            number, offset = shards.add(record.content)
+            row = (number, offset, len(record.content), record.height, record.width, record.target)
+            index += np.array((*row, zlib.crc32(record.content)), packs.INDEX).tobytes()
+    finally:
+        shards.close()
+    rows = np.frombuffer(index, packs.INDEX)
+    if not len(rows):
+        raise UserError(f"--data-path: there are no images for {split}; check the data")
+    stream = io.BytesIO()
+    np.save(stream, rows)
+    write_whole(folder / f"{split}_index.npy", stream.getvalue())
+    return {"images": len(rows), "index_crc32": zlib.crc32(rows), "shards": shards.written}
+
+
+class _Shards:
+    """Files of at most so many bytes, filled one after the other."""
+
+    def __init__(self, folder: Path, split: str, limit: int) -> None:
+        self.folder, self.split, self.limit = folder, split, limit
+        self.written: list[dict[str, Any]] = []  # name, bytes and CRC-32 of each
+        self.stream: BinaryIO | None = None
+
+    def add(self, content: bytes) -> tuple[int, int]:
+        """Append a record; its shard's number and its place there."""
+        if self.stream is None or self.written[-1]["bytes"] + len(content) > self.limit:
+            self.close()
+            name = f"{self.split}_{len(self.written):05d}.bin"
+            self.stream = (self.folder / name).open("wb")
+            self.written.append({"name": name, "bytes": 0, "crc32": 0})
+        shard = self.written[-1]
+        offset = shard["bytes"]
+        self.stream.write(content)
+        shard["bytes"] += len(content)
+        shard["crc32"] = zlib.crc32(content, shard["crc32"])
+        return len(self.written) - 1, offset
+
+    def close(self) -> None:
+        """Bring the open file to the disk: a pack.json promises that all is there."""
+        if self.stream is not None:
+            with self.stream:
+                self.stream.flush()
+                os.fsync(self.stream.fileno())
+            self.stream = None
+
+
+# -- reading the images ------------------------------------------------------------------------------------------------
 
 
 class Reader:
@@ -157,22 +298,28 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--quality: pixels have none; drop the flag, or add --format jpeg")
     if own.output.exists() and not own.output.is_dir():
         raise UserError(f"--output {own.output}: is a file; name a folder")
-    if packs.holds_pack(own.output) and not own.overwrite:
+    if holds_pack(own.output) and not own.overwrite:
         raise UserError(f"--output {own.output}: holds a pack; add --overwrite to replace it, or name another folder")
     if own.data_path and own.output.resolve() == Path(own.data_path).resolve():
         raise UserError(f"--output {own.output}: is the folder of the data; name another")
     sources = build_sources(own)
     quality = (own.quality or 90) if own.format == "jpeg" else None
     settings = {"kind": own.format, "size": own.size, "quality": quality}
-    reader = Reader(own.skip_broken_images, partial(packs.encode, **settings))
-    packs.check_space(own.output, reader.length(sources.values()))
+    reader = Reader(own.skip_broken_images, partial(encode, **settings))
+    reusable = sum(path.stat().st_size for path in files_of(own.output))
+    check_space(
+        own.output,
+        reader.length(sources.values()) - reusable,
+        f"--output {own.output}: the pack",
+        "lower --size, take --format jpeg, or another disk",
+    )
     start = time.perf_counter()
     with ThreadPoolExecutor(available_cpus()) as pool:  # decoding and reducing release the interpreter's lock
         splits = {
             split: with_progress(reader.records(source, pool), split, len(source)) for split, source in sources.items()
         }
         num_classes, shard_bytes = sources["train"].num_classes, int(own.shard_mib * 2**20)
-        about = packs.write_pack(own.output, splits, **settings, num_classes=num_classes, shard_bytes=shard_bytes)
+        about = write_pack(own.output, splits, **settings, num_classes=num_classes, shard_bytes=shard_bytes)
     seconds = time.perf_counter() - start
     images = sum(part["images"] for part in about["splits"].values())
     shards = [shard for part in about["splits"].values() for shard in part["shards"]]
