@@ -27,7 +27,7 @@ from datasets import BrokenImages, EpochLoader, closing_workers, copied_ahead, t
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
 from samplers import Batch, random_key, seed_generators
-from teacher_cache import CachedTeacher
+from teachers import CachedTeacher
 from utils import (
     Preempted,
     RunError,

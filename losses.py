@@ -1,4 +1,4 @@
-"""Base criterion, distillation terms, and where teacher targets come from.
+"""The base criterion and the distillation terms.
 
 Every criterion here is called as `criterion(outputs, batch)` and returns `(loss, terms)`: a scalar to differentiate and
 a dictionary of detached scalars to log.
@@ -6,7 +6,7 @@ a dictionary of detached scalars to log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,37 +58,6 @@ class SupervisedLoss:
 
     def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.base(outputs, batch.targets), {}
-
-
-class FrozenTeacher:
-    """Teacher targets from a model that is run, without gradients, on the images that the student sees.
-
-    Args:
-        model: takes images [B, 3, H, W] in its own normalisation, gives logits [B, C].
-        mean, std: per channel, the teacher's normalisation.
-        student_mean, student_std: per channel, the normalisation of the batches.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
-        student_mean: Sequence[float],
-        student_std: Sequence[float],
-    ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        device = next(model.parameters()).device
-        column = {"dtype": torch.float32, "device": device}
-        mean, std, student_mean, student_std = (
-            torch.tensor(list(values), **column).view(1, -1, 1, 1) for values in (mean, std, student_mean, student_std)
-        )
-        # ((x · student_std + student_mean) - mean) / std as one multiplication and one addition
-        self.scale, self.shift = student_std / std, (student_mean - mean) / std
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.images * self.scale + self.shift).float()
 
 
 def soft_distillation(student: torch.Tensor, teacher: torch.Tensor, tau: float, scale: str) -> torch.Tensor:

@@ -27,7 +27,7 @@ import engine
 import losses
 import models
 import models_evit
-import teacher_cache
+import teachers
 import utils
 from flags import check_flags, get_parser
 from samplers import random_key, seed_generators
@@ -214,9 +214,9 @@ def build_prepare(args: argparse.Namespace, num_classes: int, device: torch.devi
 
 def build_teacher(
     args: argparse.Namespace, student: torch.nn.Module, num_classes: int, device: torch.device
-) -> losses.FrozenTeacher:
+) -> teachers.FrozenTeacher:
     """The teacher with its weights, on the device."""
-    model = models.build_teacher(
+    model = teachers.build_teacher(
         args.teacher_model,
         path=args.teacher_path,
         pretrained=args.teacher_pretrained,
@@ -227,12 +227,12 @@ def build_teacher(
     _place(model, device)
     if args.compile:
         model.compile()
-    return losses.FrozenTeacher(model, *models.normalization(model), *models.normalization(student))
+    return teachers.FrozenTeacher(model, *models.normalization(model), *models.normalization(student))
 
 
 def build_cached_teacher(
     args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
-) -> teacher_cache.CachedTeacher:
+) -> teachers.CachedTeacher:
     """The store of the teacher's answers; the teacher itself only if answers are missing.
 
     Raises:
@@ -246,12 +246,12 @@ def build_cached_teacher(
         )
     hard, folder = args.distillation_type == "hard", Path(args.teacher_cache)
     codec = (
-        teacher_cache.Labels(source.num_classes)
+        teachers.Labels(source.num_classes)
         if hard
-        else teacher_cache.LogProbabilities(source.num_classes, args.teacher_cache_topk)
+        else teachers.LogProbabilities(source.num_classes, args.teacher_cache_topk)
     )
     num_positions = loader.counter.num_positions
-    cache = teacher_cache.TeacherCache(folder, codec, num_positions, world.rank, world.size)
+    cache = teachers.TeacherCache(folder, codec, num_positions, world.rank, world.size)
     missing = [epoch for epoch in _view_epochs(args) if not cache.is_whole(epoch)]
     live = None
     if missing:
@@ -264,8 +264,8 @@ def build_cached_teacher(
         logger.info("%s: %d epochs are missing and will take %.1f MiB", folder, len(missing), needed / 2**20)
         live = build_teacher(args, student, source.num_classes, world.device)
     with utils.main_process_first(world.local_rank):
-        teacher_cache.check_fingerprint(folder, fingerprint(args, student, source, loader, world))
-    return teacher_cache.CachedTeacher(cache, lambda: loader.counter.epoch, live)
+        teachers.check_fingerprint(folder, fingerprint(args, student, source, loader, world))
+    return teachers.CachedTeacher(cache, lambda: loader.counter.epoch, live)
 
 
 def _view_epochs(args: argparse.Namespace) -> range:
@@ -527,7 +527,7 @@ def evaluate_only(args: argparse.Namespace, model: torch.nn.Module, val_loader: 
 def precompute_only(
     args: argparse.Namespace,
     student: torch.nn.Module,
-    teacher: teacher_cache.CachedTeacher,
+    teacher: teachers.CachedTeacher,
     loader: datasets.EpochLoader,
     prepare: Callable,
     world: World,

@@ -1,4 +1,4 @@
-"""DeiT names, building models and teachers, loading pretrained and fine-tuning weights."""
+"""Building models by timm's names, loading pretrained and fine-tuning weights, partial training."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ def build_model(
             model.set_grad_checkpointing()
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
-    _try_out(model, f"--model {name}", input_size)
+    try_out(model, f"--model {name}", input_size)
     return model
 
 
-def _try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
+def try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
     """Show the model one image, so that a size it cannot take is found before training starts."""
     try:
         with torch.no_grad():
@@ -135,67 +135,6 @@ def _try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
             f"drop the --*model-kwargs that say otherwise"
         ) from error
     model.train()
-
-
-def build_teacher(
-    name: str,
-    *,
-    path: str,
-    pretrained: bool,
-    num_classes: int,
-    input_size: tuple[int, int],
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """Build a teacher with its weights; `losses.FrozenTeacher` freezes it.
-
-    Raises:
-        UserError: unknown model, no weights, or weights that do not fit the model or have another number of classes.
-    """
-    if not path and not pretrained:
-        raise UserError(
-            "--distillation-type: the teacher has no weights; add --teacher-path FILE or --teacher-pretrained"
-        )
-    if path:
-        checkpoint = read_checkpoint(path, "--teacher-path")
-    teacher = create_model(
-        name,
-        flag="--teacher-model",
-        num_classes=None if pretrained else num_classes,
-        input_size=input_size,
-        pretrained=pretrained,
-        **dict(model_kwargs or {}),
-    )
-    if path:
-        state_dict, report = fit_state_dict(
-            weights_of(checkpoint, "--teacher-path", path), teacher, _trained_size(checkpoint)
-        )
-        _check_teacher_weights(state_dict, report, teacher, name, path)
-        teacher.load_state_dict(state_dict)
-    elif teacher.num_classes != num_classes:
-        raise UserError(
-            f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
-            f"teacher on this data set first and pass it as --teacher-path"
-        )
-    _try_out(teacher, f"--teacher-model {name}", input_size)
-    return teacher
-
-
-def _check_teacher_weights(
-    state_dict: Mapping[str, torch.Tensor], report: LoadReport, teacher: nn.Module, name: str, path: str
-) -> None:
-    """Refuse weights that `fit_state_dict` could not fit to the teacher, heads included."""
-    heads, target = classifier_names(teacher), teacher.state_dict()
-    # A plain model may teach with the weights of a distilled one; anything else left over is of another model.
-    misfits = [key for key in report.dropped if key != "dist_token" and not _belongs_to(key, (*heads, "head_dist"))]
-    misfits += [key for key in report.missing if not _belongs_to(key, heads)]
-    misfits += [key for key, value in state_dict.items() if value.shape != target[key].shape]
-    if misfits:
-        raise UserError(f"--teacher-path {path}: does not fit --teacher-model {name} (at {misfits[0]}); name its model")
-    if report.missing:
-        raise UserError(
-            f"--teacher-path {path}: the teacher's head is not for {teacher.num_classes} classes; train a teacher on "
-            f"this data set first (python main.py --model {name} ...)"
-        )
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -247,7 +186,7 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _belongs_to(key: str, modules: tuple[str, ...]) -> bool:
+def belongs_to(key: str, modules: tuple[str, ...]) -> bool:
     return key.rpartition(".")[0] in modules
 
 
@@ -275,7 +214,7 @@ def fit_state_dict(
             resized = _fit_pos_embed(value, weights, model, trained_size)
             (report.kept if resized is value else report.resized).append(key)
             fitted[key] = resized
-        elif key not in target or (_belongs_to(key, heads) and value.shape != target[key].shape):
+        elif key not in target or (belongs_to(key, heads) and value.shape != target[key].shape):
             report.dropped.append(key)
         else:
             report.kept.append(key)
@@ -329,7 +268,7 @@ def _grid_of(
     return (side, side) if side * side == num_patches else None
 
 
-def _trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """Size of the images that a checkpoint of ours was trained with."""
     args = checkpoint.get("args")
     size = args.get("input_size") if isinstance(args, Mapping) else None
@@ -344,7 +283,7 @@ def load_finetune_weights(model: nn.Module, path: str) -> LoadReport:
     """
     flag = "--finetune"
     checkpoint = read_checkpoint(path, flag)
-    fitted, report = fit_state_dict(weights_of(checkpoint, flag, path), model, _trained_size(checkpoint))
+    fitted, report = fit_state_dict(weights_of(checkpoint, flag, path), model, trained_size(checkpoint))
     target = model.state_dict()
     misfit = next((key for key, value in fitted.items() if value.shape != target[key].shape), None)
     if misfit is not None:
@@ -412,7 +351,7 @@ def freeze(model: nn.Module, scope: str) -> None:
         return
     heads = classifier_names(model)
     for name, parameter in model.named_parameters():
-        trained = _belongs_to(name, heads) or (scope == "attn" and (".attn." in name or name == "pos_embed"))
+        trained = belongs_to(name, heads) or (scope == "attn" and (".attn." in name or name == "pos_embed"))
         parameter.requires_grad_(trained)
     if scope == "attn" and not any(".attn." in name for name, _ in model.named_parameters()):
         raise UserError("--train-scope attn: this model has no attention layers; use --train-scope head or all")

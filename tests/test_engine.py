@@ -24,9 +24,9 @@ from checkpoints import read_checkpoint
 from datasets import EpochLoader, build_prepare, collate, copied_ahead
 from engine import TrainState, build_lr_schedule, build_optimizer, evaluate, fit, train_one_epoch
 from flags import parse_args
-from losses import DistillationLoss, FrozenTeacher, SupervisedLoss, build_base_criterion
+from losses import DistillationLoss, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
-from teacher_cache import CachedTeacher, Labels, TeacherCache
+from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache
 from utils import RunError, StepLog, UserError, World
 
 CPU = torch.device("cpu")

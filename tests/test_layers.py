@@ -14,7 +14,6 @@ FLOORS = {
     "flags": 5,
     "loaders": 5,
     "teachers": 4,
-    "teacher_cache": 4,
     "datasets": 4,
     "models": 3,
     "packs": 3,

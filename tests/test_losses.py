@@ -12,13 +12,13 @@ from torch import nn
 from losses import (
     BinaryCrossEntropy,
     DistillationLoss,
-    FrozenTeacher,
     SupervisedLoss,
     build_base_criterion,
     hard_distillation,
     soft_distillation,
 )
 from samplers import Batch, seed_generators
+from teachers import FrozenTeacher
 
 
 def batch_of(targets, images=None):

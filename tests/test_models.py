@@ -10,7 +10,6 @@ from torch import nn
 
 from models import (
     build_model,
-    build_teacher,
     classifier_names,
     fit_state_dict,
     freeze,
@@ -20,6 +19,7 @@ from models import (
     set_train_mode,
     weights_of,
 )
+from teachers import build_teacher
 
 PLAIN, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}

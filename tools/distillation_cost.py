@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import engine
-from losses import DistillationLoss, FrozenTeacher, SupervisedLoss, build_base_criterion
+from losses import DistillationLoss, SupervisedLoss, build_base_criterion
 from models import create_model
 from samplers import Batch
-from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache
+from teachers import CachedTeacher, FrozenTeacher, Labels, LogProbabilities, TeacherCache
 from tools.command import errors_in_a_line
 from tools.timing import rates_in_turn, ratio_row, write_results
 from utils import available_cpus, select_device

@@ -14,18 +14,125 @@ import fcntl
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from checkpoints import read_checkpoint
+from models import (
+    LoadReport,
+    belongs_to,
+    classifier_names,
+    create_model,
+    fit_state_dict,
+    trained_size,
+    try_out,
+    weights_of,
+)
 from samplers import Batch
 from utils import RunError, UserError, check_space
 
 FLAG = "--teacher-cache"
+
+
+# -- a model that is run -----------------------------------------------------------------------------------------------
+
+
+def build_teacher(
+    name: str,
+    *,
+    path: str,
+    pretrained: bool,
+    num_classes: int,
+    input_size: tuple[int, int],
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build a teacher with its weights; `FrozenTeacher` freezes it.
+
+    Raises:
+        UserError: unknown model, no weights, or weights that do not fit the model or have another number of classes.
+    """
+    if not path and not pretrained:
+        raise UserError(
+            "--distillation-type: the teacher has no weights; add --teacher-path FILE or --teacher-pretrained"
+        )
+    if path:
+        checkpoint = read_checkpoint(path, "--teacher-path")
+    teacher = create_model(
+        name,
+        flag="--teacher-model",
+        num_classes=None if pretrained else num_classes,
+        input_size=input_size,
+        pretrained=pretrained,
+        **dict(model_kwargs or {}),
+    )
+    if path:
+        state_dict, report = fit_state_dict(
+            weights_of(checkpoint, "--teacher-path", path), teacher, trained_size(checkpoint)
+        )
+        _check_teacher_weights(state_dict, report, teacher, name, path)
+        teacher.load_state_dict(state_dict)
+    elif teacher.num_classes != num_classes:
+        raise UserError(
+            f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
+            f"teacher on this data set first and pass it as --teacher-path"
+        )
+    try_out(teacher, f"--teacher-model {name}", input_size)
+    return teacher
+
+
+def _check_teacher_weights(
+    state_dict: Mapping[str, torch.Tensor], report: LoadReport, teacher: nn.Module, name: str, path: str
+) -> None:
+    """Refuse weights that `fit_state_dict` could not fit to the teacher, heads included."""
+    heads, target = classifier_names(teacher), teacher.state_dict()
+    # A plain model may teach with the weights of a distilled one; anything else left over is of another model.
+    misfits = [key for key in report.dropped if key != "dist_token" and not belongs_to(key, (*heads, "head_dist"))]
+    misfits += [key for key in report.missing if not belongs_to(key, heads)]
+    misfits += [key for key, value in state_dict.items() if value.shape != target[key].shape]
+    if misfits:
+        raise UserError(f"--teacher-path {path}: does not fit --teacher-model {name} (at {misfits[0]}); name its model")
+    if report.missing:
+        raise UserError(
+            f"--teacher-path {path}: the teacher's head is not for {teacher.num_classes} classes; train a teacher on "
+            f"this data set first (python main.py --model {name} ...)"
+        )
+
+
+class FrozenTeacher:
+    """Teacher targets from a model that is run, without gradients, on the images that the student sees.
+
+    Args:
+        model: takes images [B, 3, H, W] in its own normalisation, gives logits [B, C].
+        mean, std: per channel, the teacher's normalisation.
+        student_mean, student_std: per channel, the normalisation of the batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        device = next(model.parameters()).device
+        column = {"dtype": torch.float32, "device": device}
+        mean, std, student_mean, student_std = (
+            torch.tensor(list(values), **column).view(1, -1, 1, 1) for values in (mean, std, student_mean, student_std)
+        )
+        # ((x · student_std + student_mean) - mean) / std as one multiplication and one addition
+        self.scale, self.shift = student_std / std, (student_mean - mean) / std
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        return self.model(batch.images * self.scale + self.shift).float()
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------

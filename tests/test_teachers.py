@@ -15,7 +15,7 @@ import main
 from flags import parse_args
 from losses import soft_distillation
 from samplers import Batch
-from teacher_cache import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint
+from teachers import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint
 from utils import RunError
 
 CPU = torch.device("cpu")
