@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoints import save_checkpoint
-from datasets import BrokenImages, EpochLoader, closing_workers, copied_ahead, to_device
+from datasets import BrokenImages
+from loaders import EpochLoader, closing_workers, copied_ahead, to_device
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
 from samplers import Batch, random_key, seed_generators

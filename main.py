@@ -24,6 +24,7 @@ import augment
 import checkpoints
 import datasets
 import engine
+import loaders
 import losses
 import models
 import models_evit
@@ -111,8 +112,8 @@ def _augments_on_device(args: argparse.Namespace, source: Any, device: torch.dev
         UserError: if they are to, and cannot.
     """
     if args.augment == "auto":
-        return device.type == "cuda" and datasets.fits_frames(source) and augment.is_supported(args.aa)
-    if args.augment == "device" and not datasets.fits_frames(source):
+        return device.type == "cuda" and loaders.fits_frames(source) and augment.is_supported(args.aa)
+    if args.augment == "device" and not loaders.fits_frames(source):
         raise UserError(
             "--augment device: the images are neither in memory nor packed, or of too different sizes; raise "
             "--ram-cache, pack them with python -m tools.pack_dataset, or drop the flag"
@@ -137,15 +138,15 @@ def build_val_loader(args: argparse.Namespace, source: Any, model: torch.nn.Modu
     """Every process's share of the images, as the model is shown images that it is asked about."""
     view = build_eval_transform(args, model)
     if _augments_on_device(args, source, world.device):
-        frame, size = datasets.frame_of(source), _size(args)
+        frame, size = loaders.frame_of(source), _size(args)
         view = augment.EvalTransform(frame, size, *models.normalization(model), crop_ratio=args.eval_crop_ratio)
         view = _compiled(args, view, world.device)
-    return datasets.build_eval_loader(source, view, **_loader_options(args, world))
+    return loaders.build_eval_loader(source, view, **_loader_options(args, world))
 
 
 def build_train_view(
     args: argparse.Namespace, model: torch.nn.Module, source: Any, device: torch.device
-) -> datasets.View:
+) -> loaders.View:
     """How the model is shown an image to learn from."""
     options = {
         "interpolation": args.train_interpolation,
@@ -159,7 +160,7 @@ def build_train_view(
     if not _augments_on_device(args, source, device):
         return datasets.build_train_transform(_size(args), *models.normalization(model), **options)
     logger.info("images are augmented on the device (--augment)")
-    frame = datasets.frame_of(source)
+    frame = loaders.frame_of(source)
     view = augment.TrainAugmentation(frame, _size(args), *models.normalization(model), **options)
     return _compiled(args, view, device)
 
@@ -184,10 +185,8 @@ def cache_features(
     return datasets.Source(features, targets.numpy(), source.num_classes, order, source.broken), torch.clone, head
 
 
-def build_train_loader(
-    args: argparse.Namespace, source: Any, view: datasets.View, world: World
-) -> datasets.EpochLoader:
-    return datasets.build_train_loader(
+def build_train_loader(args: argparse.Namespace, source: Any, view: loaders.View, world: World) -> loaders.EpochLoader:
+    return loaders.build_train_loader(
         source,
         view,
         accum_steps=args.accum_steps,
@@ -199,7 +198,7 @@ def build_train_loader(
 
 def build_prepare(args: argparse.Namespace, num_classes: int, device: torch.device) -> Callable:
     """The way of a training batch to the device, with Mixup and CutMix."""
-    mixup = datasets.build_mixup(
+    mixup = loaders.build_mixup(
         mixup=args.mixup,
         cutmix=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
@@ -209,7 +208,7 @@ def build_prepare(args: argparse.Namespace, num_classes: int, device: torch.devi
         num_classes=num_classes,
         batch_size=args.batch_size,
     )
-    return datasets.build_prepare(device, mixup)
+    return loaders.build_prepare(device, mixup)
 
 
 def build_teacher(
@@ -231,7 +230,7 @@ def build_teacher(
 
 
 def build_cached_teacher(
-    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: loaders.EpochLoader, world: World
 ) -> teachers.CachedTeacher:
     """The store of the teacher's answers; the teacher itself only if answers are missing.
 
@@ -274,7 +273,7 @@ def _view_epochs(args: argparse.Namespace) -> range:
 
 
 def fingerprint(
-    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: loaders.EpochLoader, world: World
 ) -> dict[str, Any]:
     """All that shapes the views of a run and what a teacher says about them; None for what is not known here."""
     flags = ("data_set", "train_fraction", "seed", "input_size", "repeated_aug", "hflip", "color_jitter", "aa")
@@ -297,15 +296,15 @@ def fingerprint(
     }
 
 
-def _augmentation(loader: datasets.EpochLoader) -> dict[str, str]:
+def _augmentation(loader: loaders.EpochLoader) -> dict[str, str]:
     """Where views are made, and the versions of what makes them."""
-    on_device = isinstance(loader.loader, datasets.DeviceLoader)
+    on_device = isinstance(loader.loader, loaders.DeviceLoader)
     code = ("torch", "timm") if on_device else ("timm", "torchvision", "pillow")
     return {"where": "device" if on_device else "host"} | {name: version(name) for name in code}
 
 
 def build_criterion(
-    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: datasets.EpochLoader, world: World
+    args: argparse.Namespace, student: torch.nn.Module, source: Any, loader: loaders.EpochLoader, world: World
 ) -> losses.SupervisedLoss | losses.DistillationLoss:
     """The base criterion, with a teacher if there is one."""
     base = losses.build_base_criterion(args.bce_loss, args.smoothing)
@@ -411,7 +410,7 @@ FREE_FLAGS |= {"precompute_teacher", "dist_eval", "distributed", "world_size", "
 
 
 def describe_run(
-    args: argparse.Namespace, source: Any, loader: datasets.EpochLoader, state: engine.TrainState, world: World
+    args: argparse.Namespace, source: Any, loader: loaders.EpochLoader, state: engine.TrainState, world: World
 ) -> dict[str, dict[str, Any]]:
     """What a checkpoint says of its run: the flags, and what else its bits depend on."""
     indexed, cuda = isinstance(source, datasets.Source), world.device.type == "cuda"
@@ -433,7 +432,7 @@ def describe_run(
 
 
 def resume(
-    args: argparse.Namespace, state: engine.TrainState, loader: datasets.EpochLoader, about: dict[str, dict[str, Any]]
+    args: argparse.Namespace, state: engine.TrainState, loader: loaders.EpochLoader, about: dict[str, dict[str, Any]]
 ) -> None:
     """Go on where `--resume` was written, and say what keeps the run from being the same to the bit.
 
@@ -528,7 +527,7 @@ def precompute_only(
     args: argparse.Namespace,
     student: torch.nn.Module,
     teacher: teachers.CachedTeacher,
-    loader: datasets.EpochLoader,
+    loader: loaders.EpochLoader,
     prepare: Callable,
     world: World,
 ) -> None:

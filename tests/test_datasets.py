@@ -25,24 +25,26 @@ import datasets
 from augment import EvalTransform, TrainAugmentation
 from datasets import (
     DIGITS_FILE,
-    DeviceImages,
-    FramedImages,
-    KeyedImages,
     MemoryImages,
     PathImages,
     Source,
     StreamingImages,
-    build_eval_loader,
     build_eval_transform,
-    build_mixup,
-    build_prepare,
     build_sources,
-    build_train_loader,
     build_train_transform,
-    fits_frames,
-    frame_of,
     keep_in_memory,
     take_fraction,
+)
+from loaders import (
+    DeviceImages,
+    FramedImages,
+    KeyedImages,
+    build_eval_loader,
+    build_mixup,
+    build_prepare,
+    build_train_loader,
+    fits_frames,
+    frame_of,
 )
 from samplers import Batch, KeyedSampler, seed_generators
 from utils import RunError, World, last_line

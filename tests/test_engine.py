@@ -16,14 +16,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-import datasets
 import engine
 import main
 import models
 from checkpoints import read_checkpoint
-from datasets import EpochLoader, build_prepare, collate, copied_ahead
 from engine import TrainState, build_lr_schedule, build_optimizer, evaluate, fit, train_one_epoch
 from flags import parse_args
+from loaders import EpochLoader, build_prepare, collate, copied_ahead
 from losses import DistillationLoss, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
 from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache
@@ -691,7 +690,7 @@ def test_on_cuda_a_batch_is_copied_on_another_stream_that_the_computation_waits_
 
     for name, stand_in in (("Stream", Stream), ("current_stream", lambda device: computes), ("stream", on)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(datasets, "to_device", copy_batch)
+    monkeypatch.setattr("loaders.to_device", copy_batch)
     for batch in copied_ahead(range(2), types.SimpleNamespace(type="cuda")):
         done.append(("step", batch.positions))
     each = [("copy on", "copies"), ("wait for", "copies"), ("keep for", "computes"), ("keep for", "computes")]

@@ -18,18 +18,8 @@ from PIL import Image
 import main
 import packs
 from augment import TrainAugmentation
-from datasets import (
-    KeyedImages,
-    MemoryImages,
-    Source,
-    build_eval_loader,
-    build_sources,
-    build_train_loader,
-    build_train_transform,
-    frame_of,
-    keep_in_memory,
-    take_fraction,
-)
+from datasets import MemoryImages, Source, build_sources, build_train_transform, keep_in_memory, take_fraction
+from loaders import KeyedImages, build_eval_loader, build_train_loader, frame_of
 from packs import PackImages, verify
 from samplers import KeyedSampler
 from tools import pack_dataset

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoints
 import datasets
 import engine
+import loaders
 import main
 import samplers
 import utils
@@ -534,8 +535,8 @@ def test_what_changes_the_bits_of_a_resumed_run_is_named(flags, change, stopped,
 def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, capsys):
     # 6 updates of 64 images are 12 of 32, or 4 of 96
     seen = []
-    build = datasets.build_prepare
-    monkeypatch.setattr(datasets, "build_prepare", lambda *args: watching(seen, build(*args)))
+    build = loaders.build_prepare
+    monkeypatch.setattr(loaders, "build_prepare", lambda *args: watching(seen, build(*args)))
     for size in (32, 96, 100):
         folder = shutil.copytree(stopped, stopped.with_name(f"batches_of_{size}"))
         seen.clear()

@@ -36,6 +36,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import augment
 import datasets
 import engine
+import loaders
 import losses
 import main as training
 from flags import parse_args
@@ -77,7 +78,7 @@ def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[st
     for stored, size in ((32, args.input_size), (32, 32), (256, args.input_size)):
         fresh(args)
         ours, theirs = _readers(args, device, stored, size, workers)
-        with datasets.closing_workers(ours.loader, theirs.loader):
+        with loaders.closing_workers(ours.loader, theirs.loader):
             row = compare(_reading(ours, device), _reading(theirs, device), args.rounds, device, "timm")
         rows.append({"name": f"{stored} px to {size} px", "against": against} | row)
     torch.set_num_threads(threads)
@@ -86,7 +87,7 @@ def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[st
 
 def _readers(
     args: argparse.Namespace, device: torch.device, stored: int, size: int, workers: int
-) -> tuple[datasets.EpochLoader, datasets.EpochLoader]:
+) -> tuple[loaders.EpochLoader, loaders.EpochLoader]:
     """Loaders of the same images in memory: ours, then timm's pipeline."""
     images = np.random.default_rng(0).integers(0, 256, (DISTINCT, stored, stored, 3), np.uint8)
     batches = 2 * workers or 4 * args.steps  # all processes are busy to the end
@@ -99,17 +100,17 @@ def _readers(
     options = {"batch_size": args.batch_size, "accum_steps": 1, "repeats": 1, "seed": 0, "num_workers": workers}
     options |= {"pin_memory": device.type == "cuda", "world": World(0, 1, 0, 1, device)}
     transform = datasets.build_train_transform((size, size), *normalization)
-    ours, theirs = (datasets.build_train_loader(source, each, **options) for each in (view, transform))
+    ours, theirs = (loaders.build_train_loader(source, each, **options) for each in (view, transform))
     return ours, theirs
 
 
-def _reading(loader: datasets.EpochLoader, device: torch.device) -> Callable[[], int]:
+def _reading(loader: loaders.EpochLoader, device: torch.device) -> Callable[[], int]:
     """A work of one epoch, up to the views on the device."""
     epochs = itertools.count()  # other views each time: some draws cost more than others
 
     def work() -> int:
         loader.set_epoch(next(epochs))
-        return sum(len(batch.images) for batch in datasets.copied_ahead(loader, device))
+        return sum(len(batch.images) for batch in loaders.copied_ahead(loader, device))
 
     return work
 

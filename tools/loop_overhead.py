@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import datasets
 import engine
+import loaders
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
@@ -41,7 +42,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
     state = engine.TrainState(model, model, optimizer, amp_dtype=amp_dtype)
     schedules = [engine.build_lr_schedule(optimizer, args.steps, 10, 1, sched="cosine")]
     criterion = SupervisedLoss(build_base_criterion(False, 0.1))
-    prepare = datasets.build_prepare(device, None)
+    prepare = loaders.build_prepare(device, None)
 
     def ours() -> int:
         log = StepLog(state.epoch, len(batches), args.batch_size, 50)
@@ -81,8 +82,8 @@ def measure_loader(input_size: int, views: int, rounds: int) -> dict:
     source = datasets.take_fraction(source, min(1.0, views / len(source)))
     transform = datasets.build_train_transform((input_size, input_size), (0.5,) * 3, (0.25,) * 3)
     sampler = KeyedSampler(len(source))
-    options = {"batch_size": 32, "collate_fn": datasets.collate}
-    keyed = DataLoader(datasets.KeyedImages(source, transform), sampler=sampler, **options)
+    options = {"batch_size": 32, "collate_fn": loaders.collate}
+    keyed = DataLoader(loaders.KeyedImages(source, transform), sampler=sampler, **options)
     unkeyed_images = UnkeyedImages(source, transform)
     unkeyed = DataLoader(unkeyed_images, sampler=RandomSampler(unkeyed_images), **options)
 
