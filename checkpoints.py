@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import urllib.parse
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,10 @@ def file_hash(path: str) -> str | None:
     """SHA-256 of a file; for a download, which states it, the address; None if there is no such file."""
     if "://" in path:
         return path
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+    if not Path(path).is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(address: str, flag: str) -> str:
@@ -162,3 +166,36 @@ def _download(address: str, flag: str) -> str:
     except Exception as error:
         raise UserError(f"{flag} {address}: cannot be downloaded ({reason(error)}); give a local file") from error
     return str(path)
+
+
+# -- comparing two runs ------------------------------------------------------------------------------------------------
+
+
+def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]], flags: Collection[str]) -> list[str]:
+    """What differs from the run that wrote a checkpoint and shows in every further bit, in words.
+
+    Args:
+        checkpoint: its `args` are the flags, its `run` what else its bits depend on.
+        about: the same of this run; None is not known, and not compared.
+        flags: names of those to compare.
+    """
+    saved = checkpoint.get("args") or {}
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    then = _as_json({"args": saved, "run": checkpoint.get("run") or {}})
+    now = _as_json({"args": about["args"], "run": about["run"]})
+    pairs = [
+        (f"--{name.replace('_', '-')}", value, now["args"][name])
+        for name, value in then["args"].items()
+        if name in flags
+    ]
+    pairs += [
+        (name.replace("_", " "), value, now["run"][name])
+        for name, value in then["run"].items()
+        if now["run"].get(name) is not None
+    ]
+    return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+
+
+def _as_json(values: Any) -> Any:
+    """The same as JSON has it, which knows no difference of list and tuple."""
+    return json.loads(json.dumps(values, default=str))

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,14 +31,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from augment import PADDING, SMALL_IMAGE
+from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions
 from packs import SPLITS, PackImages
-from samplers import Batch, random_key, random_keys, seed_generators
+from samplers import Batch, random_key, random_keys, seed_generators, signed
 from utils import RunError, UserError, gather, logger, main_process_first, reason
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
 SCHEMES = ("hfds/", "hfids/", "wds/", "torch/", "tfds/")
+KNOWN_NAMES = f"{', '.join(NAMES)}, or a timm name that starts with {', '.join(SCHEMES)}"
+HostView = Callable[[Image.Image], torch.Tensor]
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -51,7 +54,6 @@ class Images(Protocol):
 
     def describe(self, index: int) -> str:
         """What to call this image in an error message."""
-        ...
 
 
 class BrokenImages:
@@ -137,6 +139,10 @@ class Source:
                 f"cannot read image {self.images.describe(index)} ({error}); mend or remove it, then --resume, or "
                 f"tolerate some with --skip-broken-images"
             ) from error
+
+    def label_checksum(self) -> int:
+        """CRC-32 of the classes in order."""
+        return zlib.crc32(self.targets[self.order].tobytes())
 
     def file_names(self) -> bytes:
         """Names of the image files in order, without folders, which may have been moved; b"" if there are none."""
@@ -241,8 +247,9 @@ def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         samples = itertools.chain.from_iterable(pool.map(read, blocks))
         arrays, targets = zip(*samples, strict=True)
-    packed = MemoryImages(arrays, source.file_names())
-    return replace(_source(packed, targets, source.num_classes), broken=source.broken)
+    return replace(
+        _source(MemoryImages(arrays, source.file_names()), targets, source.num_classes), broken=source.broken
+    )
 
 
 def _decoded(source: Source, place: int) -> tuple[np.ndarray, int]:
@@ -255,52 +262,69 @@ def _decoded(source: Source, place: int) -> tuple[np.ndarray, int]:
 # -- reading the data sets ---------------------------------------------------------------------------------------------
 
 
-def build_sources(
-    name: str,
-    data_path: str | None,
-    *,
-    inat_category: str = "name",
-    train_split: str = "train",
-    val_split: str = "validation",
-    num_classes: int | None = None,
-    local_rank: int = 0,
-) -> tuple[Source | StreamingImages, Source | StreamingImages]:
-    """Find a data set's training and validation part; download it where that is possible.
+TrainAndVal = tuple["Source | StreamingImages", "Source | StreamingImages"]
 
-    Args:
-        name: one of `NAMES`, or timm's name with a scheme such as `hfds/`.
-        data_path: folder of the data; CIFAR, FLOWERS and `torch/` default to `./data`.
-        inat_category: the level of the taxonomy to classify.
-        train_split, val_split: names of the splits, for names with a scheme.
-        num_classes: number of classes where the data do not say.
-        local_rank: the first process of a machine downloads, the others wait.
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which data to read. The fields are flags of main.py."""
+
+    data_set: str = "IMNET"  # one of `NAMES`, or timm's name with a scheme such as `hfds/`
+    data_path: str | None = None  # CIFAR, FLOWERS and `torch/` default to ./data
+    inat_category: str = "name"  # the level of iNaturalist's taxonomy to classify
+    train_split: str = "train"  # for names with a scheme
+    val_split: str = "validation"  # for names with a scheme
+    num_classes: int | None = None  # where the data do not say
+    train_fraction: float = 1.0  # class-balanced share of the training data to use
+    ram_cache: float = 1024  # MiB; a data set that takes no more is decoded once and kept in memory
+    skip_broken_images: int = 0  # unreadable training images to tolerate
+
+
+def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = False) -> TrainAndVal:
+    """The training and validation data, cut to `train_fraction` and kept in memory if they are small.
+
+    With `eval_only` the training data stay on the disk. The first process of a machine downloads, the others wait.
+
+    Raises:
+        UserError: see `read_sources`, or a flag that a stream does not support.
+    """
+    train, val = read_sources(options, local_rank)
+    if options.skip_broken_images:
+        if isinstance(train, StreamingImages):
+            raise UserError("--skip-broken-images: a stream skips them by itself; drop the flag")
+        train = replace(train, broken=BrokenImages(train.images, options.skip_broken_images))
+    if not eval_only:
+        train = keep_in_memory(take_fraction(train, options.train_fraction), options.ram_cache)
+    return train, keep_in_memory(val, options.ram_cache)
+
+
+def read_sources(options: DataOptions, local_rank: int = 0) -> TrainAndVal:
+    """Find a data set's training and validation part; download it where that is possible.
 
     Raises:
         UserError: unknown name, missing or badly laid-out folder, failed download.
     """
+    name = options.data_set
     if name.startswith(SCHEMES):
-        return _timm_sources(name, data_path, train_split, val_split, num_classes, local_rank)
+        return _timm_sources(options, local_rank)
     if name not in NAMES:
-        raise UserError(
-            f"--data-set {name}: unknown; use one of {', '.join(NAMES)}, or a timm name that starts with "
-            f"{', '.join(SCHEMES)}"
-        )
-    if num_classes is not None:
-        raise UserError(f"--num-classes {num_classes}: {name} says itself how many classes it has; drop the flag")
+        raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
+    if options.num_classes is not None:
+        raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
     if name == "DIGITS":
         return _digits()
-    root = _folder_of(name, data_path)
-    if name == "IMNET":
-        return _folder_tree(root, root / "val")
+    root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
         return _cifar(root, name, local_rank)
-    if name == "FLOWERS":
-        return _flowers(root, local_rank)
-    if name == "CARS":
-        return _cars(root)
-    if name == "PACKED":
-        return _packed(root)
-    return _inaturalist(root, 2018 if name == "INAT" else 2019, inat_category)
+    readers = {
+        "IMNET": lambda: _folder_tree(root, root / "val"),
+        "FLOWERS": lambda: _flowers(root, local_rank),
+        "CARS": lambda: _cars(root),
+        "PACKED": lambda: _packed(root),
+        "INAT": lambda: _inaturalist(root, 2018, options.inat_category),
+        "INAT19": lambda: _inaturalist(root, 2019, options.inat_category),
+    }
+    return readers[name]()
 
 
 def _folder_of(name: str, data_path: str | None) -> Path:
@@ -466,11 +490,10 @@ def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int]) -> So
     return _source(PathImages(paths), labels, max(class_of.values()) + 1)
 
 
-def _timm_sources(
-    name: str, data_path: str | None, train_split: str, val_split: str, num_classes: int | None, local_rank: int
-) -> tuple[Source | StreamingImages, Source | StreamingImages]:
+def _timm_sources(options: DataOptions, local_rank: int) -> TrainAndVal:
     """Any data set that timm can read. Streams (`wds/`, `tfds/`, `hfids/`) have no index; the others do."""
-    root = "data" if data_path is None and name.startswith("torch/") else data_path
+    name, train_split, val_split = options.data_set, options.train_split, options.val_split
+    root = "data" if options.data_path is None and name.startswith("torch/") else options.data_path
     parts = []
     for split, training in ((train_split, True), (val_split, False)):
         try:
@@ -487,7 +510,7 @@ def _timm_sources(
             f"--data-set {name}: the splits {train_split!r} and {val_split!r} have different classes; check "
             f"--data-path, --train-split and --val-split"
         )
-    num_classes = num_classes or len(train_classes) or None
+    num_classes = options.num_classes or len(train_classes) or None
     train = _from_timm(parts[0], name, True, num_classes)
     return train, _from_timm(parts[1], name, False, train.num_classes)
 
@@ -551,7 +574,7 @@ class StreamingImages(IterableDataset):
 
     def __init__(self, dataset: Any, num_classes: int, training: bool) -> None:
         self.dataset, self.num_classes, self.training = dataset, num_classes, training
-        self.transform: Callable[[Image.Image], torch.Tensor] | None = None
+        self.transform: HostView | None = None
         self.seed, self.rank, self.world_size = 0, 0, 1
         self.epoch = SharedCount(0)  # persistent loader processes must see it change
         if not training:
@@ -573,67 +596,55 @@ class StreamingImages(IterableDataset):
                 position = position * self.world_size + self.rank
             elif position % self.world_size != self.rank:
                 continue
-            seed_generators(random_key(self.seed, "view", self.epoch.value, position))
-            yield Batch(self.transform(image.convert("RGB")), int(target), position)
+            key = random_key(self.seed, "view", self.epoch.value, position)
+            seed_generators(key)
+            yield Batch(self.transform(image.convert("RGB")), int(target), position, keys=signed(key))
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------
 
 
-def build_train_transform(
-    input_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    interpolation: str = "bicubic",
-    hflip: float = 0.5,
-    color_jitter: float = 0.3,
-    auto_augment: str = "rand-m9-mstd0.5-inc1",
-    re_prob: float = 0.25,
-    re_mode: str = "pixel",
-    re_count: int = 1,
-) -> Callable[[Image.Image], torch.Tensor]:
-    """PIL image -> normalised float32 [3, H, W] by DeiT's training augmentation (paper, section 6 and table 9).
+def build_train_transform(options: ViewOptions, normalization: Normalization) -> HostView:
+    """PIL image -> normalized float32 [3, H, W] by DeiT's training augmentation (paper, section 6 and table 9).
 
     Up to 64 pixels, the random resized crop gives way to a padding of 4 pixels and a random crop.
 
     Raises:
         UserError: if timm does not know the AutoAugment policy.
     """
+    size, (mean, std) = options.input_size, normalization
     try:
         transform = create_transform(
-            input_size,
+            size,
             is_training=True,
-            interpolation=interpolation,
-            hflip=hflip,
-            color_jitter=color_jitter,
-            auto_augment=None if auto_augment in ("", "none") else auto_augment,
-            re_prob=re_prob,
-            re_mode=re_mode,
-            re_count=re_count,
+            interpolation=options.train_interpolation,
+            hflip=options.hflip,
+            color_jitter=options.color_jitter,
+            auto_augment=None if options.aa in ("", "none") else options.aa,
+            re_prob=options.reprob,
+            re_mode=options.remode,
+            re_count=options.recount,
             mean=tuple(mean),
             std=tuple(std),
         )
     except (AssertionError, KeyError, ValueError):
-        raise UserError(f"--aa {auto_augment}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none") from None
-    if max(input_size) <= SMALL_IMAGE:
+        raise UserError(f"--aa {options.aa}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none") from None
+    if max(size) <= SMALL_IMAGE:
         # What is drawn at random in "random" is the interpolation of random crops, of which there are none here.
-        mode = str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
-        resize = transforms.Resize(list(input_size), mode)
-        transform.transforms[0:1] = [resize, transforms.RandomCrop(input_size, padding=PADDING)]
+        mode = "bicubic" if options.train_interpolation == "random" else options.train_interpolation
+        resize = transforms.Resize(list(size), str_to_interp_mode(mode))
+        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=PADDING)]
     return transform
 
 
-def build_eval_transform(
-    input_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], *, interpolation: str, crop_ratio: float
-) -> Callable[[Image.Image], torch.Tensor]:
-    """PIL image -> normalised float32 [3, H, W]: resize to size / crop_ratio and crop the centre.
+def build_eval_transform(options: ViewOptions, normalization: Normalization) -> HostView:
+    """PIL image -> normalized float32 [3, H, W]: resize to size / eval_crop_ratio and crop the center.
 
     Up to 64 pixels the whole image is used.
     """
-    if max(input_size) > SMALL_IMAGE:
-        return create_transform(
-            input_size, interpolation=interpolation, mean=tuple(mean), std=tuple(std), crop_pct=crop_ratio
-        )
-    resize = transforms.Resize(list(input_size), str_to_interp_mode(interpolation))
+    size, (mean, std) = options.input_size, normalization
+    if max(size) > SMALL_IMAGE:
+        crop = {"crop_pct": options.eval_crop_ratio, "interpolation": "bicubic"}
+        return create_transform(size, mean=tuple(mean), std=tuple(std), **crop)
+    resize = transforms.Resize(list(size), str_to_interp_mode("bicubic"))
     return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,20 +19,22 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from checkpoints import save_checkpoint
 from datasets import BrokenImages
-from loaders import EpochLoader, closing_workers, copied_ahead, to_device
+from loaders import EpochLoader, closing_workers
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
+from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
 from teachers import CachedTeacher
 from utils import (
     Preempted,
+    Progress,
     RunError,
     StepLog,
     StopSignals,
+    TensorBoard,
     UserError,
     World,
     agree,
@@ -111,6 +112,51 @@ def build_lr_schedule(
     if scheduler is None:
         raise UserError(f"--sched {options.get('sched')}: not available; use cosine, step, multistep, tanh or poly")
     return LearningRate(scheduler)
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """How learning rate and keep rate change. The fields are flags of main.py; see timm's `create_scheduler_v2`."""
+
+    epochs: int = 300
+    sched: str = "cosine"
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    decay_epochs: float = 30
+    decay_rate: float = 0.1
+    cooldown_epochs: int = 10
+    lr_noise: Sequence[float] | None = None
+    lr_noise_pct: float = 0.67
+    lr_noise_std: float = 1.0
+    seed: int = 0
+    shrink_start_epoch: int | None = None
+    shrink_epochs: int | None = None
+
+
+def build_schedules(state: TrainState, updates_per_epoch: int, options: ScheduleOptions) -> list[Schedule]:
+    """Everything that follows the number of updates: the learning rate, and an EViT's keep rate."""
+    learning_rate = build_lr_schedule(
+        state.optimizer,
+        updates_per_epoch,
+        options.epochs,
+        options.warmup_epochs,
+        sched=options.sched,
+        warmup_lr=options.warmup_lr,
+        min_lr=options.min_lr,
+        decay_epochs=options.decay_epochs,
+        decay_rate=options.decay_rate,
+        cooldown_epochs=options.cooldown_epochs,
+        noise=options.lr_noise,
+        noise_pct=options.lr_noise_pct,
+        noise_std=options.lr_noise_std,
+        noise_seed=options.seed,
+    )
+    if not evit_blocks(state.module):
+        return [learning_rate]
+    start = 10 if options.shrink_start_epoch is None else options.shrink_start_epoch
+    models = modules_of(state).values()
+    return [learning_rate, KeepRate(models, updates_per_epoch, start, options.shrink_epochs or 0)]
 
 
 # Those with a fused implementation: one pass over the weights, and in fp16 no wait for the device.
@@ -307,58 +353,106 @@ class TrainState:
             )
 
 
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How weights are updated. The fields are flags of main.py."""
+
+    opt: str = "adamw"  # timm's name of the optimizer
+    opt_eps: float = 1e-8
+    opt_betas: Sequence[float] | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    lr: float = 5e-4  # peak learning rate, before scaling
+    lr_scaling: str = "linear"  # multiply by (effective batch / 512), by its root ("sqrt"), or by 1 ("none")
+    accum_steps: int = 1  # this and the next two: see `TrainState`
+    clip_grad: float | None = None
+    max_skipped_steps: int = 0
+    model_ema: bool = True  # this and the next three: see `timm.utils.ModelEmaV3`
+    model_ema_decay: float = 0.99996
+    model_ema_warmup: bool = False
+    model_ema_force_cpu: bool = False
+    compile: bool = False  # compile the model
+
+    def scaled_lr(self, effective_batch: int) -> float:
+        """Peak learning rate for this many images per update."""
+        scale = effective_batch / 512
+        return self.lr * {"linear": scale, "sqrt": scale**0.5, "none": 1}[self.lr_scaling]
+
+
+def build_state(
+    model: nn.Module,
+    trained: nn.Module,
+    options: OptimizerOptions,
+    images_per_batch: int,
+    input_shape: Sequence[int],
+    amp_dtype: torch.dtype | None,
+    world: World,
+) -> TrainState:
+    """Optimizer, precision, EMA, compilation and DDP around a model.
+
+    Args:
+        model: on its device.
+        trained: the model, or the part of it that is trained.
+        images_per_batch: over all ranks.
+        input_shape: of one input of `trained`.
+        amp_dtype: autocast type, or None for float32.
+    """
+    effective_batch = images_per_batch * options.accum_steps
+    lr = options.scaled_lr(effective_batch)
+    logger.info("effective batch %d images, peak learning rate %.3g", effective_batch, lr)
+    settings = {"weight_decay": options.weight_decay, "momentum": options.momentum, "eps": options.opt_eps}
+    optimizer = build_optimizer(model, options.opt, lr=lr, betas=options.opt_betas, **settings)
+    ema = None
+    if options.model_ema:
+        device = torch.device("cpu") if options.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
+    if options.compile:
+        # An EViT is compiled anew at each step of its keep rate, for training and for evaluation; after 8 times torch
+        # would silently compile no more.
+        torch._dynamo.config.cache_size_limit = 4 * (SHRINK_STEPS + 1)
+        model.compile()  # in place, so that parameter names keep no prefix
+    wrapped = trained
+    if world.size > 1:
+        devices = [world.device] if world.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(trained, device_ids=devices, gradient_as_bucket_view=True)
+        settle_buckets(wrapped, torch.zeros(2, *input_shape, device=world.device))
+    return TrainState(
+        wrapped,
+        model,
+        optimizer,
+        amp_dtype=amp_dtype,
+        accum_steps=options.accum_steps,
+        clip_grad=options.clip_grad,
+        max_skipped_steps=options.max_skipped_steps,
+        ema=ema,
+    )
+
+
 def _implemented_as(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """The saved state for this optimiser's implementation, fused or not, in place of the one that wrote it."""
     own = {name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults}
     return saved | {"param_groups": [group | own for group in saved["param_groups"]]}
 
 
-def prepared(
-    loader: Iterable[Batch],
-    prepare: Callable[[Batch], Batch],
-    device: torch.device,
-    *,
-    seed: int,
-    epoch: int,
-    rank: int,
-    first_step: int = 0,
-) -> Iterator[Batch]:
-    """The batches of an epoch as models see them: on the device and mixed, whoever asks.
-
-    Args:
-        loader: this rank's batches from `first_step` on.
-        prepare: mixes a batch on the device.
-        device: where the batches are to be.
-        seed, epoch, rank: with the step they seed Mixup and CutMix.
-    """
-    for step, batch in enumerate(copied_ahead(loader, device), first_step):
-        seed_generators(random_key(seed, "mix", epoch, step, rank))
-        yield prepare(batch)
-
-
 def train_one_epoch(
     state: TrainState,
     loader: EpochLoader | Sequence[Batch],
     criterion: Criterion,
-    prepare: Callable[[Batch], Batch],
     schedules: Sequence[Schedule],
     log: StepLog,
     *,
     after_update: Callable[[StepLog], None] = lambda log: None,
     seed: int = 0,
     rank: int = 0,
-    view_epoch: int | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader` once.
 
     Args:
-        loader: the epoch's batches from `log.first_step` on.
-        prepare: takes a batch to the device and mixes it.
+        loader: the epoch's batches on the device, from `log.first_step` on.
         schedules: all are set to the number of updates made before each step.
         log: takes every step's loss, terms and schedule values.
         after_update: is called where the run may be saved and stopped.
-        seed, rank: with the epoch and the step they seed Mixup, dropout and stochastic depth.
-        view_epoch: the epoch that Mixup is seeded with, if it is another one.
+        seed, rank: with the epoch and the step they seed dropout and stochastic depth.
 
     Returns:
         Mean over steps of all that was logged, and `images_per_second`.
@@ -367,9 +461,7 @@ def train_one_epoch(
         RunError: on all ranks, if the loss is not finite.
     """
     set_train_mode(state.model)
-    view_epoch, first = state.epoch if view_epoch is None else view_epoch, log.first_step
-    batches = prepared(loader, prepare, state.device, seed=seed, epoch=view_epoch, rank=rank, first_step=first)
-    for step, batch in enumerate(batches, first):
+    for step, batch in enumerate(loader, log.first_step):
         for schedule in schedules:
             schedule.step_update(state.num_updates)
         seed_generators(random_key(seed, "step", state.epoch, step, rank), state.device)
@@ -385,44 +477,30 @@ def train_one_epoch(
 def precompute(
     teacher: CachedTeacher,
     loader: EpochLoader,
-    prepare: Callable[[Batch], Batch],
     epochs: range,
     autocast: contextlib.AbstractContextManager,
-    *,
-    seed: int,
     world: World,
     group: int = 1,
-    log_interval: int = 50,
 ) -> None:
-    """Ask the teacher about every view of these epochs that its store has no answer to.
+    """Cache the teacher's predictions for every view of these epochs that has none yet.
 
-    Ranks do not wait for each other: each goes on where it stopped.
+    Ranks do not wait for each other: each resumes where it stopped.
 
     Args:
-        group: batches to show the teacher at once.
+        group: batches in a forward pass of the teacher.
     """
-    open_steps, done, start = len(loader) * len(epochs), 0, time.perf_counter()
-    bar = tqdm(total=open_steps, unit="step", disable=not world.is_main or not sys.stderr.isatty())
+    progress = Progress("teacher", len(loader) * len(epochs) * loader.images_per_batch, "image")
     for epoch in epochs:
-        loader.set_epoch(epoch)
         teacher.cache.open(epoch)
         first = teacher.cache.next_missing() // (loader.images_per_batch // world.size)
-        loader.skip(first)
-        open_steps -= first
-        bar.total = open_steps
-        batches = prepared(loader, prepare, world.device, seed=seed, epoch=epoch, rank=world.rank, first_step=first)
+        loader.set_epoch(epoch, first)
+        progress.skip(first * loader.images_per_batch)
+        batches = iter(loader)
         while together := list(itertools.islice(batches, group)):
             with autocast:
                 teacher(Batch(*(torch.cat(parts) for parts in zip(*(batch[:3] for batch in together), strict=True))))
-            done += len(together)
-            bar.update(len(together))
-            if bar.disable and (done % log_interval < group or done == open_steps):
-                rate = done / (time.perf_counter() - start)
-                logger.info(
-                    "teacher: epoch %d of %d  %.0f images/s  %.0f s left",
-                    *(epoch, epochs.stop, rate * loader.images_per_batch, (open_steps - done) / rate),
-                )
-    bar.close()
+            progress.advance(len(together) * loader.images_per_batch)
+    progress.close()
 
 
 @torch.no_grad()
@@ -433,7 +511,7 @@ def evaluate(
 
     Args:
         model: the bare module, whose forward involves no other process.
-        loader: this rank's share of the images.
+        loader: this rank's share of the images, on the device.
         autocast: the precision to use.
 
     Returns:
@@ -442,14 +520,13 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for batch in copied_ahead(loader, device):
-        images, targets = batch[:2]
+    for batch in loader:
         with autocast:
-            logits = model(images)
+            logits = model(batch.images)
         logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, k]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(targets))])
+        hits = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]  # [B, k]
+        loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(batch.targets))])
     loss, top1, top5, images = all_reduce_sum(totals).tolist()
     images = max(images, 1)
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
@@ -459,14 +536,13 @@ def evaluate(
 def features(
     model: nn.Module, loader: Iterable[Batch], autocast: contextlib.AbstractContextManager
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a timm model hands to its classification layer, float32 [N, D], and the classes [N], both on the CPU."""
+    """The inputs of a timm model's classification layer, float32 [N, D], and the classes [N], both on the CPU."""
     model.eval()
-    device = next(model.parameters()).device
     rows, targets = [], []
     for batch in loader:
-        targets.append(batch.targets)
+        targets.append(batch.targets.cpu())
         with autocast:
-            maps = model.forward_features(to_device(batch, device).images)
+            maps = model.forward_features(batch.images)
             rows.append(model.forward_head(maps, pre_logits=True).float().cpu())
     return torch.cat(rows), torch.cat(targets)
 
@@ -496,20 +572,22 @@ def modules_of(state: TrainState) -> dict[str, nn.Module]:
     return {"test_": state.module} | ({"test_ema_": state.ema.module} if state.ema is not None else {})
 
 
-def evaluate_state(
-    state: TrainState, loader: Iterable[Batch], is_over: Callable[[], int] = lambda: 0
-) -> dict[str, float]:
-    """`evaluate` the model, and its average if there is one, as `test_*` and `test_ema_*` for the log.
+def evaluate_all(
+    modules: Iterable[tuple[str, nn.Module]],
+    loader: Iterable[Batch],
+    amp_dtype: torch.dtype | None,
+    is_over: Callable[[], int] = lambda: 0,
+) -> Iterator[dict[str, float]]:
+    """`evaluate` one module after the other; their results with prefixed names, such as `test_acc1`.
 
     Args:
-        is_over: is asked before each batch whether the result is no longer wanted.
+        modules: prefix and module, see `modules_of`.
+        is_over: is asked before each batch whether the results are no longer wanted.
     """
-    stats = {}
-    for prefix, module in modules_of(state).items():
+    for prefix, module in modules:
         wanted = itertools.takewhile(lambda _: not is_over(), loader)
-        result = evaluate(module, wanted, autocast(module, state.amp_dtype))
-        stats |= {prefix + name: value for name, value in result.items() if name != "images"}
-    return stats
+        stats = evaluate(module, wanted, autocast(module, amp_dtype))
+        yield {prefix + name: value for name, value in stats.items()}
 
 
 def describe(stats: dict[str, float]) -> str:
@@ -526,27 +604,38 @@ def _close_epoch(state: TrainState, world: World) -> None:
 
 
 @dataclass
+class Output:
+    """Where a run is recorded; only rank 0 writes.
+
+    Attributes:
+        folder: of the checkpoints and log.txt, or None for nowhere.
+        writer: a TensorBoard writer on rank 0, or None.
+        about: what else a checkpoint holds: the run's flags and data, as JSON values.
+    """
+
+    folder: Path | None = None
+    writer: TensorBoard | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Saver:
     """What is saved of a run, and when: after each epoch, every so many minutes within one, and when it is to stop.
 
     All ranks must call it alike; only rank 0 writes.
 
     Attributes:
-        about: what else the checkpoint is to hold: the run's flags and data, as JSON values.
-        folder: of the checkpoints and log.txt, or None for nowhere.
-        writer: a TensorBoard writer, brought to its files first, or None.
-        minutes: between two savings within an epoch, or None.
-        broken: images that could not be read so far, or None.
         stop: the signals that end the run.
+        output: where to save.
+        minutes: between two checkpoints within an epoch, or None.
+        broken: unreadable images so far, or None.
     """
 
     state: TrainState
     schedules: Sequence[Schedule]
     world: World
     stop: StopSignals
-    about: dict[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-    writer: Any = None
+    output: Output = field(default_factory=Output)
     minutes: float | None = None
     broken: BrokenImages | None = None
     saved_at: float = field(default_factory=time.monotonic)
@@ -564,7 +653,7 @@ class Saver:
         if signal:
             barrier()  # a launcher may end all as soon as one has ended
             kept = "nothing is kept without --output-dir"
-            if self.folder is not None:
+            if self.output.folder is not None:
                 kept = f"epoch {self.state.epoch}, step {log.step} is kept; go on with --resume auto"
             raise Preempted(int(signal), kept)
 
@@ -580,12 +669,12 @@ class Saver:
             _require_finite(self.state)
             totals = [dict(zip(log.totals, row, strict=True)) for row in gather(list(log.totals.values()))]
             progress = {"images": log.step * log.batch_images, "totals": totals}
-        checkpoint = self.state.state_dict(self.schedules, progress) | self.about
+        checkpoint = self.state.state_dict(self.schedules, progress) | self.output.about
         checkpoint["broken_images"] = self.broken.all_found() if self.broken is not None else []
-        if self.writer is not None:
-            self.writer.flush()
-        if self.world.is_main and self.folder is not None:
-            save_checkpoint(checkpoint, self.folder, is_best)
+        if self.output.writer is not None:
+            self.output.writer.flush()
+        if self.world.is_main and self.output.folder is not None:
+            save_checkpoint(checkpoint, self.output.folder, is_best)
         self.saved_at = time.monotonic()
 
     def end_epoch(self, record: dict[str, Any]) -> None:
@@ -596,11 +685,11 @@ class Saver:
         state.epoch += 1
         trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
         record = record | {"epoch": epoch, "n_parameters": trainable}
-        if self.writer is not None:
+        if self.output.writer is not None:
             for name, value in record.items():
-                self.writer.add_scalar(f"epoch/{name}", value, epoch)
-        if self.world.is_main and self.folder is not None:
-            append_log(self.folder, record)  # first: a resumed run drops the lines of epochs that it repeats
+                self.output.writer.add_scalar(f"epoch/{name}", value, epoch)
+        if self.world.is_main and self.output.folder is not None:
+            append_log(self.output.folder, record)  # first: a resumed run drops the lines of epochs that it repeats
         self.save(is_best=is_best)
 
 
@@ -615,10 +704,9 @@ def _require_finite(state: TrainState) -> None:
 
 def _position(state: TrainState, loader: EpochLoader, schedules: Sequence[Schedule], view_epoch: int) -> int:
     """Turn loader and schedules to the epoch, or to where in it a resumed run goes on: the first step."""
-    loader.set_epoch(view_epoch)
     first = (state.num_updates - state.epoch * loader.updates_per_epoch) * state.accum_steps
+    loader.set_epoch(view_epoch, first)
     if first:
-        loader.skip(first)
         for schedule in schedules:  # as the last step has left them: the epoch may have no step left
             schedule.step_update(state.num_updates - 1)
     return first
@@ -643,74 +731,72 @@ def _described(trained: dict[str, float], schedules: Sequence[Schedule]) -> dict
     return named | values
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How long a run takes, and when it is logged, evaluated and saved. The fields are flags of main.py."""
+
+    epochs: int = 300
+    seed: int = 0
+    log_interval: int = 50  # steps between two log lines and two checks for a non-finite loss
+    eval_interval: int = 1  # epochs between two evaluations; the last epoch is always evaluated
+    augmentation_epochs: int | None = None  # after this many epochs the same views come again; None for never
+    checkpoint_minutes: float | None = None  # between two checkpoints within an epoch
+
+    @property
+    def view_epochs(self) -> int:
+        """Epochs with different views."""
+        return min(self.epochs, self.augmentation_epochs or self.epochs)
+
+
 def fit(
     state: TrainState,
     train_loader: EpochLoader,
     val_loader: Iterable[Batch],
     criterion: Criterion,
-    prepare: Callable[[Batch], Batch],
     schedules: Sequence[Schedule],
-    *,
-    epochs: int,
+    options: RunOptions,
     world: World,
-    about: dict[str, Any] | None = None,
-    output_dir: Path | None = None,
-    writer: Any = None,
-    seed: int = 0,
-    log_interval: int = 50,
-    eval_interval: int = 1,
-    augmentation_epochs: int | None = None,
-    checkpoint_minutes: float | None = None,
+    output: Output,
 ) -> None:
-    """Train from where `state` is to `epochs`: one line of log.txt, one evaluation and one checkpoint per epoch.
-
-    Args:
-        about: what else the checkpoint is to hold: the run's flags and data, as JSON values.
-        output_dir: where log.txt and checkpoints go, or None for nowhere; only rank 0 writes.
-        writer: a TensorBoard writer on rank 0, or None.
-        log_interval: steps between two lines and two checks for a non-finite loss.
-        eval_interval: epochs between two evaluations; the last epoch is always evaluated.
-        augmentation_epochs: after so many epochs the same views come again.
-        checkpoint_minutes: between two checkpoints within an epoch, or None.
+    """Train from where `state` is to the last epoch: one line of log.txt, one evaluation, one checkpoint per epoch.
 
     Raises:
         Preempted: on all ranks, if any was sent SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the run is saved.
         RunError: on all ranks, if the loss or the weights are not finite, or the disk is full.
     """
     start, broken = time.time(), train_loader.broken
-    with StopSignals() as stop, closing_workers(train_loader.loader, val_loader):
-        saver = Saver(
-            *(state, schedules, world, stop),
-            about=about or {},
-            folder=output_dir,
-            writer=writer,
-            minutes=checkpoint_minutes,
-            broken=broken,
-        )
-        while state.epoch < epochs:
-            view_epoch = state.epoch % (augmentation_epochs or epochs)
-            first = _position(state, train_loader, schedules, view_epoch)
+    with StopSignals() as stop, closing_workers(train_loader, val_loader):
+        saver = Saver(state, schedules, world, stop, output, minutes=options.checkpoint_minutes, broken=broken)
+        while state.epoch < options.epochs:
+            first = _position(state, train_loader, schedules, state.epoch % options.view_epochs)
             log = StepLog(
-                *(state.epoch, len(train_loader), train_loader.images_per_batch, log_interval, writer),
+                state.epoch,
+                len(train_loader),
+                train_loader.images_per_batch,
+                options.log_interval,
+                output.writer,
                 first_step=first,
                 totals=_totals(state, world.rank, first),
                 max_skipped=state.max_skipped_steps,
             )
-            trained = train_one_epoch(
-                *(state, train_loader, criterion, prepare, schedules, log),
-                after_update=saver.check,
-                seed=seed,
-                rank=world.rank,
-                view_epoch=view_epoch,
-            )
+            seeds = {"seed": options.seed, "rank": world.rank}
+            trained = train_one_epoch(state, train_loader, criterion, schedules, log, after_update=saver.check, **seeds)
             _close_epoch(state, world)
             record = _described(trained, schedules)
-            if (state.epoch + 1) % eval_interval == 0 or state.epoch + 1 == epochs:
-                tested = evaluate_state(state, val_loader, lambda: stop.received)
+            if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
+                tested = _test(state, val_loader, stop)
                 saver.check(log)  # before anything believes an evaluation that was cut short
                 logger.info(describe(tested))
                 record |= tested
             if broken is not None:
                 record["broken_images"] = broken.report()
             saver.end_epoch(record)
-    logger.info("%d epochs in %.0f s, best top-1 %.2f %%", epochs, time.time() - start, state.best_acc1)
+    logger.info("%d epochs in %.0f s, best top-1 %.2f %%", options.epochs, time.time() - start, state.best_acc1)
+
+
+def _test(state: TrainState, loader: Iterable[Batch], stop: StopSignals) -> dict[str, float]:
+    """Losses and accuracies of the model and of its EMA, for log.txt."""
+    modules, stats = modules_of(state).items(), {}
+    for each in evaluate_all(modules, loader, state.amp_dtype, lambda: stop.received):
+        stats |= {name: value for name, value in each.items() if not name.endswith("_images")}
+    return stats

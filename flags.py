@@ -1,13 +1,14 @@
-"""Every flag of a run: the parser, and the checks of how flags go together."""
+"""Every flag of a run: the parser, what each flag shapes, and the checks of how flags go together."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from timm.utils import ParseKwargs
 
@@ -90,6 +91,58 @@ class _ModelKwargs(ParseKwargs):
             raise argparse.ArgumentError(self, f"{min(taken)!r} is the affair of other flags; drop it")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# What each flag shapes. A flag may stand in several rows; tests/test_flags.py makes sure that each stands in one.
+SHAPES = {
+    # the function that a checkpoint's weights compute
+    "model": _names("model input_size patch_size model_kwargs base_keep_rate drop_loc fuse_token"),
+    # which tokens an EViT drops, and when
+    "tokens": _names("base_keep_rate drop_loc fuse_token shrink_start_epoch shrink_epochs"),
+    # the images and classes that a checkpoint is evaluated on
+    "evaluation": _names("data_set data_path inat_category train_split val_split num_classes eval_crop_ratio"),
+    # the training views; the batch size only with Mixup
+    "views": _names("""
+        data_set train_fraction seed input_size repeated_aug hflip color_jitter aa train_interpolation reprob
+        remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
+    """),
+    # a teacher's predictions for these views, as they are cached
+    "teacher": _names("distillation_type teacher_model teacher_model_kwargs teacher_cache_topk"),
+    # the updates: loss, optimizer, schedules, and what is trained
+    "updates": _names("""
+        batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
+        sched warmup_epochs warmup_lr min_lr decay_epochs decay_rate cooldown_epochs lr_noise lr_noise_pct
+        lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
+        distill_on_class_token drop drop_path train_scope cache_features grad_checkpointing model_ema
+        model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
+        max_skipped_steps compile deterministic
+    """),
+    # nothing that a resumed run would not check by itself: free to change on resume
+    "nothing": _names("""
+        output_dir overwrite resume finetune pretrained eval eval_interval log_interval num_workers pin_mem
+        device amp augment checkpoint_minutes data_path ram_cache teacher_cache teacher_path
+        teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs
+    """),
+    # accepted so that original command lines work, without effect
+    "original": _names("dist_eval distributed world_size dist_url patience_epochs"),
+}
+FREE_ON_RESUME = {*SHAPES["nothing"], *SHAPES["original"]}
+# With these, every training image has one view, that of the evaluation, and one forward pass.
+ONE_VIEW = {
+    "aa": "none",
+    "color_jitter": 0,
+    "hflip": 0,
+    "reprob": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "cutmix_minmax": None,
+    "repeated_aug": False,
+    "drop": 0,
+    "drop_path": 0,
+}
+
 _COUNT, _NATURAL = in_range(int, 1), in_range(int, 0)
 _RATE, _SHARE, _NON_NEGATIVE = in_range(float, 0, 1), in_range(float, 0, 1, open_low=True), in_range(float, 0)
 _POSITIVE = in_range(float, 0, open_low=True)
@@ -97,67 +150,63 @@ _SWITCH = argparse.BooleanOptionalAction
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="output", help="folder of log.txt, checkpoints and TensorBoard files; '' for none")
-    add("--overwrite", action=_SWITCH, default=False, help="write over an earlier run in --output-dir")
+    add("--overwrite", action=_SWITCH, default=False, help="overwrite an earlier run in --output-dir")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--seed", type=_NATURAL, default=0, help="every random draw of the run follows from it")
-    add("--resume", default="", help="checkpoint (file or https address) to go on from, or to evaluate with --eval; "
-        "auto: the newest in --output-dir if there is one, else start as without it")  # fmt: skip
-    add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every so many "
-        "minutes; default: after each epoch, and when the run is stopped")  # fmt: skip
-    add("--max-skipped-steps", type=_NATURAL, default=0, metavar="N", help="leave out up to so many updates of an "
-        "epoch whose loss or gradient is not finite (looking at each costs a wait for the device)")  # fmt: skip
-    add("--eval", action=_SWITCH, default=False, help="evaluate only")
-    add("--eval-interval", type=_COUNT, default=1, help="epochs between two evaluations; the last is always evaluated")
-    add("--log-interval", type=_COUNT, default=50, help="steps between two log lines and checks for a non-finite loss")
-    add("--num-workers", type=_NATURAL, help="loader processes per rank; default: the CPUs available "
-        "to it, at most 10 (images that live on the device need none)")  # fmt: skip
-    add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; auto: bf16 where the "
-        "hardware has it, else fp16 on CUDA, else off")  # fmt: skip
-    add("--compile", action=_SWITCH, default=False, help="torch.compile the model, a teacher, and on a "
-        "GPU the augmentation")  # fmt: skip
+    add("--seed", type=_NATURAL, default=0, help="seed of every random draw of the run")
     add(
-        "--deterministic",
+        "--resume",
+        default="",
+        help="checkpoint (file or https address) to resume, or to evaluate; auto: the newest here",
+    )
+    add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
+    add("--max-skipped-steps", type=_NATURAL, default=0, metavar="N", help="skip up to N non-finite updates per epoch")
+    add("--eval", action=_SWITCH, default=False, help="evaluate only")
+    add("--eval-interval", type=_COUNT, default=1, help="epochs between evaluations; the last is always evaluated")
+    add("--log-interval", type=_COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
+    add("--num-workers", type=_NATURAL, help="data-loader workers per rank; default: its CPUs, at most 10")
+    add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
+    add(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="mixed precision; auto: what is fast here",
+    )
+    add(
+        "--compile",
         action=_SWITCH,
         default=False,
-        help="bit-identical CUDA kernels (slower); the CPU's always are",
+        help="torch.compile model and teacher, on a GPU the augmentation too",
     )
+    add("--deterministic", action=_SWITCH, default=False, help="bitwise reproducible CUDA kernels (slower)")
     for name in ("--dist-eval", "--distributed"):
-        add(name, action="store_true", help="accepted for published command lines; always the case")
+        add(name, action="store_true", help="accepted for original command lines; always the case")
     for name in ("--world-size", "--dist-url"):
-        add(name, help="accepted for published command lines; the launcher's environment decides")
+        add(name, help="accepted for original command lines; the launcher's environment decides")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
+    extra = {"nargs": "+", "action": _ModelKwargs, "default": {}, "metavar": "K=V"}
     add("--model", default="deit_base_patch16_224", help="any model of timm's")
     add("--input-size", type=_COUNT, nargs="+", default=[224], metavar="PIXELS", help="height, and width if it differs")
-    add("--patch-size", type=_COUNT, help="patch edge in pixels, in place of the model's own")
-    add(
-        "--model-kwargs",
-        nargs="+",
-        action=_ModelKwargs,
-        default={},
-        metavar="K=V",
-        help="further arguments of timm's model",
-    )
+    add("--patch-size", type=_COUNT, help="patch edge in pixels; default: the model's own")
+    add("--model-kwargs", **extra, help="more keyword arguments of timm's model")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
     add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
-    add("--pretrained", action=_SWITCH, default=False, help="start from timm's published weights (a download)")
+    add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
     add("--finetune", default="", help="start from the weights of this checkpoint (file or https address)")
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
-    add("--cache-features", action=_SWITCH, default=False, help="with --train-scope head: run the frozen part once, "
-        "over the images as they are evaluated, and train the head on what it gives")  # fmt: skip
-    add("--attn-only", dest="train_scope", action="store_const", const="attn", help="the published spelling of "
-        "--train-scope attn")  # fmt: skip
-    add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save an average of the weights")
-    add("--model-ema-decay", type=_RATE, default=0.99996, help="its decay per update")
+    add(
+        "--cache-features", action=_SWITCH, default=False, help="with --train-scope head: run the frozen part only once"
+    )
+    add("--attn-only", dest="train_scope", action="store_const", const="attn", help="same as --train-scope attn")
+    add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save EMA weights")
+    add("--model-ema-decay", type=_RATE, default=0.99996, help="decay of the EMA weights per update")
     add("--model-ema-warmup", action=_SWITCH, default=False, help="raise the decay from 0, for runs of few updates")
-    add("--model-ema-force-cpu", action=_SWITCH, default=False, help="keep it in CPU memory (and evaluate it there)")
+    add("--model-ema-force-cpu", action=_SWITCH, default=False, help="keep and evaluate the EMA weights on the CPU")
 
 
 def _layers(text: str) -> list[int]:
@@ -172,126 +221,110 @@ def keep_rates(text: str) -> float | list[float]:
 
 
 def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("token reorganisation (evit_* models)").add_argument
-    add("--base-keep-rate", type=keep_rates, metavar="RATE", help="share of the patches kept in a reducing layer, or "
-        "one share per layer: 0.7,0.7,0.5; default: the paper's 0.7")  # fmt: skip
-    add("--drop-loc", type=_layers, metavar="LAYERS", help="reducing layers from 0 on; default: the paper's 3,6,9")
+    add = parser.add_argument_group("token reorganization (evit_* models)").add_argument
+    rates = "share of the patches to keep, or one share per layer: 0.7,0.7,0.5; default 0.7"
+    add("--base-keep-rate", type=keep_rates, metavar="RATE", help=rates)
+    add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default 3,6,9")
     add("--fuse-token", action=_SWITCH, default=None, help="fuse the dropped patches into one token; default: yes")
-    add("--shrink-start-epoch", type=_NATURAL, help="first epoch that reduces; default 10, which the paper uses from "
-        "scratch (for fine-tuning it uses 0)")  # fmt: skip
-    add("--shrink-epochs", type=_NATURAL, help="epochs in which the keep rate falls from 1 on a cosine; default 0, "
-        "which the paper uses for fine-tuning (from scratch it uses 100)")  # fmt: skip
+    start = "first epoch that drops patches; default 10 (the paper from scratch; for fine-tuning it has 0)"
+    add("--shrink-start-epoch", type=_NATURAL, help=start)
+    epochs = "epochs in which the keep rate falls from 1; default 0 (the paper for fine-tuning; from scratch 100)"
+    add("--shrink-epochs", type=_NATURAL, help=epochs)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `datasets.DataOptions`, and --eval-crop-ratio."""
     add = parser.add_argument_group("data").add_argument
-    add("--data-set", default="IMNET", help=f"{', '.join(datasets.NAMES)}, or timm's name starting with "
-        f"{', '.join(datasets.SCHEMES)}")  # fmt: skip
-    add("--data-path", help="folder of the data; CIFAR and FLOWERS are downloaded to ./data")
+    add("--data-set", default="IMNET", help=datasets.KNOWN_NAMES)
+    add("--data-path", help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", help="level of iNaturalist's taxonomy")
-    add("--train-split", default="train", help="name of the split, for data sets of timm's")
-    add("--val-split", default="validation", help="name of the split, for data sets of timm's")
-    add("--num-classes", type=_COUNT, help="number of classes, where the data do not say")
-    add("--train-fraction", type=_SHARE, default=1.0, help="fixed class-balanced part of the training data to use")
-    add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help="decode a data set once and keep it in "
-        "memory, or on the device that augments it, if it takes at most this much")  # fmt: skip
-    add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help="let the next image take the place of one "
-        "that cannot be read, for up to so many training images")  # fmt: skip
-    add(
-        "--eval-crop-ratio",
-        type=_SHARE,
-        default=0.875,
-        help="side of the evaluated centre crop above 64 px; 1 for the whole image",
-    )
+    add("--train-split", default="train", help="name of the training split, for timm's data sets")
+    add("--val-split", default="validation", help="name of the validation split, for timm's data sets")
+    add("--num-classes", type=_COUNT, help="number of classes; default: what the data say")
+    add("--train-fraction", type=_SHARE, default=1.0, help="class-balanced share of the training data to use")
+    cache = "decode a data set of at most this size once and keep it in memory"
+    add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help=cache)
+    broken = "replace up to N unreadable training images with the image that follows"
+    add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help=broken)
+    crop = "side of the evaluated center crop within the resized image, above 64 px"
+    add("--eval-crop-ratio", type=_SHARE, default=0.875, help=crop)
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
-    add("--augment", choices=("auto", "host", "device"), default="auto", help="where views are made: by timm's PIL "
-        "code in loader processes, or by the same operations in batches on the device; auto: the device if it is a "
-        "GPU and the images are in memory or packed")  # fmt: skip
+    where = "where views are made; auto: on the device if it is a GPU and the images are in memory or packed"
+    add("--augment", choices=("auto", "host", "device"), default="auto", help=where)
     add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help="strength; AutoAugment policies replace it")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation; none for none")
-    add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's: grey, solarised or blurred, "
-        "then --color-jitter; the same as --aa 3a")  # fmt: skip
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
+    add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's augmentation; same as --aa 3a")
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
     add("--repeated-aug", action=_SWITCH, default=True, help="three views of each of a third of the images per epoch")
-    add("--reprob", type=_RATE, default=0.25, help="random erasing probability")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing filling")
-    add("--recount", type=_COUNT, default=1, help="random erasing regions")
-    add("--mixup", type=_NON_NEGATIVE, default=0.8, help="Mixup α; 0 for none")
-    add("--cutmix", type=_NON_NEGATIVE, default=1.0, help="CutMix α; 0 for none")
-    add("--cutmix-minmax", type=_RATE, nargs=2, metavar=("MIN", "MAX"), help="CutMix region, in place of α")
+    add("--reprob", type=_RATE, default=0.25, help="probability of random erasing")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills erased regions")
+    add("--recount", type=_COUNT, default=1, help="largest number of erased regions")
+    add("--mixup", type=_NON_NEGATIVE, default=0.8, help="Mixup α; 0 turns it off")
+    add("--cutmix", type=_NON_NEGATIVE, default=1.0, help="CutMix α; 0 turns it off")
+    add("--cutmix-minmax", type=_RATE, nargs=2, metavar=("MIN", "MAX"), help="CutMix region, instead of α")
     add("--mixup-prob", type=_RATE, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=_RATE, default=0.5, help="probability of CutMix when both are on")
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one λ")
-    add("--augmentation-epochs", type=_COUNT, metavar="K", help="show the same views again every K epochs; default: "
-        "new views in every epoch")  # fmt: skip
+    add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the same views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
 
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimisation").add_argument
+    add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=_COUNT, default=64, help="images per process and forward pass")
     add("--accum-steps", type=_COUNT, default=1, help="forward passes per update")
     add("--epochs", type=_COUNT, default=300, help="passes over the training data")
-    add("--opt", default="adamw", help="timm's name of the optimiser")
-    add("--opt-eps", type=_POSITIVE, default=1e-8, help="its ε")
-    add("--opt-betas", type=_RATE, nargs="+", help="its β")
-    add("--momentum", type=_RATE, default=0.9, help="for optimisers that have it")
+    add("--opt", default="adamw", help="timm's name of the optimizer")
+    add("--opt-eps", type=_POSITIVE, default=1e-8, help="ε of the optimizer")
+    add("--opt-betas", type=_RATE, nargs="+", help="β of the optimizer; default: timm's")
+    add("--momentum", type=_RATE, default=0.9, help="for optimizers that have it")
     add("--weight-decay", type=_NON_NEGATIVE, default=0.05, help="not applied to biases and norms")
     add("--clip-grad", type=_POSITIVE, help="largest gradient norm; default: no clipping")
     add("--lr", type=_POSITIVE, default=5e-4, help="peak learning rate, before scaling")
-    add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help="multiply --lr by (effective "
-        "batch / 512), its root, or 1")  # fmt: skip
-    add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="the published spelling of "
-        "--lr-scaling none")  # fmt: skip
-    add("--sched", default="cosine", help="timm's name of the schedule")
+    scaling = "multiply --lr by (effective batch / 512), its square root, or 1"
+    add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
+    add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
+    add("--sched", default="cosine", help="timm's name of the learning-rate schedule")
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
-    add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="where warm-up starts")
-    add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help="where the schedule ends")
-    add("--decay-epochs", type=_POSITIVE, default=30, help="interval of --sched step")
-    add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of --sched step")
-    add(
-        "--cooldown-epochs", type=_NATURAL, default=10, help="epochs at --min-lr after a cycle, in schedules that cycle"
-    )
-    add("--patience-epochs", type=_NATURAL, default=10, help="accepted for published command lines; without effect")
-    add("--lr-noise", type=_RATE, nargs="+", help="part of the schedule, from (to), in which the rate is noisy")
+    add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
+    add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help="learning rate at the end of the schedule")
+    add("--decay-epochs", type=_POSITIVE, default=30, help="epochs between decays, for --sched step")
+    add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of a decay, for --sched step")
+    add("--cooldown-epochs", type=_NATURAL, default=10, help="epochs at --min-lr, for schedules that have cycles")
+    add("--patience-epochs", type=_NATURAL, default=10, help="accepted for original command lines; without effect")
+    add("--lr-noise", type=_RATE, nargs="+", help="part of the schedule, from (to), with a noisy learning rate")
     add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="limit of the noise")
-    add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="its standard deviation")
+    add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
 
 
 def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("distillation").add_argument
-    add("--distillation-type", choices=("none", "soft", "hard"), default="none", help="how the teacher is followed")
+    extra = {"nargs": "+", "action": _ModelKwargs, "default": {}, "metavar": "K=V"}
+    add("--distillation-type", choices=("none", "soft", "hard"), default="none", help="how to follow the teacher")
     add("--distillation-alpha", type=_RATE, default=0.5, help="weight α of the distillation loss")
     add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature τ of soft distillation")
-    add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help="soft distillation "
-        "divided by the batch or, as in the published code, by batch times classes")  # fmt: skip
-    add("--distill-on-class-token", action=_SWITCH, default=False, help="let the one head follow labels and teacher, "
-        "for models without a distillation token")  # fmt: skip
+    scale = "divide the soft loss by the batch size; legacy: and by the classes, as the original implementation"
+    add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help=scale)
+    one_head = "one head learns from labels and teacher, for models without a distillation token"
+    add("--distill-on-class-token", action=_SWITCH, default=False, help=one_head)
     add("--teacher-model", default="regnety_160", help="any model of timm's")
-    add("--teacher-path", default="", help="its checkpoint (file or https address)")
-    add("--teacher-pretrained", action=_SWITCH, default=False, help="timm's published weights (a download)")
-    add(
-        "--teacher-model-kwargs",
-        nargs="+",
-        action=_ModelKwargs,
-        default={},
-        metavar="K=V",
-        help="further arguments of it",
-    )
-    add("--teacher-cache", default="", metavar="FOLDER", help="store of the teacher's answers to every view of a run; "
-        "what is missing is computed and added")  # fmt: skip
-    add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help="soft distillation stores so many of the "
-        "largest probabilities of a view; as many as there are classes for all")  # fmt: skip
+    add("--teacher-path", default="", help="checkpoint of the teacher (file or https address)")
+    add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's pretrained weights (a download)")
+    add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
+    cache = "cached teacher predictions for every view of the run; missing ones are computed and added"
+    add("--teacher-cache", default="", metavar="FOLDER", help=cache)
+    topk = "probabilities to cache per view, for soft distillation"
+    add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help=topk)
     add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
-    add("--precompute-batch-size", type=_COUNT, help="images to show the teacher at once; default: --batch-size, with "
-        "which its answers are to the bit those it gives during training")  # fmt: skip
-    add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help="of these epochs only, TO left out, to share "
-        "them out among machines")  # fmt: skip
+    size = "teacher batch size; default: --batch-size, with bitwise the predictions of online distillation"
+    add("--precompute-batch-size", type=_COUNT, help=size)
+    only = "precompute only epochs FROM (inclusive) to TO (exclusive), e.g. to split the work across machines"
+    add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)
 
 
 def _epoch_range(text: str) -> range:
@@ -314,6 +347,30 @@ def get_parser(**options: Any) -> Parser:
     _add_optimization_arguments(parser)
     _add_distillation_arguments(parser)
     return parser
+
+
+def spelled(name: str) -> str:
+    """`drop_path` -> `--drop-path`."""
+    return f"--{name.replace('_', '-')}"
+
+
+Options = TypeVar("Options")
+
+
+def fill(kind: type[Options], args: argparse.Namespace) -> Options:
+    """An option dataclass, whose fields are names of flags, with their values.
+
+    One number for `--input-size` stands for a square: (224,) becomes (224, 224).
+    """
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+    if "input_size" in values:
+        values["input_size"] = args.input_size[0], args.input_size[-1]
+    return kind(**values)
+
+
+def shaping(args: argparse.Namespace, *rows: str) -> dict[str, Any]:
+    """The flags of these rows of `SHAPES`, by name."""
+    return {name: getattr(args, name) for row in rows for name in SHAPES[row]}
 
 
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -357,10 +414,9 @@ def check_flags(args: argparse.Namespace) -> None:
     different = min(args.epochs, args.augmentation_epochs or args.epochs)
     if args.precompute_epochs and args.precompute_epochs.stop > different:
         raise UserError(f"--precompute-epochs: the run has views for {different} epochs; end with :{different}")
-    evit_flags = ("base_keep_rate", "drop_loc", "fuse_token", "shrink_start_epoch", "shrink_epochs")
-    given = next((flag.replace("_", "-") for flag in evit_flags if getattr(args, flag) is not None), None)
+    given = next((spelled(name) for name in SHAPES["tokens"] if getattr(args, name) is not None), None)
     if given and not models_evit.is_evit(args.model):
-        raise UserError(f"--{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
+        raise UserError(f"{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
     if len(args.input_size) > 2:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
@@ -371,8 +427,13 @@ def _check_features(args: argparse.Namespace) -> None:
     """`--cache-features` leaves no room for what changes the images or the frozen part."""
     if args.train_scope != "head" or args.distillation_type != "none":
         raise UserError("--cache-features: needs --train-scope head, and no distillation, whose teacher wants images")
-    off = {"aa": "none", "color_jitter": 0, "hflip": 0, "reprob": 0, "mixup": 0, "cutmix": 0, "drop": 0, "drop_path": 0}
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in off.items() if getattr(args, name) != value]
-    flags += ["--no-repeated-aug"] if args.repeated_aug else []
-    if flags or args.cutmix_minmax:
-        raise UserError(f"--cache-features: every image has one view; add {' '.join(flags) or 'no --cutmix-minmax'}")
+    needed = [_turned_off(name, off) for name, off in ONE_VIEW.items() if getattr(args, name) != off]
+    if needed:
+        raise UserError(f"--cache-features: every image has one view; add {' '.join(needed)}")
+
+
+def _turned_off(name: str, value: Any) -> str:
+    """How the user gives a flag the value that turns it off."""
+    if value is None:
+        return f"no {spelled(name)}"
+    return f"--no-{spelled(name)[2:]}" if value is False else f"{spelled(name)} {value}"

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,56 @@ from timm.data import Mixup
 from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datasets import BrokenImages, MemoryImages, Source, StreamingImages
-from samplers import Batch, KeyedSampler, seed_generators
-from utils import UserError, World, ignore_stop_signals, logger
+from augment import EvalTransform, Normalization, TrainAugmentation, ViewOptions, is_supported
+from datasets import (
+    BrokenImages,
+    MemoryImages,
+    Source,
+    StreamingImages,
+    build_eval_transform,
+    build_train_transform,
+)
+from samplers import Batch, KeyedSampler, random_key, seed_generators, signed
+from utils import UserError, World, available_cpus, ignore_stop_signals, logger
 
-MOST_PADDING = 4  # area of a padded buffer, in that of the average image
+MOST_PADDING = 4  # area of the padded buffer, relative to that of the average image
+MOST_WORKERS = 10
+
+View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module  # on the host, or for batches on the device
 
 
-# -- views -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are made. The fields are flags of main.py."""
+
+    batch_size: int = 64  # images per process and forward pass
+    accum_steps: int = 1  # forward passes per update
+    repeated_aug: bool = True  # three views of each of a third of the images per epoch
+    num_workers: int | None = None  # data-loader workers per rank; None: its CPUs, at most `MOST_WORKERS`
+    pin_mem: bool = True  # page-locked batches on CUDA
+    seed: int = 0
+    augment: str = "auto"  # where views are made: "host", "device" or "auto"
+    compile: bool = False  # compile the augmentation on a GPU
+
+
+@dataclass(frozen=True)
+class MixupOptions:
+    """Mixup and CutMix. The fields are flags of main.py; see `timm.data.Mixup`."""
+
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    cutmix_minmax: Sequence[float] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
 
 
 class KeyedImages(Dataset):
@@ -41,38 +84,38 @@ class KeyedImages(Dataset):
         index, position, key = sample
         seed_generators(key)
         image, target = self.source[index]
-        return Batch(self.transform(image), target, position)
+        return Batch(self.transform(image), target, position, keys=signed(key))
 
 
-class FramedImages(Dataset):
-    """Batches of images as they are stored, each at the top left of a frame that takes the largest.
+class PaddedImages(Dataset):
+    """Batches of stored images, each at the top left of a buffer that has the size of the largest.
 
     Takes lists of the `(index, position, key)` of `KeyedSampler`.
     """
 
     def __init__(self, source: Source) -> None:
         """Args: source: images in memory or packed, whose `shapes` are known."""
-        self.source, self.frame = source, frame_of(source)
+        self.source, self.size = source, padded_size(source)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
-        frames = np.zeros((len(samples), *self.frame, 3), np.uint8)
+        buffer = np.zeros((len(samples), *self.size, 3), np.uint8)
         sizes, targets = np.empty((len(samples), 2), np.int64), np.empty(len(samples), np.int64)
         for number, (index, _, _) in enumerate(samples):
             pixels, targets[number] = self.source.array(index)
             height, width = sizes[number] = pixels.shape[:2]
-            frames[number, :height, :width] = pixels
-        positions = torch.tensor([position for _, position, _ in samples])
-        images = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        return Batch(images, torch.from_numpy(targets), positions, torch.from_numpy(sizes))
+            buffer[number, :height, :width] = pixels
+        images = torch.from_numpy(buffer).permute(0, 3, 1, 2)
+        positions, keys = _positions_and_keys(samples)
+        return Batch(images, torch.from_numpy(targets), positions, torch.from_numpy(sizes), keys)
 
 
 class DeviceImages(Dataset):
-    """`FramedImages` that live on the device: a batch is picked there."""
+    """`PaddedImages` that live on the device: a batch is selected there."""
 
-    def __init__(self, images: FramedImages, device: torch.device) -> None:
+    def __init__(self, images: PaddedImages, device: torch.device) -> None:
         batch = images.__getitems__([(index, index, 0) for index in range(len(images))])
         self.images, self.targets = batch.images.contiguous().to(device), batch.targets.to(device)
         self.sizes = batch.sizes.to(device)
@@ -81,214 +124,311 @@ class DeviceImages(Dataset):
         return len(self.images)
 
     def __getitems__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
-        index, positions = (torch.tensor(numbers) for numbers in list(zip(*samples, strict=True))[:2])
-        index = index.to(self.images.device, non_blocking=True)
-        stored = (self.images, self.targets, self.sizes)
-        images, targets, sizes = (each.index_select(0, index) for each in stored)
-        return Batch(images, targets, positions, sizes)
+        index = torch.tensor([index for index, _, _ in samples]).to(self.images.device, non_blocking=True)
+        images, targets, sizes = (each.index_select(0, index) for each in (self.images, self.targets, self.sizes))
+        positions, keys = _positions_and_keys(samples)
+        return Batch(images, targets, positions, sizes, keys)
 
 
-def fits_frames(source: Source | StreamingImages) -> bool:
-    """Whether images can be augmented on the device: in memory or packed, and not of all too different sizes."""
-    if not isinstance(source, Source) or not hasattr(source.images, "shapes"):
-        return False
-    areas = source.images.shapes[source.order, :2].prod(axis=1)
-    return np.prod(frame_of(source)) <= MOST_PADDING * areas.mean()
+def _positions_and_keys(samples: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    _, positions, keys = zip(*samples, strict=True)
+    return torch.tensor(positions), torch.tensor([signed(key) for key in keys])
 
 
-def frame_of(source: Source) -> tuple[int, int]:
-    """Height and width that take every image of a source in memory or packed."""
+def padded_size(source: Source) -> tuple[int, int]:
+    """Height and width that hold every image of a source in memory or packed."""
     height, width = source.images.shapes[source.order, :2].max(axis=0).tolist()
     return height, width
 
 
-# -- loaders ----------------------------------------------------------------------------------------------------------
+def can_pad(source: Source | StreamingImages) -> bool:
+    """Whether images can be augmented on the device: in memory or packed, and of similar sizes."""
+    if not isinstance(source, Source) or not hasattr(source.images, "shapes"):
+        return False
+    areas = source.images.shapes[source.order, :2].prod(axis=1)
+    return np.prod(padded_size(source)) <= MOST_PADDING * areas.mean()
+
+
+def augments_on_device(source: Source | StreamingImages, where: str, policy: str, device: torch.device) -> bool:
+    """Decide whether this source's images become views in batches on the device.
+
+    Args:
+        where: `--augment`: "auto", "host" or "device"; "auto" is the device if it is a GPU and supports it all.
+        policy: `--aa`.
+
+    Raises:
+        UserError: if "device" is not possible.
+    """
+    if where == "auto":
+        return device.type == "cuda" and can_pad(source) and is_supported(policy)
+    if where == "device" and not can_pad(source):
+        raise UserError(
+            "--augment device: the images are neither in memory nor packed, or of too different sizes; raise "
+            "--ram-cache, pack them with python -m tools.pack_dataset, or drop the flag"
+        )
+    return where == "device"
+
+
+# -- loaders -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class EpochLoader:
-    """Batches of one epoch after the other; `set_epoch` must precede each iteration.
+class DeviceLoader:
+    """Batches on the device: copied once, and made into views there if `view` is a module.
 
     Attributes:
-        loader: this rank's batches.
-        counter: what has to know the epoch.
-        num_batches: batches per epoch and rank.
-        images_per_batch: images in one batch of every rank together.
-        updates_per_epoch: optimiser updates in an epoch.
-        broken: images that could not be read so far, or None if none are tolerated.
+        loader: this rank's batches on the host.
+        device: where the batches go.
+        view: called with a batch's images, sizes and keys; None if the workers have made the views.
     """
 
     loader: DataLoader
-    counter: KeyedSampler | StreamingImages
+    device: torch.device
+    view: torch.nn.Module | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in copied_ahead(self.loader, self.device):
+            if self.view is not None:
+                batch = batch._replace(images=self.view(batch.images, batch.sizes, batch.keys), sizes=None)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def augmentation(self) -> dict[str, str]:
+        """Where views are made, "host" or "device", and the versions of the packages that make them."""
+        code = ("timm", "torchvision", "pillow") if self.view is None else ("torch", "timm")
+        return {"where": "host" if self.view is None else "device"} | {name: version(name) for name in code}
+
+    def close(self) -> None:
+        """End the workers, which may ignore SIGTERM."""
+        processes = getattr(self.loader, "_iterator", None)  # of a DataLoader with persistent workers
+        if processes is not None:
+            processes._shutdown_workers()
+            self.loader._iterator = None
+
+
+@dataclass(kw_only=True)
+class EpochLoader(DeviceLoader):
+    """Training batches, mixed, of one epoch after the other; `set_epoch` must precede each iteration.
+
+    Attributes:
+        counter: yields this epoch's samples.
+        num_batches: batches per epoch and rank.
+        images_per_batch: images in one batch over all ranks.
+        updates_per_epoch: optimizer updates in an epoch.
+        mixup_fn: timm's Mixup, or None.
+        seed, rank: seed Mixup, with the epoch and the step.
+        broken: unreadable images so far, or None if none are tolerated.
+        epoch, first_step: the epoch to iterate over, and the step to begin with.
+    """
+
+    counter: KeyedSampler | StreamingImages | None
     num_batches: int
     images_per_batch: int
     updates_per_epoch: int
+    mixup_fn: Mixup | None = None
+    seed: int = 0
+    rank: int = 0
     broken: BrokenImages | None = None
+    epoch: int = 0
+    first_step: int = 0
 
     @property
     def images_per_update(self) -> int:
-        """Images in an optimiser update, over all ranks."""
+        """Images in an optimizer update, over all ranks."""
         return self.images_per_batch * self.num_batches // self.updates_per_epoch
 
-    def set_epoch(self, epoch: int) -> None:
-        self.counter.set_epoch(epoch)
+    @property
+    def num_positions(self) -> int:
+        """Views in an epoch, over all ranks."""
+        return self.images_per_batch * self.num_batches
 
-    def skip(self, num_batches: int) -> None:
-        """Leave out so many batches of the epoch, unread. (A stream cannot.)"""
-        self.counter.set_epoch(self.counter.epoch, num_batches * self.loader.batch_size)
+    @property
+    def is_stream(self) -> bool:
+        """Whether the samples have no index."""
+        return isinstance(self.counter, StreamingImages)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Turn to an epoch, without reading the batches before `first_step` (which a stream cannot skip)."""
+        self.epoch, self.first_step = epoch, first_step
+        if self.is_stream:
+            self.counter.set_epoch(epoch)
+        elif self.counter is not None:
+            self.counter.set_epoch(epoch, first_step * self.loader.batch_size)
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return itertools.islice(iter(self.loader), self.num_batches)
-
-
-class DeviceLoader(DataLoader):
-    """A loader of stored images, which become views on the device.
-
-    Attributes:
-        view: module called with a batch's images and sizes, and what `arguments` gives for it.
-    """
-
-    view: torch.nn.Module
-    device: torch.device
-    arguments: Callable[[Batch], tuple[torch.Tensor, ...]]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in copied_ahead(super().__iter__(), self.device):
-            images = self.view(batch.images, batch.sizes, *self.arguments(batch))
-            yield Batch(images, batch.targets, batch.positions)
-
-
-View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module
+        batches = itertools.islice(super().__iter__(), self.num_batches)
+        for step, batch in enumerate(batches, self.first_step):
+            if self.mixup_fn is not None:
+                seed_generators(random_key(self.seed, "mix", self.epoch, step, self.rank))
+                images, targets = self.mixup_fn(batch.images, batch.targets)
+                batch = batch._replace(images=images, targets=targets)
+            yield batch
 
 
 def build_train_loader(
     source: Source | StreamingImages,
-    view: View,
-    *,
-    batch_size: int,
-    accum_steps: int,
-    repeats: int,
-    seed: int,
-    num_workers: int,
-    pin_memory: bool,
+    views: ViewOptions,
+    normalization: Normalization,
+    mixup: MixupOptions,
+    options: LoaderOptions,
     world: World,
 ) -> EpochLoader:
-    """Batches of [batch_size, 3, H, W] on each rank, in whole optimiser updates.
-
-    Args:
-        view: what makes a view of an image on the host, or the module that does so for batches on the device.
+    """Batches of augmented views, [batch_size, 3, H, W] on each rank, in whole optimizer updates.
 
     Raises:
-        UserError: if the data do not fill one update.
+        UserError: if the data do not fill one update, or cannot be augmented where `options` say.
     """
-    per_update = batch_size * accum_steps * world.size
+    view: View
+    if augments_on_device(source, options.augment, views.aa, world.device):
+        logger.info("images are augmented on the device (--augment)")
+        view = TrainAugmentation(padded_size(source), views, normalization)
+    else:
+        view = build_train_transform(views, normalization)
+    return build_epoch_loader(source, view, mixup, options, world)
+
+
+def build_epoch_loader(
+    source: Source | StreamingImages, view: View, mixup: MixupOptions, options: LoaderOptions, world: World
+) -> EpochLoader:
+    """Batches of any views, in whole optimizer updates.
+
+    Raises:
+        UserError: if the data do not fill one update, or a batch cannot be mixed.
+    """
+    per_update = options.batch_size * options.accum_steps * world.size
     if len(source) < per_update:
         raise UserError(
-            f"--batch-size {batch_size}: an update takes {per_update} images (batch size x processes x --accum-steps), "
-            f"the training data hold {len(source)}; lower --batch-size"
+            f"--batch-size {options.batch_size}: an update takes {per_update} images (batch size x processes x "
+            f"--accum-steps), the training data hold {len(source)}; lower --batch-size"
         )
     updates = len(source) // per_update
-    counts = {
-        "num_batches": updates * accum_steps,
-        "images_per_batch": batch_size * world.size,
-        "updates_per_epoch": updates,
-    }
+    repeats = 3 if options.repeated_aug else 1
     if isinstance(source, StreamingImages):
-        source.transform, source.seed, source.rank, source.world_size = view, seed, world.rank, world.size
-        reader = source.dataset.reader
-        reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
-        reader.common_seed, reader.batch_size = seed, batch_size
-        num_workers = _workers_with_shards(reader, num_workers, world)
-        source.dataset.set_loader_cfg(num_workers=num_workers)
-        if repeats > 1:
-            logger.info("repeated augmentation needs an index, which a stream has not: each image is seen once")
-        loader = _loader(source, None, batch_size, num_workers, pin_memory)
-        return EpochLoader(loader, source, **counts)
-
-    def keys(batch: Batch) -> tuple[torch.Tensor]:
-        keys = torch.from_numpy(sampler.keys(batch.positions.numpy()).view(np.int64))
-        return (keys.to(world.device, non_blocking=True),)
-
-    sampler = KeyedSampler(
-        len(source), seed=seed, repeats=repeats, rank=world.rank, world_size=world.size, multiple=per_update
+        counter, loader = source, _stream_loader(source, view, repeats, options, world)
+    else:
+        sharding = {"rank": world.rank, "world_size": world.size, "multiple": per_update}
+        counter = KeyedSampler(len(source), seed=options.seed, repeats=repeats, **sharding)
+        logger.info(
+            "an epoch holds %d views of %d different images (of %d), in %d updates",
+            *(counter.num_positions, counter.num_distinct, len(source), updates),
+        )
+        loader = _view_loader(source, view, counter, options, world)
+    return EpochLoader(
+        loader=loader,
+        device=world.device,
+        view=_on_device(view, options, world),
+        counter=counter,
+        num_batches=updates * options.accum_steps,
+        images_per_batch=options.batch_size * world.size,
+        updates_per_epoch=updates,
+        mixup_fn=build_mixup(mixup, source.num_classes, options.batch_size),
+        seed=options.seed,
+        rank=world.rank,
+        broken=None if isinstance(source, StreamingImages) else source.broken,
     )
-    logger.info(
-        "an epoch holds %d views of %d different images (of %d), in %d updates",
-        *(sampler.num_positions, sampler.num_distinct, len(source), updates),
-    )
-    loader = _view_loader(source, view, sampler, keys, batch_size, num_workers, pin_memory, world.device)
-    return EpochLoader(loader, sampler, **counts, broken=source.broken)
 
 
-def _workers_with_shards(reader: Any, num_workers: int, world: World) -> int:
-    """No more loader processes than WebDataset has shards for: one without a shard would end the epoch early."""
+def build_val_loader(
+    source: Source | StreamingImages,
+    views: ViewOptions,
+    normalization: Normalization,
+    options: LoaderOptions,
+    world: World,
+) -> DeviceLoader:
+    """Each image exactly once over all ranks: ranks may differ by one image, nothing is padded.
+
+    Raises:
+        UserError: if the data cannot be augmented where `options` say.
+    """
+    view: View
+    if augments_on_device(source, options.augment, views.aa, world.device):
+        view = EvalTransform(padded_size(source), views, normalization)
+    else:
+        view = build_eval_transform(views, normalization)
+    if isinstance(source, StreamingImages):
+        source.transform, source.rank, source.world_size = view, world.rank, world.size
+        loader = _host_loader(source, None, 0, options, world)
+    else:
+        sampler = KeyedSampler(len(source), shuffle=False, rank=world.rank, world_size=world.size)
+        loader = _view_loader(source, view, sampler, options, world)
+    return DeviceLoader(loader, world.device, _on_device(view, options, world))
+
+
+def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Module | None:
+    """The view's module on its device, or None if the workers make the views."""
+    if not isinstance(view, torch.nn.Module):
+        return None
+    if options.compile and world.device.type == "cuda":  # a CPU is faster without: it skips what a sample does not need
+        view.compile()
+    return view.to(world.device)
+
+
+def _view_loader(source: Source, view: View, sampler: KeyedSampler, options: LoaderOptions, world: World) -> DataLoader:
+    """Views, or stored images if `view` makes the views on the device."""
+    workers = num_workers(options, world)
+    if not isinstance(view, torch.nn.Module):
+        return _host_loader(KeyedImages(source, view), sampler, workers, options, world)
+    images = PaddedImages(source)
+    if isinstance(source.images, MemoryImages):  # nothing to read, nothing to copy: no workers
+        return _host_loader(DeviceImages(images, world.device), sampler, 0, options, world, pin=False)
+    return _host_loader(images, sampler, workers, options, world)
+
+
+def _stream_loader(
+    source: StreamingImages, view: View, repeats: int, options: LoaderOptions, world: World
+) -> DataLoader:
+    """A stream's views: timm deals its shards out among ranks and workers."""
+    source.transform, source.seed, source.rank, source.world_size = view, options.seed, world.rank, world.size
+    reader = source.dataset.reader
+    reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
+    reader.common_seed, reader.batch_size = options.seed, options.batch_size
+    workers = _workers_with_shards(reader, num_workers(options, world), world)
+    source.dataset.set_loader_cfg(num_workers=workers)
+    if repeats > 1:
+        logger.info("repeated augmentation needs an index, which a stream has not: each image is seen once")
+    return _host_loader(source, None, workers, options, world)
+
+
+def num_workers(options: LoaderOptions, world: World) -> int:
+    """Data-loader workers of this rank."""
+    shared = min(MOST_WORKERS, max(1, available_cpus() // world.local_size))
+    return shared if options.num_workers is None else options.num_workers
+
+
+def _workers_with_shards(reader: Any, workers: int, world: World) -> int:
+    """No more workers than WebDataset has shards for: one without a shard would end the epoch early."""
     if not isinstance(reader, ReaderWds):
-        return num_workers
+        return workers
     shards = len(reader.split_info.filenames)
     if shards < world.size:
         raise UserError(
             f"--data-set wds/: {shards} training shards do not reach {world.size} processes; write more shards, or "
             f"start fewer processes"
         )
-    return min(num_workers, shards // world.size)
+    return min(workers, shards // world.size)
 
 
-def build_eval_loader(
-    source: Source | StreamingImages,
-    view: View,
-    *,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    world: World,
-) -> DataLoader:
-    """Each image exactly once over all ranks: ranks may differ by one image, nothing is padded."""
-    if isinstance(source, StreamingImages):
-        source.transform, source.rank, source.world_size = view, world.rank, world.size
-        return _loader(source, None, batch_size, 0, pin_memory)
-    sampler = KeyedSampler(len(source), shuffle=False, rank=world.rank, world_size=world.size)
-    return _view_loader(source, view, sampler, lambda _: (), batch_size, num_workers, pin_memory, world.device)
-
-
-def _view_loader(
-    source: Source,
-    view: View,
-    sampler: KeyedSampler,
-    arguments: Callable[[Batch], tuple[torch.Tensor, ...]],
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    device: torch.device,
-) -> DataLoader:
-    """A loader whose views are made where `view` makes them."""
-    if not isinstance(view, torch.nn.Module):
-        return _loader(KeyedImages(source, view), sampler, batch_size, num_workers, pin_memory)
-    images = FramedImages(source)
-    if isinstance(source.images, MemoryImages):  # nothing to read, nothing to copy: no processes
-        images, num_workers, pin_memory = DeviceImages(images, device), 0, False
-    loader = _loader(images, sampler, batch_size, num_workers, pin_memory, DeviceLoader)
-    loader.view, loader.arguments, loader.device = view.to(device), arguments, device
-    return loader
-
-
-def _loader(
+def _host_loader(
     dataset: Dataset,
     sampler: KeyedSampler | None,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    kind: type[DataLoader] = DataLoader,
+    workers: int,
+    options: LoaderOptions,
+    world: World,
+    pin: bool = True,
 ) -> DataLoader:
-    return kind(
+    return DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
         sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        num_workers=workers,
+        pin_memory=pin and options.pin_mem and world.device.type == "cuda",
+        persistent_workers=workers > 0,
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
     )
@@ -296,30 +436,34 @@ def _loader(
 
 @contextlib.contextmanager
 def closing_workers(*loaders: Any) -> Iterator[None]:
-    """Afterwards, end the processes of these loaders, which may not heed SIGTERM."""
+    """Afterwards, end the workers of these loaders."""
     try:
         yield
     finally:
         for loader in loaders:
-            processes = getattr(loader, "_iterator", None)  # of a DataLoader whose processes persist
-            if processes is not None:
-                processes._shutdown_workers()
-                loader._iterator = None
+            if isinstance(loader, DeviceLoader):
+                loader.close()
 
 
-# -- Mixup and the way to the device -----------------------------------------------------------------------------------
+# -- the copy to the device, and Mixup ---------------------------------------------------------------------------------
 
 
 def collate(samples: list[Batch] | Batch) -> Batch:
     """A batch of single samples; one that was read as a whole stays as it is."""
-    return samples if isinstance(samples, Batch) else Batch(*default_collate([sample[:3] for sample in samples]))
+    if isinstance(samples, Batch):
+        return samples
+    fields = zip(Batch._fields, zip(*samples, strict=True), strict=True)
+    return Batch(**{name: default_collate(values) for name, values in fields if values[0] is not None})
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """All but the positions; what is there already is not copied."""
-    images, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
-    sizes = None if batch.sizes is None else batch.sizes.to(device, non_blocking=True)
-    return Batch(images, targets, batch.positions, sizes)
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name, value in batch._asdict().items()
+        if value is not None and name != "positions"
+    }
+    return batch._replace(**moved)
 
 
 def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -336,54 +480,31 @@ def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batc
         with torch.cuda.stream(copies):
             batch = to_device(batch, device)
         computes.wait_stream(copies)
-        for tensor in (batch.images, batch.targets, batch.sizes):
+        for tensor in (batch.images, batch.targets, batch.sizes, batch.keys):
             if tensor is not None:
                 tensor.record_stream(computes)  # its memory is not to be used again before this stream is done with it
         yield batch
 
 
-def build_prepare(device: torch.device, mixup: Mixup | None) -> Callable[[Batch], Batch]:
-    """What happens to a training batch between loader and model: to the device, then Mixup or CutMix."""
-
-    def prepare(batch: Batch) -> Batch:
-        batch = to_device(batch, device)
-        if mixup is None:
-            return batch
-        images, targets = mixup(batch.images, batch.targets)
-        return Batch(images, targets, batch.positions)
-
-    return prepare
-
-
-def build_mixup(
-    *,
-    mixup: float,
-    cutmix: float,
-    cutmix_minmax: Sequence[float] | None,
-    prob: float,
-    switch_prob: float,
-    mode: str,
-    num_classes: int,
-    batch_size: int,
-) -> Mixup | None:
-    """timm's Mixup/CutMix, or None when both are off. Smoothing is the criterion's affair.
+def build_mixup(options: MixupOptions, num_classes: int, batch_size: int) -> Mixup | None:
+    """timm's Mixup/CutMix, or None when both are off. Label smoothing belongs to the criterion.
 
     Raises:
-        UserError: if the batch cannot be paired off.
+        UserError: if the batch cannot be split into pairs.
     """
-    if mixup <= 0 and cutmix <= 0 and cutmix_minmax is None:
+    if not options.is_on:
         return None
     if batch_size % 2:
         raise UserError(
             f"--batch-size {batch_size}: Mixup pairs images off and needs an even batch; or --mixup 0 --cutmix 0"
         )
     return Mixup(
-        mixup_alpha=mixup,
-        cutmix_alpha=cutmix,
-        cutmix_minmax=list(cutmix_minmax) if cutmix_minmax else None,
-        prob=prob,
-        switch_prob=switch_prob,
-        mode=mode,
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        cutmix_minmax=list(options.cutmix_minmax) if options.cutmix_minmax else None,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
         label_smoothing=0.0,
         num_classes=num_classes,
     )

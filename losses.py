@@ -7,6 +7,7 @@ a dictionary of detached scalars to log.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,18 @@ from torch import nn
 from samplers import Batch
 
 Criterion = Callable[[torch.Tensor | tuple[torch.Tensor, torch.Tensor], Batch], tuple[torch.Tensor, dict]]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is minimized. The fields are flags of main.py; see `BinaryCrossEntropy` and `DistillationLoss`."""
+
+    bce_loss: bool = False
+    smoothing: float = 0.1
+    distillation_type: str = "none"
+    distillation_alpha: float = 0.5
+    distillation_tau: float = 1.0
+    distillation_scale: str = "batchmean"
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -132,3 +145,20 @@ class DistillationLoss:
             "teacher_agreement": (decisions == distillation_logits.argmax(dim=1)).float().mean() * 100,
         }
         return (1 - self.alpha) * base_loss + self.alpha * distillation_loss, terms
+
+
+def build_criterion(
+    options: LossOptions, teacher: Callable[[Batch], torch.Tensor] | None = None
+) -> SupervisedLoss | DistillationLoss:
+    """The base criterion, distilling from a teacher if `distillation_type` is not "none"."""
+    base = build_base_criterion(options.bce_loss, options.smoothing)
+    if options.distillation_type == "none":
+        return SupervisedLoss(base)
+    return DistillationLoss(
+        base,
+        teacher,
+        options.distillation_type,
+        alpha=options.distillation_alpha,
+        tau=options.distillation_tau,
+        scale=options.distillation_scale,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import nn
 
+import models_evit  # noqa: F401  registers its names with timm
 from checkpoints import read_checkpoint
+from samplers import random_key, seed_generators
 from utils import UserError, logger, reason
 
 
@@ -68,43 +70,49 @@ def _as_flag(option: str, value: Any, model_flag: str) -> str:
     return f"{flags[option]} {value}" if option in flags else f"{model_flag}-kwargs {option}={value}"
 
 
-def build_model(
-    name: str,
-    *,
-    num_classes: int,
-    input_size: tuple[int, int],
-    pretrained: bool = False,
-    drop: float = 0.0,
-    drop_path: float = 0.0,
-    patch_size: int | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    distilled: bool = False,
-    grad_checkpointing: bool = False,
-) -> nn.Module:
-    """Build a model to train: timm's, by timm's name.
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to train, and from which weights. The fields are flags of main.py."""
+
+    model: str = "deit_base_patch16_224"  # any model name of timm
+    input_size: tuple[int, int] = (224, 224)  # height and width in pixels
+    patch_size: int | None = None  # patch edge in pixels, for models that have one
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)  # more keyword arguments of timm's model
+    drop: float = 0.0  # dropout rate; zeros are not passed on, for models without it
+    drop_path: float = 0.1  # stochastic-depth rate, likewise
+    grad_checkpointing: bool = False
+    pretrained: bool = False  # start from timm's weights
+    finetune: str = ""  # start from the weights of this checkpoint
+    train_scope: str = "all"  # see `freeze`
+    base_keep_rate: float | Sequence[float] | None = None  # this and the next two: see `models_evit.reduce_tokens`
+    drop_loc: Sequence[int] | None = None
+    fuse_token: bool | None = None
+    seed: int = 0  # of the initial weights
+
+
+def build_model(options: ModelOptions, num_classes: int, distilled: bool = False) -> nn.Module:
+    """Build the model to train with its first weights, on the CPU.
 
     Args:
-        name: any model of timm's.
-        num_classes: number of classes.
-        input_size: (height, width) in pixels.
-        pretrained: start from timm's weights.
-        drop, drop_path: dropout and stochastic-depth rates; rates of zero are not handed on, for models without them.
-        patch_size: patch edge in pixels, for models that have one.
-        model_kwargs: more keyword arguments of timm's model.
-        distilled: in training mode the model shall return the pair (class logits, distillation logits).
-        grad_checkpointing: recompute activations in the backward pass.
+        distilled: in training mode the model returns the pair (class logits, distillation logits).
 
     Raises:
-        UserError: unknown model or option, or no distillation head where one is needed.
+        UserError: unknown model or option, no distillation head where one is needed, or weights of another model.
     """
-    options = {"drop_rate": drop or None, "drop_path_rate": drop_path or None, "patch_size": patch_size}
+    seed_generators(random_key(options.seed, "weights"))
+    name = options.model
+    tokens = {"keep_rate": options.base_keep_rate, "drop_loc": options.drop_loc, "fuse_token": options.fuse_token}
     model = create_model(
         name,
         flag="--model",
         num_classes=num_classes,
-        input_size=input_size,
-        pretrained=pretrained,
-        **options | dict(model_kwargs or {}),
+        input_size=options.input_size,
+        pretrained=options.pretrained,
+        drop_rate=options.drop or None,
+        drop_path_rate=options.drop_path or None,
+        **{"patch_size": options.patch_size}
+        | {key: value for key, value in tokens.items() if value is not None}
+        | dict(options.model_kwargs),
     )
     if distilled:
         if not hasattr(model, "set_distilled_training"):
@@ -113,13 +121,22 @@ def build_model(
                 f"deit_tiny_distilled_patch16_224, or --distillation-type none"
             )
         model.set_distilled_training(True)
-    if grad_checkpointing:
+    if options.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
-    try_out(model, f"--model {name}", input_size)
+    try_out(model, f"--model {name}", options.input_size)
+    if options.finetune:
+        load_finetune_weights(model, options.finetune)
+    freeze(model, options.train_scope)
     return model
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device, in channels-last order."""
+    # Convolutions with weights in channels-last order run several times faster on CPUs and on GPUs in mixed precision.
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:

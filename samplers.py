@@ -21,8 +21,9 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # [B, 3, H, W], normalised; or uint8 as they are stored, to be augmented on the device
     targets: torch.Tensor  # [B] class indices, or [B, C] class probabilities after Mixup
-    positions: torch.Tensor  # [B], place in the epoch's global order; always on the CPU
+    positions: torch.Tensor  # [B], index in the epoch's global order; always on the CPU
     sizes: torch.Tensor | None = None  # [B, 2], of stored images: the height and width that they fill
+    keys: torch.Tensor | None = None  # [B] int64, the random key of each view, see `signed`
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -54,6 +55,11 @@ def random_keys(seed: int, purpose: str, *counters: int | np.ndarray) -> np.ndar
 def random_key(seed: int, purpose: str, *counters: int) -> int:
     """`random_keys` for plain numbers."""
     return int(random_keys(seed, purpose, *counters)[0])
+
+
+def signed(key: int) -> int:
+    """The 64 bits of a key as a signed number, for int64 tensors."""
+    return key - 2**64 if key >= 2**63 else key
 
 
 def seed_generators(key: int, device: torch.device | None = None) -> None:
@@ -120,12 +126,8 @@ class KeyedSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         positions = np.arange(self.rank, self.num_positions, self.world_size)[self.start :]
-        keys = self.keys(positions)
+        keys = random_keys(self.seed, "view", self.epoch, positions)
         return iter(list(zip(self._global_order()[positions].tolist(), positions.tolist(), keys.tolist(), strict=True)))
-
-    def keys(self, positions: np.ndarray) -> np.ndarray:
-        """The keys, uint64 [n], of the views at these positions of the epoch."""
-        return random_keys(self.seed, "view", self.epoch, positions)
 
     def __len__(self) -> int:
         return len(range(self.rank, self.num_positions, self.world_size))

@@ -1,11 +1,11 @@
-"""The store of what a teacher said about every view of a run, at its epoch and position.
+"""Teachers: building and freezing them, and the cache of their predictions for every view of a run.
 
-The views of a run are a function of its flags, Mixup and CutMix included, so an answer that was computed once stays
-right. Each rank writes its own file of an epoch and nobody else's. A finished file has its checksum in its name:
+The views of a run are a function of its flags, Mixup and CutMix included, so a prediction that was computed once stays
+valid. Each rank writes its own files only. A finished file has its checksum in its name:
 
-    fingerprint.json                          what shaped the views and the answers
-    epoch_0007_rank1of4.part.npy              being written; rows that are all ones are still missing
-    epoch_0007_rank1of4.crc1a2b3c4d.npy       whole
+    fingerprint.json                          what shaped the views and the predictions
+    epoch_0007_rank1of4.part.npy              being written; rows whose bits are all ones are still missing
+    epoch_0007_rank1of4.crc1a2b3c4d.npy       complete
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from augment import Normalization
 from checkpoints import read_checkpoint
 from models import (
     LoadReport,
@@ -30,12 +32,14 @@ from models import (
     classifier_names,
     create_model,
     fit_state_dict,
+    normalization,
+    place,
     trained_size,
     try_out,
     weights_of,
 )
 from samplers import Batch
-from utils import RunError, UserError, check_space
+from utils import RunError, UserError, World, check_space, logger
 
 FLAG = "--teacher-cache"
 
@@ -43,20 +47,45 @@ FLAG = "--teacher-cache"
 # -- a model that is run -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The teacher and the cache of its predictions. The fields are flags of main.py."""
+
+    teacher_model: str = "regnety_160"  # any model name of timm
+    teacher_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    teacher_path: str = ""  # its checkpoint
+    teacher_pretrained: bool = False  # or timm's weights
+    teacher_cache: str = ""  # folder of the cached predictions
+    teacher_cache_topk: int = 50  # probabilities to cache per view, for soft distillation
+    distillation_type: str = "none"  # "hard" or "soft"
+    input_size: tuple[int, int] = (224, 224)  # height and width in pixels
+    compile: bool = False  # compile the model
+
+
 def build_teacher(
-    name: str,
-    *,
-    path: str,
-    pretrained: bool,
-    num_classes: int,
-    input_size: tuple[int, int],
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """Build a teacher with its weights; `FrozenTeacher` freezes it.
+    options: TeacherOptions, num_classes: int, student_normalization: Normalization, device: torch.device
+) -> FrozenTeacher:
+    """The frozen teacher on the device.
+
+    Args:
+        student_normalization: (mean, std) of the batches.
+
+    Raises:
+        UserError: see `load_teacher`.
+    """
+    model = place(load_teacher(options, num_classes), device)
+    if options.compile:
+        model.compile()
+    return FrozenTeacher(model, *normalization(model), *student_normalization)
+
+
+def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
+    """Build a teacher with its weights.
 
     Raises:
         UserError: unknown model, no weights, or weights that do not fit the model or have another number of classes.
     """
+    name, path, pretrained = options.teacher_model, options.teacher_path, options.teacher_pretrained
     if not path and not pretrained:
         raise UserError(
             "--distillation-type: the teacher has no weights; add --teacher-path FILE or --teacher-pretrained"
@@ -67,29 +96,29 @@ def build_teacher(
         name,
         flag="--teacher-model",
         num_classes=None if pretrained else num_classes,
-        input_size=input_size,
+        input_size=options.input_size,
         pretrained=pretrained,
-        **dict(model_kwargs or {}),
+        **options.teacher_model_kwargs,
     )
     if path:
-        state_dict, report = fit_state_dict(
-            weights_of(checkpoint, "--teacher-path", path), teacher, trained_size(checkpoint)
-        )
-        _check_teacher_weights(state_dict, report, teacher, name, path)
+        weights = weights_of(checkpoint, "--teacher-path", path)
+        state_dict, report = fit_state_dict(weights, teacher, trained_size(checkpoint))
+        _check_teacher_weights(state_dict, report, teacher, options)
         teacher.load_state_dict(state_dict)
     elif teacher.num_classes != num_classes:
         raise UserError(
             f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
             f"teacher on this data set first and pass it as --teacher-path"
         )
-    try_out(teacher, f"--teacher-model {name}", input_size)
+    try_out(teacher, f"--teacher-model {name}", options.input_size)
     return teacher
 
 
 def _check_teacher_weights(
-    state_dict: Mapping[str, torch.Tensor], report: LoadReport, teacher: nn.Module, name: str, path: str
+    state_dict: Mapping[str, torch.Tensor], report: LoadReport, teacher: nn.Module, options: TeacherOptions
 ) -> None:
     """Refuse weights that `fit_state_dict` could not fit to the teacher, heads included."""
+    name, path = options.teacher_model, options.teacher_path
     heads, target = classifier_names(teacher), teacher.state_dict()
     # A plain model may teach with the weights of a distilled one; anything else left over is of another model.
     misfits = [key for key in report.dropped if key != "dist_token" and not belongs_to(key, (*heads, "head_dist"))]
@@ -384,7 +413,82 @@ class CachedTeacher:
         return codec.decode(rows, batch.images.device)
 
 
-# -- what the answers belong to ----------------------------------------------------------------------------------------
+# -- the run that a cache belongs to -----------------------------------------------------------------------------------
+
+
+class ViewStream(Protocol):
+    """The training loader, as far as a cache depends on it."""
+
+    epoch: int
+    num_positions: int  # views in an epoch, over all ranks
+    augmentation: Mapping[str, str]  # where views are made, and by which versions
+
+
+def build_cached_teacher(
+    options: TeacherOptions,
+    num_classes: int,
+    views: ViewStream,
+    epochs: range,
+    student_normalization: Normalization,
+    world: World,
+) -> CachedTeacher:
+    """The cached predictions; the model itself only if predictions are missing.
+
+    Args:
+        epochs: those whose predictions are needed.
+
+    Raises:
+        UserError: if the disk is too small, or predictions are missing and there is no teacher.
+    """
+    if num_classes >= 2**16:
+        raise UserError(f"{FLAG}: holds classes below {2**16 - 1}, the data have {num_classes}; drop it")
+    folder = Path(options.teacher_cache)
+    hard = options.distillation_type == "hard"
+    codec = Labels(num_classes) if hard else LogProbabilities(num_classes, options.teacher_cache_topk)
+    cache = TeacherCache(folder, codec, views.num_positions, world.rank, world.size)
+    missing = [epoch for epoch in epochs if not cache.is_whole(epoch)]
+    live = None
+    if missing:
+        if not options.teacher_path and not options.teacher_pretrained:
+            raise UserError(
+                f"{FLAG} {folder}: {len(missing)} epochs are missing, the first is {missing[0]}; add "
+                f"--teacher-path FILE or --teacher-pretrained, or precompute them"
+            )
+        needed = cache.check_space(len(missing))
+        logger.info("%s: %d epochs are missing and will take %.1f MiB", folder, len(missing), needed / 2**20)
+        live = build_teacher(options, num_classes, student_normalization, world.device)
+    return CachedTeacher(cache, lambda: views.epoch, live)
+
+
+def fingerprint(
+    flags: Mapping[str, Any],
+    label_checksum: int,
+    views: ViewStream,
+    student_normalization: Normalization,
+    teacher_hash: str | None,
+    precision: torch.dtype | None,
+    world: World,
+) -> dict[str, Any]:
+    """All that shapes the views of a run and a teacher's predictions for them; None for what is not known here.
+
+    Args:
+        flags: those that shape them, by name.
+        label_checksum: of the training labels in order.
+        teacher_hash: of the teacher's file, "timm" for timm's weights.
+        precision: autocast type.
+    """
+    mixes = bool(flags["mixup"] or flags["cutmix"] or flags["cutmix_minmax"])
+    own = {"batch_size": flags["batch_size"], "processes": world.size}  # what is mixed with what
+    return {name: value for name, value in flags.items() if name not in ("batch_size", "teacher_cache_topk")} | {
+        "views": views.num_positions,
+        "labels": label_checksum,
+        "normalization": student_normalization,
+        **{name: value if mixes else 0 for name, value in own.items()},
+        "teacher_weights": teacher_hash,
+        "precision": str(precision),
+        "augmentation": views.augmentation,
+        "topk": None if flags["distillation_type"] == "hard" else flags["teacher_cache_topk"],
+    }
 
 
 def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:

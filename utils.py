@@ -59,6 +59,11 @@ class World:
     local_size: int
     device: torch.device
 
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """A single process on a device."""
+        return cls(rank=0, size=1, local_rank=0, local_size=1, device=device)
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -476,6 +481,56 @@ def _to_host(table: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return host, event
 
 
+class Progress:
+    """A progress bar on a terminal, otherwise log lines; silent where this process does not log.
+
+    Args:
+        description: what is going on.
+        total: number of units to do.
+        unit: what is counted.
+        done: units that are done already.
+    """
+
+    LINE_SECONDS = 10.0  # at least, between two lines of the default text
+
+    def __init__(self, description: str, total: int, unit: str, done: int = 0) -> None:
+        self.description, self.unit, self.first = description, unit, done
+        on_terminal = logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()  # only rank 0 logs
+        options = {"total": total, "initial": done, "desc": description, "unit": unit}
+        self.bar = tqdm(**options, disable=not on_terminal, leave=False)
+        self.done, self.start = done, time.perf_counter()
+        self.said = self.start
+
+    def skip(self, number: int) -> None:
+        """Take these units off the total."""
+        self.bar.total -= number
+        self.bar.refresh()
+
+    def advance(self, number: int = 1, status: str = "", line: str = "") -> None:
+        """Count units as done.
+
+        Args:
+            status: shown beside the bar.
+            line: logged where there is no bar; by default the rate and the time left, every `LINE_SECONDS`.
+        """
+        self.done += number
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(number)
+        now = time.perf_counter()
+        if self.bar.disable and (line or now - self.said > self.LINE_SECONDS):
+            self.said = now
+            logger.info(line or self._default_line(now))
+
+    def _default_line(self, now: float) -> str:
+        rate = (self.done - self.first) / max(1e-9, now - self.start)
+        left = (self.bar.total - self.done) / max(1e-9, rate)
+        counted = f"{self.done} of {self.bar.total} {self.unit}s"
+        return f"{self.description}: {counted}, {rate:.0f} {self.unit}s/s, {left:.0f} s left"
+
+    def close(self) -> None:
+        self.bar.close()
+
+
 class StepLog:
     """Collects what each step reports and says it every `interval` steps, without waiting for the device.
 
@@ -515,15 +570,7 @@ class StepLog:
         # On CUDA, steps are begun well before the device is done with them: the rate is that of the steps done.
         self.done, self.done_at = first_step, time.perf_counter()
         self.start = self.done_at
-        on_terminal = logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()  # only rank 0 talks
-        self.bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            desc=f"epoch {epoch}",
-            unit="step",
-            disable=not on_terminal,
-            leave=False,
-        )
+        self.progress = Progress(f"epoch {epoch}", num_steps, "step", first_step)
 
     def update(self, values: dict[str, torch.Tensor | float]) -> None:
         """Take one step's values: 0-d tensors on the device, or numbers.
@@ -569,7 +616,7 @@ class StepLog:
         self.done, self.done_at = table.end, table.arrived
         self.totals["skipped"] += len(bad_steps)
         if self.totals["skipped"] > self.max_skipped:
-            self.bar.close()
+            self.progress.close()
             where = "on another rank" if math.isfinite(rows[bad_steps[0]]["loss"]) else "here"
             raise RunError(
                 f"the loss is not finite in epoch {self.epoch} at step {first + bad_steps[0]} ({where}); try a lower "
@@ -588,16 +635,14 @@ class StepLog:
         self._say(rows[-1], len(rows))
 
     def _say(self, latest: dict[str, float], steps: int) -> None:
-        rate = f"{self.images_per_second:.0f} images/s"
-        self.bar.set_postfix_str(f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {rate}", refresh=False)
-        self.bar.update(steps)
-        if self.bar.disable:
-            seconds_left = (self.num_steps - self.done) * self.batch_images / self.images_per_second
-            logger.info(
-                "epoch %d  step %d/%d  loss %.4f  lr %.2e  %.0f images/s  %.0f s left in the epoch",
-                *(self.epoch, self.done, self.num_steps, latest["loss"], latest["lr"]),
-                *(self.images_per_second, seconds_left),
-            )
+        rate = self.images_per_second
+        seconds_left = (self.num_steps - self.done) * self.batch_images / rate
+        self.progress.advance(
+            steps,
+            status=f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {rate:.0f} images/s",
+            line=f"epoch {self.epoch}  step {self.done}/{self.num_steps}  loss {latest['loss']:.4f}  "
+            f"lr {latest['lr']:.2e}  {rate:.0f} images/s  {seconds_left:.0f} s left in the epoch",
+        )
 
     @property
     def images_per_second(self) -> float:
@@ -609,7 +654,7 @@ class StepLog:
         `skipped_steps` is there if any were skipped.
         """
         rate = self.images_per_second
-        self.bar.close()
+        self.progress.close()
         sums = torch.tensor(list(self.totals.values()), dtype=torch.float64)
         totals = dict(zip(self.totals, all_reduce_sum(sums).tolist(), strict=True))
         steps, skipped = totals.pop("steps"), totals.pop("skipped")

@@ -8,6 +8,15 @@ Views do not depend on the batch; CPU and GPU differ by the rounding of float32.
 """
 
 from augment.policy import Policy, is_supported
-from augment.views import PADDING, SMALL_IMAGE, EvalTransform, TrainAugmentation
+from augment.views import PADDING, SMALL_IMAGE, EvalTransform, Normalization, TrainAugmentation, ViewOptions
 
-__all__ = ["PADDING", "SMALL_IMAGE", "EvalTransform", "Policy", "TrainAugmentation", "is_supported"]
+__all__ = [
+    "PADDING",
+    "SMALL_IMAGE",
+    "EvalTransform",
+    "Normalization",
+    "Policy",
+    "TrainAugmentation",
+    "ViewOptions",
+    "is_supported",
+]

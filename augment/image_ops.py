@@ -109,14 +109,16 @@ class Resampler:
     outermost pixels. Maps that turn by about 90° are not for it.
 
     Args:
-        frame: height and width of the stored images, in pixels.
+        stored_size: height and width of the stored images, in pixels.
         size: height and width of the views, in pixels.
         interpolation: "bilinear", "bicubic", or "random" for one of them for each view.
     """
 
-    def __init__(self, frame: tuple[int, int], size: tuple[int, int], interpolation: str) -> None:
+    def __init__(self, stored_size: tuple[int, int], size: tuple[int, int], interpolation: str) -> None:
         self.size, self.interpolation = size, interpolation
-        self.shrink = tuple(max(1.0, old / new) for old, new in zip(frame, size, strict=True))  # at most, each way
+        self.shrink = tuple(
+            max(1.0, old / new) for old, new in zip(stored_size, size, strict=True)
+        )  # at most, each way
         radius = 1 if interpolation == "bilinear" else 2
         self.taps = tuple(2 * math.ceil(radius * shrink) for shrink in self.shrink)
 
@@ -312,8 +314,10 @@ def paint(values: torch.Tensor, where: torch.Tensor, colour: torch.Tensor | int)
 
 
 def can_select_samples(values: torch.Tensor) -> bool:
-    """Whether a part of the samples can be computed alone: elsewhere than on a CPU, their number is not known without
-    waiting for the device, nor is it while compiling."""
+    """True on an eager CPU, where selecting part of a batch is free.
+
+    On a GPU it needs a sync, under torch.compile a dynamic shape.
+    """
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,13 +20,31 @@ ATTEMPTS = 10  # at a crop or a region that fits
 NOISE = 2**20  # normal numbers to fill erased regions with
 
 
+@dataclass(frozen=True)
+class ViewOptions:
+    """How views are made. The fields are flags of main.py."""
+
+    input_size: tuple[int, int] = (224, 224)  # height and width of the views, in pixels
+    train_interpolation: str = "bicubic"  # or "bilinear", "random"; of random resized crops
+    hflip: float = 0.5  # probability of a flip
+    color_jitter: float = 0.3  # strength, for brightness, contrast and saturation
+    aa: str = "rand-m9-mstd0.5-inc1"  # timm's name of an AutoAugment policy, or "none"
+    reprob: float = 0.25  # probability of random erasing
+    remode: str = "pixel"  # what fills erased regions: "const", "rand" (a color) or "pixel"
+    recount: int = 1  # largest number of erased regions
+    eval_crop_ratio: float = 0.875  # side of the evaluated center crop within the resized image, above 64 px
+
+
+Normalization = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, of images scaled to [0, 1]
+
+
 class Normalize(nn.Module):
     """uint8 [B, 3, H, W] -> (x / 255 - mean) / std, in `dtype`."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
+    def __init__(self, normalization: Normalization, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in (mean, std))
+        mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in normalization)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
@@ -34,34 +53,33 @@ class Normalize(nn.Module):
 
 
 class EvalTransform(nn.Module):
-    """How images are evaluated: as `datasets.build_eval_transform` shows them, within a grey level or two.
+    """The evaluation transform, as `datasets.build_eval_transform` does it in PIL, within one or two gray levels.
 
-    Above 64 px they are resized to size / crop_ratio and cut to their centre; up to there they are used whole.
+    Above 64 px, images are resized to size / eval_crop_ratio and cropped to their center; below, they are used whole.
 
     Args:
-        frame: height and width of the stored images, in pixels.
-        size: height and width of the views, in pixels.
-        mean, std: per channel, of images scaled to [0, 1].
-        crop_ratio: side of the view within the resized image.
+        stored_size: height and width of the padded buffer that holds an image, in pixels.
+        options, normalization: the views.
         dtype: of the views.
     """
 
     def __init__(
         self,
-        frame: tuple[int, int],
-        size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        crop_ratio: float = 0.875,
+        stored_size: tuple[int, int],
+        options: ViewOptions,
+        normalization: Normalization,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.size, self.crop_ratio = size, crop_ratio
-        self.resample = Resampler(frame, size, "bicubic")
-        self.normalize = Normalize(mean, std, dtype)
+        self.size, self.crop_ratio = options.input_size, options.eval_crop_ratio
+        self.resample = Resampler(stored_size, self.size, "bicubic")
+        self.normalize = Normalize(normalization, dtype)
 
-    def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, H, W], of which the first `sizes` [B, 2] rows and columns count -> [B, 3, height, width]."""
+    def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [B, 3, H, W], of which the first `sizes` [B, 2] rows and columns count -> [B, 3, height, width].
+
+        Nothing is random here, so the keys are not used.
+        """
         return in_parts(self._views, self.size, images, sizes)
 
     def _views(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -94,54 +112,40 @@ def _whole(sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
 class TrainAugmentation(nn.Module):
     """DeiT's training augmentation (paper, section 6 and table 9), as `datasets.build_train_transform` does it in PIL.
 
-    Random resized crop (up to 64 px: padding by 4 and a random crop), flip, the policy, colour jitter where there is no
-    policy or 3-Augment, normalisation, random erasing.
+    Random resized crop (up to 64 px: padding by 4 and a random crop), flip, the policy, color jitter where there is no
+    policy or 3-Augment, normalization, random erasing.
 
     Args:
-        frame: height and width of the stored images, in pixels.
-        size: height and width of the views, in pixels.
-        mean, std: per channel, of images scaled to [0, 1].
-        interpolation: "bilinear", "bicubic" or "random".
-        hflip: probability of a flip.
-        color_jitter: strength, for brightness, contrast and saturation.
-        auto_augment: timm's name of a policy, or none.
-        re_prob, re_mode, re_count: of random erasing; "const", "rand" (a colour) or "pixel", up to so many regions.
+        stored_size: height and width of the padded buffer that holds an image, in pixels.
+        options, normalization: the views.
         dtype: of the views.
 
     Raises:
-        UserError: if the policy is not known, or not for this.
+        UserError: if the policy is unknown, or supported on the host only.
     """
 
     def __init__(
         self,
-        frame: tuple[int, int],
-        size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        interpolation: str = "bicubic",
-        hflip: float = 0.5,
-        color_jitter: float = 0.3,
-        auto_augment: str = "rand-m9-mstd0.5-inc1",
-        re_prob: float = 0.25,
-        re_mode: str = "pixel",
-        re_count: int = 1,
+        stored_size: tuple[int, int],
+        options: ViewOptions,
+        normalization: Normalization,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.size, self.hflip = size, hflip
-        self.re_prob, self.re_mode, self.re_count = re_prob, re_mode, re_count
-        small = max(size) <= SMALL_IMAGE
+        self.size, self.hflip = options.input_size, options.hflip
+        self.re_prob, self.re_mode, self.re_count = options.reprob, options.remode, options.recount
+        interpolation, small = options.train_interpolation, max(self.size) <= SMALL_IMAGE
         self.crop = _padded_crop if small else random_resized_crop
         # What is drawn at random in "random" is the interpolation of random crops, of which there are none up to 64 px.
-        self.resample = Resampler(frame, size, "bicubic" if small and interpolation == "random" else interpolation)
-        self.policy = None if auto_augment in ("", "none") else Policy(auto_augment)
-        self.color_jitter = color_jitter if self.policy is None or "3a" in auto_augment else 0.0
+        interpolation = "bicubic" if small and interpolation == "random" else interpolation
+        self.resample = Resampler(stored_size, self.size, interpolation)
+        self.policy = None if options.aa in ("", "none") else Policy(options.aa)
+        self.color_jitter = options.color_jitter if self.policy is None or "3a" in options.aa else 0.0
         self.kinds = self.policy.kinds_used if self.policy is not None else frozenset()
-        self.normalize = Normalize(mean, std, dtype)
-        fill = torch.tensor([min(255, round(255 * value)) for value in mean], dtype=torch.uint8)
+        self.normalize = Normalize(normalization, dtype)
+        fill = torch.tensor([min(255, round(255 * value)) for value in normalization[0]], dtype=torch.uint8)
         self.register_buffer("fill", fill.view(1, 3, 1, 1))
-        noise = torch.randn(NOISE + 3 * math.prod(size), generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(NOISE + 3 * math.prod(self.size), generator=torch.Generator().manual_seed(0))
         self.register_buffer("noise", noise)  # read from one of the first NOISE places on
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torchvision.transforms import functional as pil
 
 import augment
 import samplers
-from augment import EvalTransform, TrainAugmentation, image_ops
+from augment import EvalTransform, TrainAugmentation, ViewOptions, image_ops
 from augment.image_ops import Affine, Resampler, paint
 from augment.policy import (
     GEOMETRIC,
@@ -36,7 +36,7 @@ from augment.policy import (
     splitmix64,
 )
 from augment.views import random_resized_crop
-from datasets import build_eval_transform, build_sources, build_train_transform
+from datasets import DataOptions, build_eval_transform, build_train_transform, read_sources
 from tools import show_augmentation
 
 # Differences from PIL in grey levels: their mean, their 99th percentile, the largest 4 pixels or more from an edge.
@@ -56,10 +56,10 @@ TOLERANCES = {
     "moved": (1.0, 20, 100),  # bilinear as above, with operations of colour, which enlarge or cut off
     "moved twice": (2.0, 20, 150),  # PIL interpolates twice, and so blurs
 }
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALIZATION = MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = tuple(round(255 * value) for value in MEAN)
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-PLAIN = {"hflip": 0.0, "color_jitter": 0.0, "auto_augment": "none", "re_prob": 0.0}
+PLAIN = {"hflip": 0.0, "color_jitter": 0.0, "aa": "none", "reprob": 0.0}
 PHOTOGRAPHS = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
 
 
@@ -104,6 +104,18 @@ def step_of(kind, argument=0.0, number=4):
 
 def keys_of(number, seed=0):
     return torch.from_numpy(samplers.random_keys(seed, "view", np.arange(number)).view(np.int64))
+
+
+def train_view(stored_size, size, dtype=torch.float32, **options):
+    return TrainAugmentation(stored_size, ViewOptions(size, **options), NORMALIZATION, dtype)
+
+
+def eval_view(stored_size, size, dtype=torch.float32, **options):
+    return EvalTransform(stored_size, ViewOptions(size, **options), NORMALIZATION, dtype)
+
+
+def host_view(size, **options):
+    return build_train_transform(ViewOptions(size, **options), NORMALIZATION)
 
 
 def grey_levels(views, mean=MEAN, std=STD):
@@ -314,7 +326,7 @@ def test_gathering_and_products_agree(name, monkeypatch):
 @pytest.mark.parametrize("size, policy", [(32, "rand-m9-mstd0.5-inc1"), (96, "rand-m9-mstd0.5-inc1"), (96, "3a")])
 def test_views_do_not_depend_on_how_they_are_computed(size, policy, monkeypatch):
     images = photos(120, 90, 32)
-    views = TrainAugmentation((120, 90), (size, size), MEAN, STD, auto_augment=policy, interpolation="random")
+    views = train_view((120, 90), (size, size), aa=policy, train_interpolation="random")
     arguments = batch(images), sizes_of(images), keys_of(32)
     alone = grey_levels(views(*arguments))
     monkeypatch.setattr(image_ops, "can_select_samples", lambda values: False)
@@ -325,9 +337,9 @@ def test_views_do_not_depend_on_how_they_are_computed(size, policy, monkeypatch)
 
 def views_of(kind, frame, size):
     if kind == "eval":
-        view = EvalTransform(frame, size, MEAN, STD)
+        view = eval_view(frame, size)
         return lambda images, sizes, keys: view(images, sizes)
-    return TrainAugmentation(frame, size, MEAN, STD, interpolation="random", re_prob=0.5)
+    return train_view(frame, size, train_interpolation="random", reprob=0.5)
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
@@ -344,8 +356,8 @@ def test_what_is_outside_an_image_is_never_seen(kind, size):
 @pytest.mark.parametrize("size", [(224, 224), (96, 96), (32, 32), (224, 160), (96, 128), (48, 64)])
 def test_evaluation_is_pils(size, ratio):
     images = [photos(height, width, 1)[0] for height, width in ((256, 256), (200, 300), (299, 181), (120, 133))]
-    transform = build_eval_transform(size, MEAN, STD, interpolation="bicubic", crop_ratio=ratio)
-    views = EvalTransform((300, 320), size, MEAN, STD, ratio)(in_a_frame(images, 300, 320), sizes_of(images))
+    transform = build_eval_transform(ViewOptions(size, eval_crop_ratio=ratio), NORMALIZATION)
+    views = eval_view((300, 320), size, eval_crop_ratio=ratio)(in_a_frame(images, 300, 320), sizes_of(images))
     theirs = torch.stack([transform(image) for image in images])
     assert views.shape == theirs.shape
     difference = (grey_levels(views) - grey_levels(theirs)).abs()
@@ -361,7 +373,9 @@ def test_hash_is_the_samplers():
     random_values = np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64)
     values = np.concatenate([np.array([0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1], np.uint64), random_values])
     ours = splitmix64(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64)
-    assert (ours == samplers._splitmix64(values)).all()
+    # Of the counters that follow this key, the samplers hash `values`.
+    counters = values ^ np.uint64(samplers.random_key(0, "view"))
+    assert (ours == samplers.random_keys(0, "view", counters)).all()
 
 
 def test_draws_are_uniform_and_run_out():
@@ -379,7 +393,7 @@ def test_draws_are_uniform_and_run_out():
 @pytest.mark.parametrize("size, policy", [(32, "rand-m9-mstd0.5-inc1"), (80, "rand-m9-mstd0.5-inc1"), (80, "3a")])
 def test_a_view_is_its_keys(size, policy):
     images = photos(90, 70, 9)
-    view = TrainAugmentation((90, 70), (size, size), MEAN, STD, auto_augment=policy, re_prob=0.5)
+    view = train_view((90, 70), (size, size), aa=policy, reprob=0.5)
     images, sizes, keys = batch(images), sizes_of(images), keys_of(9)
     stored = images.clone()
     views = view(images, sizes, keys)
@@ -475,7 +489,7 @@ def test_share_of_flips():
     number = 1500
     images = batch([image]).expand(number, -1, -1, -1)
     for hflip in (0.0, 0.3, 1.0):
-        view = TrainAugmentation((32, 32), (32, 32), MEAN, STD, **{**PLAIN, "hflip": hflip})
+        view = train_view((32, 32), (32, 32), **{**PLAIN, "hflip": hflip})
         views = view(images, torch.full((number, 2), 32), keys_of(number))
         flipped = (views[..., 16:].mean(dim=(1, 2, 3)) > views[..., :16].mean(dim=(1, 2, 3))).float().mean().item()
         assert flipped == pytest.approx(hflip, abs=4.5 * math.sqrt(hflip * (1 - hflip) / number))
@@ -486,8 +500,8 @@ def test_share_of_flips():
 
 def erased(number, size=(40, 30), seed=0, **options):
     """Views of white images, at 1, and where they are erased."""
-    options = {"re_prob": 1.0, "re_mode": "const", **options}
-    view = TrainAugmentation(size, size, (0.5,) * 3, (0.5,) * 3, **{**PLAIN, **options})
+    options = {"reprob": 1.0, "remode": "const", **options}
+    view = TrainAugmentation(size, ViewOptions(size, **{**PLAIN, **options}), ((0.5,) * 3, (0.5,) * 3))
     view.crop = lambda draws, sizes, size: (
         whole_images(sizes),
         Affine.scaling(*(full(each, len(sizes)) for each in (1, 1, 0, 0))),
@@ -526,7 +540,7 @@ def test_regions_are_drawn_as_timms():
 
 def test_several_regions_share_the_area():
     number, size = 3000, (40, 30)
-    _, masks = erased(number, size, re_count=3)
+    _, masks = erased(number, size, recount=3)
     eraser = random_erasing.RandomErasing(1.0, max_count=3, device="cpu")
     random.seed(0)
     theirs = [(eraser(torch.ones(1, *size)) == 0).sum().item() for _ in range(number)]
@@ -535,19 +549,19 @@ def test_several_regions_share_the_area():
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_share_of_erased_images(probability):
-    _, masks = erased(1200, re_prob=probability)
+    _, masks = erased(1200, reprob=probability)
     limit = 4.5 * math.sqrt(probability * (1 - probability) / 1200)
     assert masks.any(dim=(1, 2)).float().mean().item() == pytest.approx(probability, abs=limit)
 
 
 def test_regions_are_filled():
-    views, masks = erased(300, re_mode="const")
+    views, masks = erased(300, remode="const")
     assert (views.movedim(1, 3)[masks] == 0).all()
-    views, masks = erased(300, re_mode="pixel")
+    views, masks = erased(300, remode="pixel")
     values = views.movedim(1, 3)[masks]  # [N, 3]
     assert abs(values.mean()) < 0.02 and values.std() == pytest.approx(1, abs=0.02)
     assert np.abs(np.corrcoef(values.T.numpy()) - np.eye(3)).max() < 0.02  # channels have nothing to do with each other
-    views, masks = erased(300, re_mode="rand")
+    views, masks = erased(300, remode="rand")
     colours = torch.stack([view[:, mask].mean(dim=1) for view, mask in zip(views, masks, strict=True)])
     spread = torch.stack([view[:, mask].std(dim=1) for view, mask in zip(views, masks, strict=True)])
     assert spread.max() < 1e-5
@@ -577,8 +591,8 @@ PAIRS = {  # kinds and arguments, tolerance
 def test_pipeline_is_timms(name, flip, frame, monkeypatch):
     """The whole image, flipped or not, as it is or enlarged, and two certain operations in order."""
     pair, tolerance = PAIRS[name]
-    options = {"interpolation": "bilinear", "hflip": flip, "re_prob": 0.0, "auto_augment": "rand-m9-n2-p1.0-inc1"}
-    transform = build_train_transform((96, 96), MEAN, STD, **options)
+    options = {"train_interpolation": "bilinear", "hflip": flip, "reprob": 0.0, "aa": "rand-m9-n2-p1.0-inc1"}
+    transform = host_view((96, 96), **options)
     crop = transform.transforms[0]
     crop.scale = crop.ratio = (1.0, 1.0)
     [place] = [i for i, part in enumerate(transform.transforms) if isinstance(part, auto_augment.RandAugment)]
@@ -590,7 +604,7 @@ def test_pipeline_is_timms(name, flip, frame, monkeypatch):
     monkeypatch.setattr("augment.views.CROP_ASPECT", (1.0, 1.0))
     monkeypatch.setattr(Policy, "forward", lambda policy, draws: [step_of(*each) for each in pair])
     images = photos(frame, frame)
-    view = TrainAugmentation((frame, frame), (96, 96), MEAN, STD, **options)
+    view = train_view((frame, frame), (96, 96), **options)
     views = view(batch(images), sizes_of(images), keys_of(4))
     theirs = torch.stack([transform(image) for image in images])
     assert_close(grey_levels(views), grey_levels(theirs), tolerance)
@@ -598,7 +612,7 @@ def test_pipeline_is_timms(name, flip, frame, monkeypatch):
 
 def test_geometry_fills_with_the_mean_and_colours_change_it(monkeypatch):
     images, moved = photos(96, 96), ("translate_x", 0.4)
-    view = TrainAugmentation((96, 96), (96, 96), MEAN, STD, hflip=0.0, re_prob=0.0)
+    view = train_view((96, 96), (96, 96), hflip=0.0, reprob=0.0)
     for pair, corner in (([("invert", 0), moved], FILL), ([moved, ("invert", 0)], [255 - value for value in FILL])):
         monkeypatch.setattr(Policy, "forward", lambda policy, draws, pair=pair: [step_of(*each) for each in pair])
         views = grey_levels(view(batch(images), sizes_of(images), keys_of(4)))
@@ -612,8 +626,8 @@ def black_rows(view):
 
 
 def test_small_images_are_padded_and_shifted():
-    white, digits = torch.full((500, 3, 8, 8), 255, dtype=torch.uint8), build_sources("DIGITS", None)[0]
-    view = TrainAugmentation((8, 8), (32, 32), MEAN, STD, interpolation="bilinear", **PLAIN)
+    white, digits = torch.full((500, 3, 8, 8), 255, dtype=torch.uint8), read_sources(DataOptions("DIGITS"))[0]
+    view = train_view((8, 8), (32, 32), train_interpolation="bilinear", **PLAIN)
     arguments = torch.full((500, 2), 8), keys_of(500)
     frames = grey_levels(view(white, *arguments))
     shifts = [(black_rows(each), black_rows(each.transpose(1, 2))) for each in frames]
@@ -632,7 +646,7 @@ def test_half_of_the_random_crops_are_bilinear():
     images = photos(60, 50, 100)
     arguments = batch(images), sizes_of(images), keys_of(100)
     bilinear, bicubic, either = (
-        TrainAugmentation((60, 50), (66, 66), MEAN, STD, interpolation=interpolation, **PLAIN)(*arguments).flatten(1)
+        train_view((60, 50), (66, 66), train_interpolation=interpolation, **PLAIN)(*arguments).flatten(1)
         for interpolation in ("bilinear", "bicubic", "random")
     )
     first, second = ((either == one).all(dim=1) for one in (bilinear, bicubic))
@@ -643,7 +657,7 @@ def test_small_images_are_never_interpolated_at_random():
     images = photos(20, 24, 8)
     arguments = batch(images), sizes_of(images), keys_of(8)
     one, other = (
-        TrainAugmentation((20, 24), (32, 32), MEAN, STD, interpolation=interpolation)(*arguments)
+        train_view((20, 24), (32, 32), train_interpolation=interpolation)(*arguments)
         for interpolation in ("bicubic", "random")
     )
     assert torch.equal(one, other)
@@ -654,12 +668,12 @@ def test_padding_moves_with_the_image(monkeypatch):
     arguments = torch.full((50, 3, 32, 32), 255, dtype=torch.uint8), torch.full((50, 2), 32), keys_of(50)
 
     def views(**options):
-        return grey_levels(TrainAugmentation((32, 32), (32, 32), MEAN, STD, **{**PLAIN, **options})(*arguments))
+        return grey_levels(train_view((32, 32), (32, 32), **{**PLAIN, **options})(*arguments))
 
     plain = views()
     assert (plain == 0).any() and torch.equal(views(hflip=1.0), plain.flip(-1))
     monkeypatch.setattr(Policy, "forward", lambda policy, draws: [step_of("translate_x", 0.25, 50)])
-    moved = views(auto_augment="rand-m9")
+    moved = views(aa="rand-m9")
     assert (moved[..., 24:] == torch.tensor(FILL)[:, None, None]).all()
     assert torch.equal(moved[..., :24], plain[..., 8:])
 
@@ -688,7 +702,7 @@ def test_jitter_is_pils(order, monkeypatch):
     monkeypatch.setattr(
         "augment.views.jitter", lambda strength, draws: [step_of(kind, factors[kind]) for kind in order]
     )
-    view = TrainAugmentation((48, 48), (48, 48), MEAN, STD, **{**PLAIN, "color_jitter": 0.4})
+    view = train_view((48, 48), (48, 48), **{**PLAIN, "color_jitter": 0.4})
     view.crop = lambda draws, sizes, size: (
         whole_images(sizes),
         Affine.scaling(full(1), full(1), *[full(0)] * 2),
@@ -705,10 +719,10 @@ def test_jitter_is_pils(order, monkeypatch):
 def test_policies_replace_jitter_as_in_timm(policy, jittered, monkeypatch):
     calls = []
     monkeypatch.setattr("augment.views.jitter", lambda strength, draws: calls.append(strength) or [])
-    transform = build_train_transform((96, 96), MEAN, STD, auto_augment=policy, color_jitter=0.2)
+    transform = host_view((96, 96), aa=policy, color_jitter=0.2)
     assert any(type(part).__name__ == "ColorJitter" for part in transform.transforms) == jittered
     images = photos(96, 96, 2)
-    view = TrainAugmentation((96, 96), (96, 96), MEAN, STD, auto_augment=policy, color_jitter=0.2)
+    view = train_view((96, 96), (96, 96), aa=policy, color_jitter=0.2)
     view(batch(images), sizes_of(images), keys_of(2))
     assert calls == [0.2] * jittered
 
@@ -719,8 +733,8 @@ def test_policies_replace_jitter_as_in_timm(policy, jittered, monkeypatch):
 @pytest.mark.parametrize(
     "kind, size, options",
     [
-        ("train", 80, {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random"}),
-        ("train", 32, {"auto_augment": "3a", "re_mode": "rand", "re_count": 2}),
+        ("train", 80, {"aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "random"}),
+        ("train", 32, {"aa": "3a", "remode": "rand", "recount": 2}),
         ("eval", 80, {}),
     ],
 )
@@ -728,9 +742,9 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
     images = photos(90, 70, 6)
     frame, arguments = (90, 70), (batch(images), sizes_of(images))
     if kind == "eval":
-        view = EvalTransform(frame, (size, size), MEAN, STD, dtype=torch.bfloat16)
+        view = eval_view(frame, (size, size), dtype=torch.bfloat16)
     else:
-        view = TrainAugmentation(frame, (size, size), MEAN, STD, re_prob=0.6, dtype=torch.bfloat16, **options)
+        view = train_view(frame, (size, size), reprob=0.6, dtype=torch.bfloat16, **options)
         arguments += (keys_of(6),)
     torch._dynamo.reset()
     compiled = torch.compile(view, fullgraph=True, backend="eager")(*arguments)  # else raises where the graph breaks
@@ -739,8 +753,19 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
     assert torch.equal(compiled, view(*arguments))
 
 
+def traces_cuda():
+    """Whether tensors without values can be moved to a GPU that is not there, which not every torch can."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1).to("cuda")
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not traces_cuda(), reason="this torch traces no GPU without one")
 @pytest.mark.parametrize(
-    "size, policy, re_mode",
+    "size, policy, remode",
     [
         (32, "rand-m9-mstd0.5-inc1", "pixel"),
         (80, "rand-m9-mstd0.5-inc1", "rand"),
@@ -749,14 +774,14 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
         (80, "3a", "pixel"),
     ],
 )
-def test_views_on_a_gpu_are_made_there_without_waiting_for_it(size, policy, re_mode):
+def test_views_on_a_gpu_are_made_there_without_waiting_for_it(size, policy, remode):
     # Tensors without values need no GPU: to read a number of one, or to mix it with one of the CPU, is an error.
     with FakeTensorMode():
-        options = {"auto_augment": policy, "re_mode": re_mode, "re_count": 2, "interpolation": "random"}
-        view = TrainAugmentation((90, 70), (size, size), MEAN, STD, **options, dtype=torch.bfloat16).to("cuda")
+        options = {"aa": policy, "remode": remode, "recount": 2, "train_interpolation": "random"}
+        view = train_view((90, 70), (size, size), **options, dtype=torch.bfloat16).to("cuda")
         images = torch.empty(6, 3, 90, 70, dtype=torch.uint8, device="cuda")
         sizes, keys = (torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((6, 2), (6,)))
-        views = [view(images, sizes, keys), EvalTransform((90, 70), (size, size), MEAN, STD).to("cuda")(images, sizes)]
+        views = [view(images, sizes, keys), eval_view((90, 70), (size, size)).to("cuda")(images, sizes)]
         assert [each.device.type for each in views] == ["cuda", "cuda"]
         assert [each.shape for each in views] == [(6, 3, size, size)] * 2
         with pytest.raises(RuntimeError, match="device"):  # each torch words it otherwise
@@ -768,17 +793,15 @@ def test_views_on_a_gpu_are_made_there_without_waiting_for_it(size, policy, re_m
 @pytest.mark.parametrize("policy", ["augmix-m5-w4-d2", "rand-m9-tweights", "rand-m9-n3", "rand-m15-mmax20"])
 def test_policies_for_the_host_are_named(policy):
     with tiny.user_error(f"--aa {policy}", "--augment host"):
-        TrainAugmentation((32, 32), (32, 32), MEAN, STD, auto_augment=policy)
+        train_view((32, 32), (32, 32), aa=policy)
     assert not augment.is_supported(policy)
 
 
 @pytest.mark.parametrize("policy", ["magic", "rand-x3", "rand-m9.5", "v0-m3"])
 def test_unknown_policies_are_refused_as_on_the_host(policy):
-    for build in (lambda **aa: TrainAugmentation((32, 32), (32, 32), MEAN, STD, **aa), Policy):
+    for build in (Policy, lambda aa: train_view((32, 32), (32, 32), aa=aa), lambda aa: host_view((32, 32), aa=aa)):
         with tiny.user_error(f"--aa {policy}", "timm has no such policy"):
-            build(policy) if build is Policy else build(auto_augment=policy)
-    with tiny.user_error(f"--aa {policy}", "timm has no such policy"):
-        build_train_transform((32, 32), MEAN, STD, auto_augment=policy)
+            build(policy)
     assert not augment.is_supported(policy)
 
 
@@ -786,7 +809,7 @@ def test_unknown_policies_are_refused_as_on_the_host(policy):
 def test_supported_policies_give_views(policy):
     assert augment.is_supported(policy)
     images = photos(70, 70, 2)
-    view = TrainAugmentation((70, 70), (72, 72), MEAN, STD, auto_augment=policy)
+    view = train_view((70, 70), (72, 72), aa=policy)
     assert view(batch(images), sizes_of(images), keys_of(2)).isfinite().all()
 
 

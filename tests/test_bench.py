@@ -1,6 +1,7 @@
 """The benchmark at a tiny size; what it times is not judged here."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -84,9 +85,9 @@ def test_both_loops_train_and_average_every_weight(loop, monkeypatch):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **options: made.append(original(*args, **options)) or made[-1])
 
-    spy(bench.training, "build_model", built)
+    spy(bench.models, "build_model", built)
     spy(bench.timm, "create_model", built)
-    spy(bench.training, "ModelEmaV3", averages)
+    spy(bench.engine, "ModelEmaV3", averages)
     spy(bench.timm.utils, "ModelEmaV3", averages)
     options = bench.run_flags(settled(), "--model-ema-decay", "0.5", "--drop-path", "0", "--lr", "1")
     args = bench.parse_args(options)
@@ -113,6 +114,7 @@ def test_every_way_to_be_taught_is_compared(tmp_path, capsys):
     assert [row["name"].split()[0] for row in rows] == ["no", "stored", "50", "live"]
 
 
+@pytest.mark.process
 def test_whole_runs_are_timed(tmp_path, capfd):
     begin = time.perf_counter()
     runs, starts = run(tmp_path, capfd, "end-to-end", "start")
@@ -124,13 +126,14 @@ def test_whole_runs_are_timed(tmp_path, capfd):
 
 
 def test_an_epoch_is_held_against_what_was_timed_before_and_after_it(tmp_path, monkeypatch):
-    def train(args):
+    def train(script, run_name):
+        folder = sys.argv[sys.argv.index("--output-dir") + 1]
         for rate in (1.0, 20.0, 30.0):
-            assert bench.engine.evaluate_state(None, None) == {}
-            with open(f"{args.output_dir}/log.txt", "a") as file:
+            assert bench.engine.evaluate_all(None, None) == []
+            with open(f"{folder}/log.txt", "a") as file:
                 file.write(json.dumps({"images_per_second": rate}) + "\n")
 
-    monkeypatch.setattr(bench.training, "main", train)
+    monkeypatch.setattr(bench.runpy, "run_path", train)
     between = iter((10.0, 20.0, 40.0))
     assert bench._epochs_of_a_run(bench.run_flags(settled()), lambda: next(between)) == ([20.0, 30.0], [15.0, 30.0])
 

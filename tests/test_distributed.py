@@ -1,10 +1,16 @@
-"""Whole runs in real processes: launchers, exact evaluation, and runs that are functions of their flags."""
+"""Whole runs, most in real processes: launchers, exact evaluation, runs that are functions of their flags."""
 
 import pytest
 import tiny
 import torch
 
+import main
 import utils
+
+
+def run(*flags):
+    """main.py in this process."""
+    main.cli([str(flag) for flag in flags])
 
 
 def weights(folder, name="checkpoint.pth", key="model"):
@@ -25,14 +31,16 @@ def two_ranks(tmp_path_factory):
     return folder, output
 
 
+@pytest.mark.process
 def test_two_ranks_have_the_loss_curve_of_one_with_twice_the_batch(two_ranks, tmp_path):
     folder, _ = two_ranks
-    tiny.run("main.py", *tiny.PLAIN, "--epochs", "2", "--batch-size", "64", "--output-dir", tmp_path)
+    run(*tiny.PLAIN, "--epochs", "2", "--batch-size", "64", "--output-dir", tmp_path)
     for one, two in zip(tiny.log_of(tmp_path), tiny.log_of(folder), strict=True):
         for name in ("train_loss", "test_loss", "test_ema_loss", "test_acc1", "test_acc5"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
 
 
+@pytest.mark.process
 def test_gradient_accumulation_over_two_ranks_has_it_too(two_ranks, tmp_path):
     folder, _ = two_ranks
     flags = ["--epochs", "2", "--batch-size", "16", "--accum-steps", "2", "--output-dir", tmp_path]
@@ -41,10 +49,11 @@ def test_gradient_accumulation_over_two_ranks_has_it_too(two_ranks, tmp_path):
         assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
 
 
-def test_an_evit_on_two_ranks_has_the_loss_curve_of_one_while_its_keep_rate_falls(tmp_path):
+@pytest.mark.process
+def test_an_evit_on_two_ranks_has_the_loss_curve_of_one(tmp_path):
     evit = [*tiny.PLAIN, "--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "0", "--base-keep-rate", "0.5"]
     evit += ["--shrink-start-epoch", "0", "--shrink-epochs", "1", "--epochs", "2"]
-    tiny.run("main.py", *evit, "--batch-size", "64", "--output-dir", tmp_path / "one")
+    run(*evit, "--batch-size", "64", "--output-dir", tmp_path / "one")
     checkpointed = ["--grad-checkpointing", "--batch-size", "32", "--output-dir", tmp_path / "two"]
     tiny.torchrun(2, "main.py", *evit, *checkpointed)
     for one, two in zip(tiny.log_of(tmp_path / "one"), tiny.log_of(tmp_path / "two"), strict=True):
@@ -53,17 +62,21 @@ def test_an_evit_on_two_ranks_has_the_loss_curve_of_one_while_its_keep_rate_fall
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
 
 
+@pytest.mark.process
 def test_only_the_first_rank_talks(two_ranks):
     folder, output = two_ranks
     assert output.count("effective batch 64 images") == 1
     assert len(tiny.log_of(folder)) == 2
 
 
-def test_evaluation_is_exact_on_any_number_of_processes(two_ranks):
+@pytest.mark.process
+def test_evaluation_is_exact_on_any_number_of_processes(two_ranks, capsys):
     # 355 held-out images do not divide by 2 or by the batch
     folder, _ = two_ranks
     flags = [*tiny.PLAIN, "--eval", "--resume", folder / "checkpoint.pth", "--batch-size", "48"]
-    outputs = [tiny.run("main.py", *flags), tiny.torchrun(2, "main.py", *flags)]
+    capsys.readouterr()
+    run(*flags)
+    outputs = [capsys.readouterr().err, tiny.torchrun(2, "main.py", *flags)]
     expected = tiny.log_of(folder)[-1]
     for output in outputs:
         assert f"test_acc1 {expected['test_acc1']:.4g}" in output
@@ -73,11 +86,12 @@ def test_evaluation_is_exact_on_any_number_of_processes(two_ranks):
 
 def test_same_flags_twice_give_the_same_bits(tmp_path):
     for name, workers in (("first", "0"), ("second", "2")):
-        tiny.run("main.py", *tiny.TINY, "--num-workers", workers, "--output-dir", tmp_path / name)
+        run(*tiny.TINY, "--num-workers", workers, "--output-dir", tmp_path / name)
     for key in ("model", "model_ema"):
         assert_same_bits(weights(tmp_path / "first", key=key), weights(tmp_path / "second", key=key))
 
 
+@pytest.mark.process
 def test_bare_srun_starts_a_process_group(tmp_path):
     shared = {"SLURM_JOB_ID": 7, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_ID": 0}
     shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": tiny.free_port()}
@@ -89,16 +103,18 @@ def test_bare_srun_starts_a_process_group(tmp_path):
     assert outputs[1] == ""
 
 
+@pytest.mark.process
 def test_a_mistake_ends_all_ranks_with_a_line():
     output = tiny.torchrun(2, "main.py", *tiny.TINY, "--batch-size", "4096", status=1)  # torchrun's own status is 1
     assert "main.py: error: --batch-size 4096" in output
     assert "exitcode  : 2" in output
 
 
+@pytest.mark.process
 def test_distillation_runs_on_two_ranks(tmp_path):
     small = ["--opt", "sgd", "--batch-size", "32"]
     teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--epochs", "1", "--drop-path", "0"]
-    tiny.run("main.py", *teacher, *small, "--output-dir", tmp_path / "teacher")
+    run(*teacher, *small, "--output-dir", tmp_path / "teacher")
     flags = ["--distillation-type", "soft", "--teacher-model", "test_resnet"]
     flags += ["--teacher-path", tmp_path / "teacher" / "best.pth", "--output-dir", tmp_path / "student"]
     tiny.torchrun(2, "main.py", *tiny.TINY, *small, *flags)
@@ -109,16 +125,20 @@ def test_distillation_runs_on_two_ranks(tmp_path):
     assert record["train_loss"] == pytest.approx(combined, abs=1e-4)
 
 
+@pytest.mark.process
 def test_sums_over_three_ranks_do_not_depend_on_when_a_run_began():
     # torch orders its gradient buckets anew after a process's first step, and three numbers have two sums
     assert tiny.torchrun(3, "tests/three_ranks.py").count("equal") == 3
 
 
+@pytest.mark.process
 def test_threads_are_divided_among_local_ranks():
     code = "import torch, utils; utils.init_distributed('cpu'); print(torch.get_num_threads())"
     assert int(tiny.run("-c", code, OMP_NUM_THREADS=None)) == utils.available_cpus()
 
 
+@pytest.mark.process
+@pytest.mark.compile
 def test_a_compiled_run_writes_the_names_of_an_uncompiled_one(tmp_path):
     shallow = ["--model-kwargs", "embed_dim=48", "depth=1", "num_heads=3"]
     tiny.run("main.py", *tiny.PLAIN, *shallow, "--compile", "--output-dir", tmp_path)

@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import re
-import types
 
 import pytest
 import timm
@@ -17,19 +17,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 import engine
-import main
 import models
 from checkpoints import read_checkpoint
-from engine import TrainState, build_lr_schedule, build_optimizer, evaluate, fit, train_one_epoch
-from flags import parse_args
-from loaders import EpochLoader, build_prepare, collate, copied_ahead
+from engine import (
+    Output,
+    RunOptions,
+    TrainState,
+    build_lr_schedule,
+    build_optimizer,
+    evaluate,
+    fit,
+    train_one_epoch,
+)
+from flags import fill, parse_args
+from loaders import DeviceLoader, EpochLoader, collate
 from losses import DistillationLoss, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
-from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache
+from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache, TeacherOptions, build_teacher
 from utils import RunError, StepLog, UserError, World
 
 CPU = torch.device("cpu")
-WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
+WORLD = World.alone(CPU)
 BATCH, STEPS = 8, 4
 
 
@@ -150,7 +158,9 @@ def test_the_average_is_evaluated_beside_the_model():
     state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.1), ema=ModelEmaV3(model))
     with torch.no_grad():
         model.head.weight.mul_(-3)
-    stats = engine.evaluate_state(state, batches)
+    stats = {}
+    for each in engine.evaluate_all(engine.modules_of(state).items(), batches, state.amp_dtype):
+        stats |= each
     for prefix, module in (("test_", model), ("test_ema_", state.ema.module)):
         expected = naive_evaluation(module, batches)
         assert {name: stats[prefix + name] for name in ("loss", "acc1", "acc5")} == pytest.approx(
@@ -471,16 +481,45 @@ class Blobs(Dataset):
         return Batch(self.colours[target] + torch.randn(3, 32, 32), target, position)
 
 
-def train_loader(seed=0, accum_steps=1):
-    sampler = KeyedSampler(len(Blobs()), seed=seed, multiple=BATCH * accum_steps)
-    batches = len(sampler) // BATCH
+MIXUP = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": 10}
+CRITERION = SupervisedLoss(build_base_criterion(False, 0.1))
+
+
+class WatchedLoader(EpochLoader):
+    """Calls `watch` with each batch of the training, and yields what it returns."""
+
+    watch = None
+
+    def __iter__(self):
+        batches = super().__iter__()
+        return batches if self.watch is None else map(self.watch, batches)
+
+
+def epoch_of(batches, num_batches, *, accum_steps=1, watch=None, mixes=True, counter=None, **options):
+    """These batches as an epoch of the training."""
+    loader = WatchedLoader(
+        loader=batches,
+        device=CPU,
+        counter=counter,
+        num_batches=num_batches,
+        images_per_batch=BATCH,
+        updates_per_epoch=num_batches // accum_steps,
+        mixup_fn=Mixup(**MIXUP) if mixes else None,
+        **options,
+    )
+    loader.watch = watch
+    return loader
+
+
+def train_loader(accum_steps=1, **options):
+    sampler = KeyedSampler(len(Blobs()), multiple=BATCH * accum_steps)
     loader = DataLoader(Blobs(), BATCH, sampler=sampler, collate_fn=collate)
-    return EpochLoader(loader, sampler, batches, BATCH, batches // accum_steps)
+    return epoch_of(loader, len(sampler) // BATCH, accum_steps=accum_steps, counter=sampler, **options)
 
 
 def val_loader():
     sampler = KeyedSampler(21, shuffle=False)
-    return DataLoader(Blobs(), BATCH, sampler=sampler, collate_fn=collate)
+    return DeviceLoader(DataLoader(Blobs(), BATCH, sampler=sampler, collate_fn=collate), CPU)
 
 
 class Recorder:
@@ -491,10 +530,6 @@ class Recorder:
 
     def add_scalar(self, name, value, step):
         self.scalars.append((name, value))
-
-
-MIXUP = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": 10}
-CRITERION = SupervisedLoss(build_base_criterion(False, 0.1))
 
 
 def build_state(model=None, opt="adamw", **options):
@@ -508,11 +543,10 @@ def build_schedules(state, epochs=3):
     return [build_lr_schedule(state.optimizer, updates, epochs, 1, sched="cosine", warmup_lr=1e-4, min_lr=1e-5)]
 
 
-def one_epoch(state, *, seed=0, rank=0, prepare=None, loader=None):
+def one_epoch(state, *, seed=0, rank=0, loader=None):
     loader = loader or train_loader(accum_steps=state.accum_steps)
     log = StepLog(state.epoch, len(loader), BATCH, 2)
-    prepare = prepare or build_prepare(CPU, Mixup(**MIXUP))
-    return train_one_epoch(state, loader, CRITERION, prepare, build_schedules(state), log, seed=seed, rank=rank)
+    return train_one_epoch(state, loader, CRITERION, build_schedules(state), log, seed=seed, rank=rank)
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
@@ -528,11 +562,28 @@ def test_an_epoch_with_dropout_and_mixup_is_the_same_every_time(amp_dtype):
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"rank": 1}])
-def test_another_seed_or_rank_drops_and_mixes_otherwise(other):
+def test_dropout_depends_on_seed_and_rank(other):
     first, second = build_state(), build_state()
     one_epoch(first)
-    one_epoch(second, **other)  # the same loader: the difference is in dropout, drop-path and Mixup
+    one_epoch(second, **other)  # the same batches: the difference is in dropout and drop-path
     assert not same_bits(first.module.state_dict(), second.module.state_dict())
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"rank": 1}])
+def test_mixup_depends_on_seed_and_rank(other):
+    first, second = build_state(), build_state()
+    one_epoch(first)
+    one_epoch(second, loader=train_loader(**other))  # the same views: the difference is in Mixup
+    assert not same_bits(first.module.state_dict(), second.module.state_dict())
+
+
+@pytest.mark.parametrize("other", [{"epoch": 1}, {"first_step": 1}])
+def test_mixup_depends_on_epoch_and_step(other):
+    batches = random_batches((BATCH,)) * 2
+    assert not torch.equal(
+        next(iter(epoch_of(batches, 2))).targets,
+        next(iter(epoch_of(batches, 2, **other))).targets,
+    )
 
 
 def test_another_epoch_and_another_step_drop_otherwise():
@@ -543,7 +594,7 @@ def test_another_epoch_and_another_step_drop_otherwise():
     for state.epoch in (0, 1):
         schedule = build_lr_schedule(state.optimizer, 2, 2, 0, sched="cosine")
         log = StepLog(state.epoch, 2, BATCH, 2, writer=Recorder())
-        train_one_epoch(state, [batch, batch], CRITERION, lambda batch: batch, [schedule], log)
+        train_one_epoch(state, [batch, batch], CRITERION, [schedule], log)
         losses |= {value for name, value in log.writer.scalars if name == "step/loss"}
     assert len(losses) == 4
 
@@ -554,7 +605,7 @@ def test_an_epoch_returns_the_means_of_what_it_logged():
     twin = copy.deepcopy(model)
     batches = random_batches((8, 8, 8))
     log, schedules = StepLog(0, 3, BATCH, 2), build_schedules(state)
-    stats = train_one_epoch(state, batches, CRITERION, lambda batch: batch, schedules, log)
+    stats = train_one_epoch(state, batches, CRITERION, schedules, log)
     optimizer, losses, rates = torch.optim.SGD(twin.parameters(), lr=0.05), [], []
     for update, batch in enumerate(batches):
         rates.append(1e-4 + (0.05 - 1e-4) * update / STEPS)
@@ -572,13 +623,13 @@ def test_an_epoch_returns_the_means_of_what_it_logged():
 
 
 def test_training_learns():
-    state, loader = build_state(build_deit()), train_loader()
+    state, loader = build_state(build_deit()), train_loader(mixes=False)
     losses = []
     for epoch in range(8):
         loader.set_epoch(epoch)
         log = StepLog(epoch, len(loader), BATCH, 50)
         schedules = build_schedules(state, epochs=8)
-        losses.append(train_one_epoch(state, loader, CRITERION, lambda batch: batch, schedules, log)["loss"])
+        losses.append(train_one_epoch(state, loader, CRITERION, schedules, log)["loss"])
         state.epoch += 1
     assert losses[-1] < losses[0] - 0.5
 
@@ -625,9 +676,9 @@ def waits_of_an_epoch(criterion):
     model = build_deit(drop_rate=0.1, drop_path_rate=0.3)
     model.set_distilled_training(True)
     state, log = build_state(model, amp_dtype=torch.bfloat16), StepLog(0, 100, BATCH, 50)
-    prepare = build_prepare(CPU, Mixup(**MIXUP))
+    loader = epoch_of(random_batches((BATCH,) * 4), 4)
     with Waits() as waits:
-        train_one_epoch(state, random_batches((BATCH,) * 4), criterion, prepare, build_schedules(state), log)
+        train_one_epoch(state, loader, criterion, build_schedules(state), log)
     assert state.num_updates == 4
     return waits.found
 
@@ -656,79 +707,85 @@ def test_a_step_that_waits_for_the_device_is_noticed(look):
     assert len(waits_of_an_epoch(criterion)) == 4
 
 
-def test_no_batch_is_read_before_it_is_asked_for():
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_batch_is_not_read_before_it_is_asked_for(mixes):
     batches = random_batches((2, 2, 2))
     reader = iter(batches)
-    copied = copied_ahead(reader, CPU)
-    assert torch.equal(next(copied).images, batches[0].images)
+    copied = iter(epoch_of(reader, 3, mixes=mixes))
+    assert next(copied).positions is batches[0].positions
     assert next(reader) is batches[1]
-    assert torch.equal(next(copied).images, batches[2].images) and next(copied, None) is None
+    assert next(copied).positions is batches[2].positions and next(copied, None) is None
 
 
-def test_on_cuda_a_batch_is_copied_on_another_stream_that_the_computation_waits_for(monkeypatch):
-    done, stream = [], ["computes"]  # what is done, in order, and on which stream
+def test_a_batch_without_mixup_is_that_of_the_loader():
+    batches = random_batches((2, 2))
+    for batch, expected in zip(epoch_of(batches, 2, mixes=False), batches, strict=True):
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.targets, expected.targets)
 
-    class Tensor:
-        def record_stream(self, other):
-            done.append(("keep for", other.name))
 
-    class Stream:
-        def __init__(self, device):
-            self.name = "copies"
+def test_a_batch_goes_to_the_device_but_its_positions_stay():
+    (batch,) = random_batches((2,))
+    batch = batch._replace(sizes=torch.ones(2, 2, dtype=torch.int64), keys=torch.arange(2))
+    (moved,) = DeviceLoader([batch], torch.device("meta"))
+    assert {name: value.device.type for name, value in moved._asdict().items()} == {
+        **dict.fromkeys(("images", "targets", "sizes", "keys"), "meta"),
+        "positions": "cpu",
+    }
 
-    computes = types.SimpleNamespace(name="computes", wait_stream=lambda other: done.append(("wait for", other.name)))
 
-    @contextlib.contextmanager
-    def on(other):
-        stream.append(other.name)
-        yield
-        stream.pop()
-
-    def copy_batch(batch, device):
-        done.append(("copy on", stream[-1]))
-        return Batch(Tensor(), Tensor(), batch)
-
-    for name, stand_in in (("Stream", Stream), ("current_stream", lambda device: computes), ("stream", on)):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr("loaders.to_device", copy_batch)
-    for batch in copied_ahead(range(2), types.SimpleNamespace(type="cuda")):
-        done.append(("step", batch.positions))
-    each = [("copy on", "copies"), ("wait for", "copies"), ("keep for", "computes"), ("keep for", "computes")]
-    assert done == [*each, ("step", 0), *each, ("step", 1)]
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_batch_is_whole_when_the_gpu_reads_it(busy):
+    # Idle, the GPU must wait for the copy. Busy, it reads when the loop has dropped the batch and copies the next.
+    batches = [Batch(*(torch.full((2**22,), i).pin_memory() for _ in range(2)), torch.zeros(1)) for i in range(8)]
+    read = []
+    for batch in DeviceLoader(batches, torch.device("cuda", 0)):
+        if busy:
+            torch.cuda._sleep(100_000_000)
+        read.append(torch.stack([*batch.images.aminmax(), *batch.targets.aminmax()]))
+    assert torch.stack(read).tolist() == [[number] * 4 for number in range(8)]
 
 
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
-def test_the_teacher_is_compiled_with_the_model(flags, tmp_path):
+def test_the_teacher_is_compiled_with_the_model(flags, tmp_path, monkeypatch):
+    calls = []  # of compiled code
+
+    def backend(graph, inputs):
+        return lambda *args: calls.append(graph) or graph.forward(*args)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch.save({"model": build_resnet().state_dict()}, tmp_path / "teacher.pth")
     flags = [*flags, "--teacher-model", "test_resnet", "--teacher-path", str(tmp_path / "teacher.pth")]
     args = parse_args([*flags, "--input-size", "32"])
-    teacher = main.build_teacher(args, build_deit(), 10, CPU)
-    assert (teacher.model._compiled_call_impl is not None) == args.compile
-    assert not teacher.model.training and same_bits(build_resnet().state_dict(), teacher.model.state_dict())
+    student, teacher = models.normalization(build_deit()), models.normalization(build_resnet())
+    compiled = build_teacher(fill(TeacherOptions, args), 10, student, CPU)
+    (batch,) = random_batches((2,))
+    torch.testing.assert_close(compiled(batch), FrozenTeacher(build_resnet(), *teacher, *student)(batch))
+    assert bool(calls) == args.compile
+    assert not compiled.model.training and same_bits(build_resnet().state_dict(), compiled.model.state_dict())
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-def run(folder, epochs=3, resume=None, prepare=None, build=build_state, **options):
-    """What `main` does with these flags, from nothing or from a checkpoint; returns the state at the end."""
+def run(folder, epochs=3, resume=None, watch=None, build=build_state, **options):
+    """What `main` does with these flags, from nothing or from a checkpoint; returns the state at the end.
+
+    `watch` is called with the state and each batch of the training, and returns the batch to train on.
+    """
     state = build(**options)
     schedules = build_schedules(state, epochs)
     if resume is not None:
         state.resume(read_checkpoint(str(resume), "--resume"), str(resume), STEPS // state.accum_steps)
-    mix = build_prepare(CPU, Mixup(**MIXUP))
     fit(
         state,
-        train_loader(accum_steps=state.accum_steps),
+        train_loader(state.accum_steps, watch=watch and functools.partial(watch, state)),
         val_loader(),
         CRITERION,
-        (lambda batch: prepare(state, mix(batch))) if prepare else mix,
         schedules,
-        epochs=epochs,
-        world=WORLD,
-        about={"args": {"lr": 2e-3, "input_size": [32]}},
-        output_dir=folder,
-        log_interval=2,
+        RunOptions(epochs, log_interval=2),
+        WORLD,
+        Output(folder, about={"args": {"lr": 2e-3, "input_size": [32]}}),
     )
     return state
 
@@ -747,7 +804,7 @@ def test_a_non_finite_loss_ends_the_run_and_leaves_the_files_alone(tmp_path):
         return batch
 
     with pytest.raises(RunError, match="not finite in epoch 1"):
-        run(tmp_path, prepare=poison)
+        run(tmp_path, watch=poison)
     assert files_in(tmp_path) == files and files.keys() == {"checkpoint.pth", "best.pth", "log.txt"}
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
     assert checkpoint["epoch"] == 1
@@ -762,7 +819,7 @@ def test_a_non_finite_last_update_is_not_saved(tmp_path):
         return batch
 
     with pytest.raises(RunError, match="not finite"):
-        run(tmp_path, prepare=break_the_last_step)
+        run(tmp_path, watch=break_the_last_step)
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
@@ -798,7 +855,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(tmp_path, options)
 
     run(whole, **options)
     with pytest.raises(KeyboardInterrupt):
-        run(killed, prepare=kill, **options)
+        run(killed, watch=kill, **options)
     assert len(records_in(killed)) == 1
     run(killed, resume=killed / "checkpoint.pth", **options)
     first, second = (read_checkpoint(str(folder / "checkpoint.pth"), "--resume") for folder in (whole, killed))
@@ -915,8 +972,8 @@ def test_every_epoch_sees_new_views_in_a_new_order():
         seen.append((state.epoch, batch.images, batch.positions.tolist()))
         return batch
 
-    arguments = (train_loader(), val_loader(), CRITERION, watch, build_schedules(state, epochs=2))
-    fit(state, *arguments, epochs=2, world=WORLD)
+    arguments = (train_loader(watch=watch), val_loader(), CRITERION, build_schedules(state, epochs=2))
+    fit(state, *arguments, RunOptions(2), WORLD, Output())
     first, second = ([entry for entry in seen if entry[0] == epoch] for epoch in (0, 1))
     assert len(first) == len(second) == STEPS
     assert [positions for _, _, positions in first] == [positions for _, _, positions in second]
@@ -937,25 +994,14 @@ def test_the_logged_accuracy_is_that_of_the_saved_weights(tmp_path):
 
 def test_epochs_may_go_unevaluated_but_not_the_last(tmp_path):
     state = build_state()
-    fit(
-        state,
-        train_loader(),
-        val_loader(),
-        CRITERION,
-        build_prepare(CPU, None),
-        build_schedules(state),
-        epochs=3,
-        world=WORLD,
-        output_dir=tmp_path,
-        eval_interval=2,
-    )
+    arguments = (train_loader(mixes=False), val_loader(), CRITERION, build_schedules(state))
+    fit(state, *arguments, RunOptions(3, eval_interval=2), WORLD, Output(tmp_path))
     assert ["test_acc1" in record for record in records_in(tmp_path)] == [False, True, True]
 
 
 def test_only_rank_0_writes(tmp_path):
     state = build_state()
     world = World(rank=1, size=1, local_rank=1, local_size=1, device=CPU)
-    schedules = build_schedules(state)
-    arguments = (train_loader(), val_loader(), CRITERION, build_prepare(CPU, None), schedules)
-    fit(state, *arguments, epochs=1, world=world, output_dir=tmp_path)
+    arguments = (train_loader(mixes=False), val_loader(), CRITERION, build_schedules(state))
+    fit(state, *arguments, RunOptions(1), world, Output(tmp_path))
     assert files_in(tmp_path) == {} and state.epoch == 1

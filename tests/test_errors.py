@@ -431,6 +431,7 @@ def test_the_malicious_files_would_run_if_they_were_trusted(workspace):
     (workspace / "marker").unlink()
 
 
+@pytest.mark.process
 def test_a_mistake_as_a_process_without_network(tmp_path):
     """A real process: its exit status, and the weights that no network brings."""
     words = shlex.split(f"main.py {RUN} {DEIT} --pretrained".replace("{w}", str(tmp_path)))

@@ -74,6 +74,35 @@ def test_no_module_imports_itself_in_a_circle():
     assert set(order.static_order()) == set(MODULES)
 
 
+def functions_of(folder):
+    """(file, name, lines, parameters without self) of every function in the Python files of a folder."""
+    for file in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                named = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                lines = node.end_lineno - node.lineno + 1
+                yield file.name, node.name, lines, len([name for name in named if name not in ("self", "cls")])
+
+
+@pytest.mark.parametrize("folder", [".", "augment", "tools"])
+def test_functions_fit_on_a_screen(folder):
+    functions = list(functions_of(ROOT / folder))
+    assert functions
+    for file, name, lines, parameters in functions:
+        assert lines <= 60, f"{file}: {name} has {lines} lines"
+        assert parameters <= 8, f"{file}: {name} has {parameters} parameters; use an option dataclass"
+
+
+def test_main_stays_short():
+    assert len((ROOT / "main.py").read_text().splitlines()) <= 450
+
+
+def test_main_is_imported_by_the_job_launcher_alone():
+    tools = {path.stem: imports_of(path.read_text()) for path in (ROOT / "tools").glob("*.py")}
+    users = [name for name, names in ({m: all_imports(m) for m in MODULES} | tools).items() if "main" in names]
+    assert users == ["run_with_submitit"]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_leans_on_what_is_beside_the_house(module):
     beside = all_imports(module) & BESIDE

@@ -11,9 +11,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets
+import loaders
 import main
+import models
 import utils
-from flags import get_parser, parse_args
+from flags import fill, parse_args
 
 PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
 
@@ -157,27 +159,22 @@ def test_a_run_is_augmented_and_evaluated_on_the_device(plain_run, tmp_path, cap
     ],
 )
 def test_images_in_memory_are_augmented_on_a_gpu_unless_told_otherwise(device, flags, expected):
-    source, _ = datasets.build_sources("DIGITS", None)
+    source, _ = datasets.read_sources(datasets.DataOptions("DIGITS"))
     args = parse_args(flags)
-    assert main._augments_on_device(args, source, torch.device(device)) == expected
+    assert loaders.augments_on_device(source, args.augment, args.aa, torch.device(device)) == expected
 
 
 def test_image_files_are_augmented_on_the_host(tmp_path):
     for part in ("train", "val"):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (20, 10)).save(tmp_path / part / "cat" / "1.png")
-    source, _ = datasets.build_sources("IMNET", str(tmp_path))
-    parser = get_parser()
-    assert not main._augments_on_device(parser.parse_args([]), source, torch.device("cuda"))
+    source, _ = datasets.read_sources(datasets.DataOptions("IMNET", str(tmp_path)))
+    policy, gpu = parse_args([]).aa, torch.device("cuda")
+    assert not loaders.augments_on_device(source, "auto", policy, gpu)
     with tiny.user_error("--augment device", "tools.pack_dataset"):
-        main._augments_on_device(parser.parse_args(["--augment", "device"]), source, torch.device("cuda"))
+        loaders.augments_on_device(source, "device", policy, gpu)
     in_memory = datasets.keep_in_memory(source, 1)
-    assert main._augments_on_device(parser.parse_args([]), in_memory, torch.device("cuda"))
-
-
-def test_three_augment_has_its_published_spelling():
-    parser = get_parser()
-    assert parser.parse_args(["--ThreeAugment"]) == parser.parse_args(["--aa", "3a"])
+    assert loaders.augments_on_device(in_memory, "auto", policy, gpu)
 
 
 @pytest.mark.parametrize("scaling, lr", [("linear", "6.25e-05"), ("sqrt", "0.000177"), ("none", "0.0005")])
@@ -191,12 +188,11 @@ def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
 
 @pytest.mark.parametrize("local_size", [1, 2])
 def test_loader_processes_default_to_the_cpus_of_a_rank(local_size):
-    args = parse_args([])
     world = utils.World(0, local_size, 0, local_size, torch.device("cpu"))
     expected = min(10, max(1, utils.available_cpus() // local_size))
-    assert main._loader_options(args, world)["num_workers"] == expected
-    args = parse_args(["--num-workers", "0"])
-    assert main._loader_options(args, world)["num_workers"] == 0
+    assert loaders.num_workers(fill(loaders.LoaderOptions, parse_args([])), world) == expected
+    options = fill(loaders.LoaderOptions, parse_args(["--num-workers", "0"]))
+    assert loaders.num_workers(options, world) == 0
 
 
 def test_pretrained_weights_are_where_training_starts(tmp_path):
@@ -205,7 +201,7 @@ def test_pretrained_weights_are_where_training_starts(tmp_path):
     model = timm.create_model("deit_tiny_patch16_224", **shape)
     timm.models.save_for_hf(model, tmp_path / "hub", model_args=shape)
     args = ["--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", "--input-size", "32", "--drop-path", "0"]
-    built = main.build_model(parse_args(args), 10, torch.device("cpu"))
+    built = models.build_model(fill(models.ModelOptions, parse_args(args)), 10)
     assert built.head.out_features == 10
     for name, value in model.state_dict().items():
         assert name.startswith("head.") or torch.equal(built.state_dict()[name], value)

@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from models import (
+    ModelOptions,
     build_model,
     classifier_names,
     fit_state_dict,
@@ -19,18 +20,18 @@ from models import (
     set_train_mode,
     weights_of,
 )
-from teachers import build_teacher
+from teachers import TeacherOptions, load_teacher
 
 PLAIN, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def build(name=PLAIN, seed=0, num_classes=5, input_size=(32, 32), **options):
-    """A model of ours; transformers are tiny, with patches of 8 pixels."""
-    torch.manual_seed(seed)
+def build(name=PLAIN, seed=0, num_classes=5, distilled=False, **options):
+    """A model of ours without drop-path; transformers are tiny, with patches of 8 pixels."""
     if "deit" in name or "vit" in name:
         options = {"patch_size": 8} | options | {"model_kwargs": TINY | options.get("model_kwargs", {})}
-    return build_model(name, num_classes=num_classes, input_size=input_size, **options)
+    options = {"input_size": (32, 32), "drop_path": 0.0} | options
+    return build_model(ModelOptions(name, seed=seed, **options), num_classes, distilled)
 
 
 def build_cnn(**options):
@@ -41,14 +42,14 @@ def build_cnn(**options):
 def teach(name=PLAIN, path="", num_classes=5, input_size=(32, 32), pretrained=False, **model_kwargs):
     if "deit" in name:
         model_kwargs = TINY | {"patch_size": 8} | model_kwargs
-    return build_teacher(
-        name,
-        path=str(path),
-        pretrained=pretrained,
-        num_classes=num_classes,
+    options = TeacherOptions(
+        teacher_model=name,
+        teacher_model_kwargs=model_kwargs,
+        teacher_path=str(path),
+        teacher_pretrained=pretrained,
         input_size=input_size,
-        model_kwargs=model_kwargs,
     )
+    return load_teacher(options, num_classes)
 
 
 def save(path, content):
@@ -103,7 +104,7 @@ def test_unknown_model_is_a_user_error_with_the_nearest_names():
     with tiny.user_error("--model deit_tiny_patch16_22:", "did you mean deit_tiny_patch16_224"):
         build("deit_tiny_patch16_22")
     with tiny.user_error("--model zzz:", "timm.list_models()"):
-        build_model("zzz", num_classes=5, input_size=(32, 32))
+        build("zzz")
     with tiny.user_error("--teacher-model regnety_16:", "regnety_160"):
         teach("regnety_16", pretrained=True)
 

@@ -13,10 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import main
+import models
 import models_evit
-from flags import parse_args
+from flags import fill, parse_args
 from models_evit import EViTBlock, KeepRate, evit_blocks, keep_attentive, reduce_tokens
+from samplers import Batch
+from utils import World
 
+CPU = torch.device("cpu")
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 7}
 RATES, LAYERS = 0.6, (1, 3)
 
@@ -262,6 +266,7 @@ def test_keep_rate_depends_on_the_update_alone():
     assert at_once.value == RATES
 
 
+@pytest.mark.compile
 def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
     # Recompilations do not depend on the backend; this one does without a C++ compiler.
     counter, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
@@ -270,19 +275,17 @@ def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
     torch._dynamo.reset()
     flags = [*RUN, *REDUCED, "--patch-size", "4", "--compile", "--no-model-ema", "--amp", "off"]
     args = parse_args([*flags, "--shrink-start-epoch", "1", "--shrink-epochs", "4"])
-    world = main.utils.init_distributed("cpu")
-    model = main.build_model(args, 10, world.device)
-    state = main.build_state(args, model, model, images_per_batch=4, world=world)
-    _, schedule = main.build_schedules(args, state, updates_per_epoch=10)
+    model = models.place(models.build_model(fill(models.ModelOptions, args), 10), CPU)
+    options = fill(engine.OptimizerOptions, args)
+    state = engine.build_state(model, model, options, 4, (3, 32, 32), None, World.alone(CPU))
+    _, schedule = engine.build_schedules(state, 10, fill(engine.ScheduleOptions, args))
     rates = set()
     for update in range(0, 60, 8):
         schedule.step_update(update)
         rates.add(schedule.value)
         state.model.train()
         state.model(torch.randn(4, 3, 32, 32)).sum().backward()
-        list_of_batches = [
-            main.datasets.Batch(torch.randn(n, 3, 32, 32), torch.zeros(n).long(), torch.arange(n)) for n in (4, 3)
-        ]
+        list_of_batches = [Batch(torch.randn(n, 3, 32, 32), torch.zeros(n).long(), torch.arange(n)) for n in (4, 3)]
         engine.evaluate(model, list_of_batches, engine.autocast(model, None))
     assert len(rates) == 6  # of the 11 that there are
     # two modes for each rate, and once each more while torch finds out that the batch and the rate change
@@ -302,6 +305,7 @@ RUN = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, *tiny.DATA, "-
 REDUCED = ["--drop-loc", "0", "--base-keep-rate", "0.5"]
 
 
+@pytest.mark.process
 def test_a_distilled_evit_trains_resumes_and_is_evaluated_at_its_final_rate(tmp_path, monkeypatch):
     teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
     main.cli([*teacher, "--output-dir", str(tmp_path / "teacher")])
@@ -338,21 +342,3 @@ def test_weights_of_a_deit_load_into_the_evit_and_back(tmp_path):
         flags += REDUCED if name == "evit" else []
         main.cli([*flags, "--output-dir", str(tmp_path / name)])
         assert len(tiny.log_of(tmp_path / name)) == 1
-
-
-@pytest.mark.parametrize("flag", ["--base-keep-rate=0.5", "--drop-loc=1", "--no-fuse-token", "--shrink-epochs=3"])
-def test_flags_of_evit_with_another_model_are_a_line(flag, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        main.cli([*tiny.TINY, flag])
-    assert exit_info.value.code == 2
-    assert "has no EViT blocks; use a model such as evit_small" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("spelling", ["3,6,9", "(3, 6, 9)", "[3,6,9]"])
-def test_layers_are_read_in_every_spelling(spelling):
-    assert parse_args(["--drop_loc", spelling]).drop_loc == [3, 6, 9]
-
-
-def test_keep_rates_are_read_one_or_per_layer():
-    assert parse_args(["--base_keep_rate", "0.5"]).base_keep_rate == 0.5
-    assert parse_args(["--base-keep-rate", "0.7,0.7,0.5"]).base_keep_rate == [0.7, 0.7, 0.5]

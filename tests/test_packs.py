@@ -17,9 +17,17 @@ from PIL import Image
 
 import main
 import packs
-from augment import TrainAugmentation
-from datasets import MemoryImages, Source, build_sources, build_train_transform, keep_in_memory, take_fraction
-from loaders import KeyedImages, build_eval_loader, build_train_loader, frame_of
+from augment import ViewOptions
+from datasets import (
+    DataOptions,
+    MemoryImages,
+    Source,
+    build_train_transform,
+    keep_in_memory,
+    read_sources,
+    take_fraction,
+)
+from loaders import KeyedImages, LoaderOptions, MixupOptions, build_train_loader, build_val_loader
 from packs import PackImages, verify
 from samplers import KeyedSampler
 from tools import pack_dataset
@@ -32,6 +40,8 @@ SIZES = {(40, 32): (20, 16), (32, 40): (16, 20), (64, 64): (16, 16), (90, 30): (
          (16, 24): (16, 24), (20, 14): (20, 14), (400, 2): (24, 1)}  # fmt: skip
 ABOUT = {"kind": "uint8", "size": SIZE, "quality": None, "num_classes": 3}
 AGAIN = "pack it again with python -m tools.pack_dataset"
+NORMALIZATION = (0.5,) * 3, (0.5,) * 3
+ALONE = World.alone(torch.device("cpu"))
 
 
 def picture(seed, size=(40, 32)):
@@ -64,6 +74,10 @@ def expected(image):
     return np.asarray(image.resize(SIZES[image.size], Image.Resampling.BICUBIC))
 
 
+def sources_in(folder):
+    return read_sources(DataOptions("PACKED", str(folder)))
+
+
 def flip_byte(path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 0xFF
@@ -79,7 +93,7 @@ def change_about(folder, **changes):
 
 
 def test_pixels_are_those_of_pillows_own_resize_and_labels_stay(pack):
-    train, val = build_sources("PACKED", str(pack))
+    train, val = sources_in(pack)
     assert (len(train), len(val), train.num_classes, val.num_classes) == (len(IMAGES), 2, 3, 3)
     for source in (train, val):
         for index, (image, target) in enumerate(zip(IMAGES[: len(source)], TARGETS, strict=False)):
@@ -129,7 +143,7 @@ def test_shards_are_no_longer_than_asked_and_hold_everything(tmp_path):
 
 
 def test_names_are_those_of_the_content_in_order(pack, tmp_path):
-    source = build_sources("PACKED", str(pack))[0]
+    source = sources_in(pack)[0]
     checksums = [zlib.crc32(expected(image).tobytes()) for image in IMAGES]
     assert source.file_names() == np.array(checksums, "<u4").tobytes()
     write(tmp_path / "moved", shard_bytes=10**9)  # neither the folder nor its division matters
@@ -138,21 +152,21 @@ def test_names_are_those_of_the_content_in_order(pack, tmp_path):
 
 
 def test_views_from_a_pack_are_those_of_the_same_images_in_memory(pack):
-    transform = build_train_transform((96, 96), (0.5,) * 3, (0.5,) * 3)
+    transform = build_train_transform(ViewOptions((96, 96)), NORMALIZATION)
     memory = Source(MemoryImages([expected(image) for image in IMAGES]), np.array(TARGETS), 3, np.arange(len(IMAGES)))
     for epoch in range(2):
         sampler = KeyedSampler(len(IMAGES), seed=5)
         sampler.set_epoch(epoch)
         for sample in sampler:
-            ours = KeyedImages(build_sources("PACKED", str(pack))[0], transform)[sample]
+            ours = KeyedImages(sources_in(pack)[0], transform)[sample]
             theirs = KeyedImages(memory, transform)[sample]
-            assert torch.equal(ours.images, theirs.images) and ours[1:3] == theirs[1:3]
+            assert torch.equal(ours.images, theirs.images) and ours[1:] == theirs[1:]
 
 
 @pytest.mark.parametrize("kind", ["uint8", "jpeg"])
 def test_a_part_of_a_pack_can_be_kept_in_memory(tmp_path, kind):
     write(tmp_path, kind=kind, quality=90)
-    part = take_fraction(build_sources("PACKED", str(tmp_path))[0], 0.4)
+    part = take_fraction(sources_in(tmp_path)[0], 0.4)
     assert Counter(part.targets[part.order].tolist()) == {0: 1, 1: 1, 2: 1}
     kept = keep_in_memory(part, 1)
     assert isinstance(kept.images, MemoryImages) and kept.file_names() == part.file_names()
@@ -163,14 +177,11 @@ def test_a_part_of_a_pack_can_be_kept_in_memory(tmp_path, kind):
 
 
 def test_loader_processes_read_the_same(pack):
-    def to_tensor(image):
-        return torch.from_numpy(np.asarray(image.resize((8, 8))).copy())
-
     def read(workers):
-        source = build_sources("PACKED", str(pack))[0]
+        source = sources_in(pack)[0]
         source.images.array(0)  # a shard that is mapped before the processes part
-        options = {"batch_size": 2, "num_workers": workers, "pin_memory": False}
-        batches = build_eval_loader(source, to_tensor, **options, world=World(0, 1, 0, 1, torch.device("cpu")))
+        options = LoaderOptions(batch_size=2, num_workers=workers)
+        batches = build_val_loader(source, ViewOptions((8, 8)), NORMALIZATION, options, ALONE)
         return [torch.cat(parts) for parts in zip(*((b.images, b.targets) for b in batches), strict=True)]
 
     alone, together = read(0), read(2)
@@ -180,13 +191,13 @@ def test_loader_processes_read_the_same(pack):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_views_made_on_the_device_are_those_of_the_same_images_in_memory(pack, workers):
     def views(source):
-        view = TrainAugmentation(frame_of(source), (32, 32), (0.5,) * 3, (0.5,) * 3)
-        loader = build_train_loader(source, view, batch_size=2, accum_steps=1, repeats=1, seed=0, num_workers=workers,
-                                    pin_memory=False, world=World(0, 1, 0, 1, torch.device("cpu")))  # fmt: skip
+        options = LoaderOptions(batch_size=2, repeated_aug=False, num_workers=workers, augment="device")
+        mixup = MixupOptions(mixup=0, cutmix=0)
+        loader = build_train_loader(source, ViewOptions((32, 32)), NORMALIZATION, mixup, options, ALONE)
         loader.set_epoch(1)
         return [(batch.images, batch.targets, batch.positions) for batch in loader]
 
-    source = build_sources("PACKED", str(pack))[0]
+    source = sources_in(pack)[0]
     for packed, kept in zip(views(source), views(keep_in_memory(source, 100)), strict=True):
         assert all(torch.equal(one, other) for one, other in zip(packed, kept, strict=True))
 
@@ -231,17 +242,17 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_pack_is_refused_in_a_line(pack, kind):
     damage, words = DAMAGE[kind]
-    build_sources("PACKED", str(pack))
+    sources_in(pack)
     damage(pack)
     with tiny.user_error("--data-path", pack, words, AGAIN):
-        build_sources("PACKED", str(pack))
+        sources_in(pack)
 
 
 def test_a_pack_needs_its_folder(tmp_path):
     with tiny.user_error("--data-path", "PACKED"):
-        build_sources("PACKED", None)
+        read_sources(DataOptions("PACKED"))
     with tiny.user_error("--data-path", tmp_path / "typo", "no such folder"):
-        build_sources("PACKED", str(tmp_path / "typo"))
+        sources_in(tmp_path / "typo")
 
 
 def test_a_flipped_byte_is_found_and_its_record_named(pack):
@@ -265,7 +276,7 @@ def test_a_wrong_checksum_of_a_shard_alone_names_the_shard(pack):
 @pytest.mark.parametrize("place", [0, 0.7])  # the first bytes of the file, which Pillow misses; colours, which it takes
 def test_a_damaged_jpeg_ends_a_run_in_a_line(tmp_path, place):
     write(tmp_path, kind="jpeg", quality=90)
-    train = build_sources("PACKED", str(tmp_path))[0]
+    train = sources_in(tmp_path)[0]
     _, offset, length, *_ = train.images.index[1].item()
     flip_byte(tmp_path / "train_00000.bin", offset + int(place * length))
     np.testing.assert_array_equal(np.asarray(train[0][0]).shape, expected(IMAGES[0]).shape)
@@ -293,7 +304,7 @@ def test_killed_half_way_leaves_no_pack_and_the_next_one_is_whole(pack, tmp_path
     assert process.exitcode == -signal.SIGKILL
     assert not holds_pack(pack) and len(files_of(pack)) >= 2
     with tiny.user_error("--data-path", pack, "none that was finished", AGAIN):
-        build_sources("PACKED", str(pack))
+        sources_in(pack)
     (pack / ".pack.json.123.tmp").touch()  # what else such a process may leave
     write(pack), write(tmp_path / "fresh")
     assert {path.name: path.read_bytes() for path in pack.iterdir()} == {
@@ -355,7 +366,7 @@ def test_the_tool_packs_a_tree_for_training(tree, tmp_path, capsys):
     pack_tool(output, "--shard-mib", "0.001", "--verify", data=tree)
     said = capsys.readouterr().err
     assert "packed 8 images into 6 files" in said and "0 left out" in said and f"{output} is sound" in said
-    for ours, theirs in zip(build_sources("PACKED", str(output)), build_sources("IMNET", str(tree)), strict=True):
+    for ours, theirs in zip(sources_in(output), read_sources(DataOptions("IMNET", str(tree))), strict=True):
         assert len(ours) == len(theirs) and ours.num_classes == theirs.num_classes == 2
         for index in range(len(ours)):
             (image, target), (original, label) = ours[index], theirs[index]
@@ -403,14 +414,14 @@ def test_broken_images_are_left_out_up_to_a_number(tree, tmp_path, capsys):
     said = capsys.readouterr().err
     assert all(f"left out: {tree / name}" in said for name in ("train/dog/1.png", "val/cat/0.png"))
     assert "packed 6 images" in said and "2 left out" in said
-    train, val = build_sources("PACKED", str(tmp_path / "pack"))
+    train, val = sources_in(tmp_path / "pack")
     assert train.targets.tolist() == [0, 0, 0, 1, 1] and val.targets.tolist() == [1] and val.num_classes == 2
     np.testing.assert_array_equal(train.images.array(4), expected(Image.open(tree / "train/dog/2.png").convert("RGB")))
 
 
 def test_only_a_fraction_of_the_training_images_is_packed_if_asked(tree, tmp_path):
     pack_tool(tmp_path / "pack", "--train-fraction", "0.3", data=tree)
-    train, val = build_sources("PACKED", str(tmp_path / "pack"))
+    train, val = sources_in(tmp_path / "pack")
     assert train.targets.tolist() == [0, 1] and len(val) == 2
 
 

@@ -85,13 +85,15 @@ def whole(tmp_path_factory):
 
 
 # Of two processes one is killed at a time, and torchrun starts both again. (The tool also kills all at once.)
+@pytest.mark.process
 @pytest.mark.parametrize("flags", [["--processes", "1"], ["--processes", "2", "--restarts"]], ids=["one", "torchrun"])
-def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_that_was_not(flags, capfd):
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_the_whole(flags, capfd):
     chaos.main(["--kills", "3", "--epochs", "5", *flags])
     output = capfd.readouterr().out
     assert "3 kills, " in output and "no difference" in output and "half written" in output
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_the_same_on_a_gpu(capfd):
     chaos.main(["--kills", "3", "--epochs", "8", "--", "--device", "cuda", "--deterministic", "--amp", "bf16"])
@@ -209,56 +211,52 @@ def test_without_an_output_folder_a_signal_ends_the_run_all_the_same(capsys):
     assert "stopped by SIGUSR1; nothing is kept without --output-dir" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_second_sigint_ends_at_once():
     code = "import os, signal, utils\nwith utils.StopSignals() as stop:\n    os.kill(os.getpid(), signal.SIGINT)\n"
     code += "    assert stop.received == signal.SIGINT\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-    tiny.run("-c", code, status=0)
-    tiny.run(
-        "-c", code + "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)", status=130
-    )
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """Flags of a run with batch statistics on two ranks, and its folder when nobody stops it."""
-    folder = tmp_path_factory.mktemp("two") / "whole"
-    flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--warmup-epochs", "0"]
-    flags += ["--epochs", "3", "--num-workers", "1", "--batch-size", "16", "--model-ema-decay", "0.9"]
-    tiny.torchrun(2, "main.py", *flags, "--output-dir", folder)
-    return flags, folder
+    code += "    print('goes on', flush=True)\n"
+    code += "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('too long')"
+    assert tiny.run("-c", code, status=130) == "goes on\n"
 
 
 def stop_two_ranks(flags, folder, send):
-    """Start two ranks, wait for a checkpoint, let `send(run)` stop them; what each says at the end."""
+    """Start two ranks or resume them, wait for a checkpoint, let `send(run)` stop them: both at the same step."""
+    said = folder.with_suffix(".out")
+    said.unlink(missing_ok=True)
     run = chaos.Run(folder, [*flags, "--checkpoint-minutes", "0.001"], processes=2, restarts=0)
-    while not (folder / "checkpoint.pth").exists():
-        assert run.process.poll() is None, folder.with_suffix(".out").read_text()
+    saves = run.saves()
+    while run.saves() == saves:
+        assert run.process.poll() is None, said.read_text()
         time.sleep(0.05)
     send(run)
     assert run.wait(120) != 0
     chaos.kill(run.living())
-    output = folder.with_suffix(".out").read_text()
+    output = said.read_text()
     kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is kept", output)
     assert sorted(rank for rank, _ in kept) == ["0", "1"] and kept[0][1] == kept[1][1], output
 
 
-def test_a_signal_to_torchrun_stops_all_ranks_at_the_same_step(two_ranks, tmp_path):
-    flags, whole = two_ranks
-    stop_two_ranks(flags, tmp_path / "run", lambda run: run.process.terminate())
-    assert chaos.Run(tmp_path / "run", flags, processes=2, restarts=0).wait(240) == 0
-    assert chaos.compare(whole, tmp_path / "run") == []
+@pytest.mark.process
+def test_a_signal_stops_both_ranks_at_the_same_step(tmp_path, capsys):
+    """Two ranks go on to the bits of the run that nobody stops, one process to nearly its losses."""
+    # with batch statistics, of which each rank has its own
+    flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--warmup-epochs", "0"]
+    flags += ["--epochs", "3", "--num-workers", "1", "--batch-size", "16", "--model-ema-decay", "0.9"]
+    whole, stopped, one = (tmp_path / name for name in ("whole", "stopped", "one"))
+    tiny.torchrun(2, "main.py", *flags, "--output-dir", whole)
+    stop_two_ranks(flags, stopped, lambda run: os.kill(run.living(rank=1)[0], signal.SIGUSR2))
+    shutil.copytree(stopped, one)
+    stop_two_ranks(flags, stopped, lambda run: run.process.terminate())  # torchrun, which passes it on
+    assert chaos.Run(stopped, flags, processes=2, restarts=0).wait(240) == 0
+    assert chaos.compare(whole, stopped) == []
 
-
-def test_a_signal_to_one_rank_stops_both_and_one_process_may_go_on(two_ranks, tmp_path):
-    flags, whole = two_ranks
-    folder = tmp_path / "run"
-    stop_two_ranks(flags, folder, lambda run: os.kill(run.living(rank=1)[0], signal.SIGUSR2))
-    output = tiny.run("main.py", *flags, "--resume", "auto", "--batch-size", "32", "--output-dir", folder)
-    assert f"{WARNING}--batch-size was 16, is 32; processes was 2, is 1" in output
-    ours, theirs = tiny.log_of(folder), tiny.log_of(whole)
+    main.cli([*flags, "--resume", "auto", "--batch-size", "32", "--output-dir", str(one)])
+    assert f"{WARNING}--batch-size was 16, is 32; processes was 2, is 1" in capsys.readouterr().err
+    ours, theirs = tiny.log_of(one), tiny.log_of(whole)
     assert [record["epoch"] for record in ours] == [record["epoch"] for record in theirs]
-    for one, two in zip(ours, theirs, strict=True):  # Mixup's pairs and dropout are drawn per rank
-        assert one["train_loss"] == pytest.approx(two["train_loss"], abs=0.2)
+    for alone, together in zip(ours, theirs, strict=True):  # Mixup's pairs and dropout are drawn per rank
+        assert alone["train_loss"] == pytest.approx(together["train_loss"], abs=0.2)
 
 
 # -- faults of one rank ------------------------------------------------------------------------------------------------
@@ -272,6 +270,7 @@ def start_ranks(kind, folder, *flags, workers=1):
     return [tiny.Process(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "kind, cause",
     [
@@ -297,6 +296,7 @@ def test_a_fault_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
     assert all(value.isfinite().all() for value in checkpoint(tmp_path)["model"].values())
 
 
+@pytest.mark.process
 def test_a_rank_s_nan_is_skipped_by_all_if_that_is_tolerated(tmp_path):
     ranks = start_ranks("nan", tmp_path, "--max-skipped-steps", "1", workers=0)
     outputs = [rank.output() for rank in ranks]
@@ -412,19 +412,23 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
     assert refused > 200
 
 
-def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path):
-    process = tiny.Process(["main.py", *tiny.TINY, "--epochs", "99", "--output-dir", tmp_path, "--log-interval", "5"])
-    for line in process.stdout:
-        if "epoch 3  step 5" in line:
-            # From now on no file takes more than 50 kB: what a full disk is to a program.
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-            break
-    output = process.output()
-    assert process.returncode == 1
-    last = output.splitlines()[-1]
-    assert re.match(r"main.py: run ended: cannot write a checkpoint to .*; the earlier one is intact", last), output
+def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(state):
+        # From now on no file takes more than 50 kB: what a full disk is to a program.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    try:
+        with at_update(3 * UPDATES + 5, fill):
+            run(tmp_path, "--epochs", "5", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]
+    assert re.match(r"main.py: run ended: cannot write a checkpoint to .*; the earlier one is intact", last), error
     latest, previous = checkpoint(tmp_path), checkpoint(tmp_path, "checkpoint_previous.pth")
-    assert (latest["epoch"], previous["epoch"]) == (latest["epoch"], latest["epoch"] - 1) and latest["epoch"] >= 3
+    assert (latest["epoch"], previous["epoch"]) == (3, 2)
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -490,9 +494,9 @@ def test_broken_images_are_replaced_counted_and_named(workers, ram, folder_of_im
     assert chaos.compare(tmp_path / "two", tmp_path / "stopped") == []
 
 
-def test_the_next_image_takes_the_place_of_a_broken_one_with_its_own_label(folder_of_images):
+def test_the_next_image_takes_a_broken_one_s_place_with_its_own_label(folder_of_images):
     data, _ = folder_of_images
-    source, _ = datasets.build_sources("IMNET", str(data))
+    source, _ = datasets.read_sources(datasets.DataOptions("IMNET", str(data)))
     tolerant = datasets.replace(source, broken=datasets.BrokenImages(source.images, 2))
     assert [tolerant[place][0].getpixel((0, 0))[0] for place in range(12, 18)] == [0, 20, 80, 80, 80, 100]
     assert tolerant.broken.all_found() == [14, 15]
@@ -534,9 +538,14 @@ def test_what_changes_the_bits_of_a_resumed_run_is_named(flags, change, stopped,
 
 def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, capsys):
     # 6 updates of 64 images are 12 of 32, or 4 of 96
-    seen = []
-    build = loaders.build_prepare
-    monkeypatch.setattr(loaders, "build_prepare", lambda *args: watching(seen, build(*args)))
+    seen, iterate = [], loaders.EpochLoader.__iter__
+
+    def watched(loader):
+        for batch in iterate(loader):
+            seen.append(batch)
+            yield batch
+
+    monkeypatch.setattr(loaders.EpochLoader, "__iter__", watched)
     for size in (32, 96, 100):
         folder = shutil.copytree(stopped, stopped.with_name(f"batches_of_{size}"))
         seen.clear()
@@ -545,14 +554,6 @@ def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, caps
         assert int(seen[0].positions[0]) == 6 * 64 - again
         assert sum(len(batch.positions) for batch in seen) == 1442 // size * size - (6 * 64 - again)
         assert f"shows {again} images of epoch 2 again" in capsys.readouterr().err
-
-
-def watching(seen, prepare):
-    def watched(batch):
-        seen.append(batch)
-        return prepare(batch)
-
-    return watched
 
 
 def test_renamed_or_exchanged_images_are_noticed(folder_of_images, tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from samplers import KeyedSampler, _splitmix64, random_key, random_keys, seed_generators
+from samplers import KeyedSampler, random_key, random_keys, seed_generators, signed
 
 MASK = 2**64 - 1
 
@@ -35,15 +35,20 @@ def order_of(sampler):
 
 
 def test_splitmix64_gives_the_published_first_output():
-    assert int(_splitmix64(np.array([0], dtype=np.uint64))[0]) == 0xE220A8397B1DCDAF
+    assert splitmix64(0) == 0xE220A8397B1DCDAF
+    # The key so far is XORed with each counter. With itself as the counter that is 0.
+    assert random_key(0, "view", random_key(0, "view")) == 0xE220A8397B1DCDAF
 
 
-def test_splitmix64_agrees_with_unbounded_integers():
-    states = [0, 1, 2**32, 2**63, MASK, 0x9E3779B97F4A7C15, 123456789123456789]
-    assert _splitmix64(np.array(states, dtype=np.uint64)).tolist() == [splitmix64(state) for state in states]
+STATES = [0, 1, 2**32, 2**63, MASK, 0x9E3779B97F4A7C15, 123456789123456789]
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**64 + 5])
+def test_keys_hash_every_counter_as_unbounded_integers_do():
+    counters = np.array(STATES, dtype=np.uint64) ^ np.uint64(random_key(0, "view"))
+    assert random_keys(0, "view", counters).tolist() == [splitmix64(state) for state in STATES]
+
+
+@pytest.mark.parametrize("seed", [*STATES, 7, 2**31, 2**64 + 5])
 def test_keys_agree_with_unbounded_integers(seed):
     positions = np.arange(5)
     expected = [reference_key(seed, "view", 3, position) for position in range(5)]
@@ -83,6 +88,11 @@ def test_seeding_repeats_the_draws_of_python_numpy_and_torch():
     assert draw() == first != second
     seed_generators(random_key(0, "view", 0, 1))
     assert all(mine != yours for mine, yours in zip(draw(), first, strict=True))
+
+
+def test_a_signed_key_has_the_same_64_bits():
+    keys = np.array([0, 1, 2**63 - 1, 2**63, MASK], dtype=np.uint64)
+    assert [signed(key) for key in keys.tolist()] == keys.view(np.int64).tolist()
 
 
 def test_every_64_bit_key_can_seed():

@@ -13,6 +13,7 @@ import tiny
 
 from tools import chaos
 
+pytestmark = pytest.mark.slurm
 SCRIPT = Path(__file__).with_name("slurm.sh")
 FLAGS = [*tiny.TINY, "--epochs", "200", "--batch-size", "16", "--drop", "0.1", "--warmup-epochs", "1"]
 FLAGS += ["--model-ema-decay", "0.99", "--num-workers", "1"]  # SLURM signals loader processes as well
@@ -150,7 +151,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
 
 
 def test_a_batch_script_of_one_s_own_requeues_itself(slurm, undisturbed, tmp_path):
-    # as the README has it; that script's time would be up instead
+    # as docs/resuming.md has it; that script's time would be up instead
     flags = [*FLAGS, "--output-dir", tmp_path / "output", "--resume", "auto"]
     script = tmp_path / "job.sh"
     script.write_text(

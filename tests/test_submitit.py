@@ -12,6 +12,7 @@ import utils
 LOCAL = ["run_with_submitit.py", "--cluster", "local", "--nodes", "1", "--ngpus", "0"]
 
 
+@pytest.mark.process
 def test_a_local_job_trains_on_two_processes(tmp_path):
     folder = tmp_path / "jobs"
     flags = ["--tasks-per-node", "2", *tiny.PLAIN, "--batch-size", "32", "--checkpoint-minutes", "0"]
@@ -23,20 +24,24 @@ def test_a_local_job_trains_on_two_processes(tmp_path):
     assert "effective batch 64 images" in (job / f"{job.name}_0_log.err").read_text()
 
 
+@pytest.mark.process
 def test_a_debug_job_runs_in_this_process(tmp_path):
     flags = ["--cluster", "debug", "--nodes", "1", "--ngpus", "0", "--job-dir", tmp_path, *tiny.PLAIN]
     tiny.run("run_with_submitit.py", *flags, "--output-dir", tmp_path / "output")
     assert len(tiny.log_of(tmp_path / "output")) == 1
 
 
+@pytest.mark.process
 def test_a_failed_job_ends_with_status_1_and_its_reason(tmp_path):
     output = tiny.run(*LOCAL, "--job-dir", tmp_path, *tiny.PLAIN, "--batch-size", "4096", status=1)
     assert "--batch-size 4096" in output
 
 
-def test_contradictions_are_refused_before_submission(tmp_path):
-    output = tiny.run(*LOCAL, "--nodes", "2", "--job-dir", tmp_path, *tiny.PLAIN, status=2)
-    assert output.startswith("run_with_submitit.py: error: --nodes 2")
+def test_contradictions_are_refused_before_submission(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_with_submitit.cli([*LOCAL[1:], "--nodes", "2", "--job-dir", str(tmp_path), *tiny.PLAIN])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("run_with_submitit.py: error: --nodes 2")
     assert not list(tmp_path.iterdir())
 
 

@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import main
+from augment import ViewOptions
+from datasets import build_eval_transform
+from engine import select_amp
 from flags import parse_args
+from loaders import LoaderOptions
 from losses import soft_distillation
 from samplers import Batch
 from teachers import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint
-from utils import RunError
+from utils import RunError, World
 
 CPU = torch.device("cpu")
 
@@ -244,6 +248,7 @@ def same_bits(first, second):
     return all(torch.equal(one[kind][name], two[kind][name]) for kind in ("model", "model_ema") for name in one[kind])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("processes", [1, 2])
 def test_students_of_the_store_and_of_the_live_teacher_have_the_same_bits(processes, teacher, store, tmp_path):
     def train(name, *flags):
@@ -294,6 +299,7 @@ def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(
             assert stored[name] == pytest.approx(live[name], rel=1e-3), name
 
 
+@pytest.mark.process
 def test_a_killed_precomputation_goes_on_and_ends_with_the_same_files(teacher, store, tmp_path):
     command = ["main.py", *RUN, "--distillation-type", "hard", "--precompute-teacher", *teacher]
     command += ["--teacher-cache", tmp_path / "cache", "--log-interval", "1", "--epochs", "2"]
@@ -366,7 +372,7 @@ OTHER = {
     "input_size": ["--input-size", "40"],
     "teacher_model": ["--teacher-model", "test_vit"],
     "teacher_model_kwargs": ["--teacher-model-kwargs", "drop_rate=0"],
-    "precision": ["--amp", "bf16" if main.engine.select_amp("auto", CPU) is None else "off"],
+    "precision": ["--amp", "bf16" if select_amp("auto", CPU) is None else "off"],
     "distillation_type": ["--distillation-type", "soft"],
 }
 
@@ -389,20 +395,14 @@ def test_any_field_of_a_fingerprint_is_compared_and_named(store):
                 check_fingerprint(store, fields | {field: "another"})
 
 
-def test_stores_of_other_teachers_processes_and_flags_are_refused(teacher, store, tmp_path, capsys):
+@pytest.mark.process
+def test_stores_of_other_teachers_and_processes_are_refused(teacher, store, tmp_path, capsys):
     run = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(store), "--output-dir", ""]
     shutil.copy(teacher[1], tmp_path / "other.pth")
     with (tmp_path / "other.pth").open("ab") as file:
         file.write(b"x")
     for flags, words in [
         ([*run, "--teacher-path", str(tmp_path / "other.pth")], "teacher_weights ("),
-        ([*tiny.TINY, "--teacher-cache", str(store)], "add --distillation-type hard"),
-        ([*RUN, "--distillation-type", "hard", "--precompute-teacher"], "add --teacher-cache FOLDER"),
-        ([*run, "--precompute-epochs", "0:1"], "add --precompute-teacher"),
-        ([*run, "--precompute-batch-size", "64"], "add --precompute-teacher"),
-        ([*run, "--precompute-epochs", "3:3"], "holds no epochs"),
-        ([*run, "--precompute-teacher", "--precompute-epochs", "0:3"], "end with :2"),
-        ([*run, "--precompute-teacher", "--precompute-epochs", "0:2", "--augmentation-epochs", "1"], "end with :1"),
         ([*RUN, "--distillation-type", "hard", "--teacher-cache", str(tmp_path / "new")], "2 epochs are missing"),
     ]:
         with pytest.raises(SystemExit) as exit_info:
@@ -412,6 +412,7 @@ def test_stores_of_other_teachers_processes_and_flags_are_refused(teacher, store
     assert "processes (1 there, 2 here)" in tiny.torchrun(2, *command, "--output-dir", "", status=1)
 
 
+@pytest.mark.process
 def test_without_mixing_another_number_of_processes_may_read(teacher, tmp_path):
     plain = ["--mixup", "0", "--cutmix", "0", "--distillation-type", "hard", "--teacher-cache", tmp_path / "cache"]
     tiny.torchrun(2, "main.py", *RUN, *plain, *teacher, "--batch-size", "16", "--precompute-teacher")
@@ -443,22 +444,34 @@ ONE_VIEW = [
 
 def test_features_are_what_the_head_is_given(teacher):
     args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
-    world = main.utils.init_distributed("cpu")
-    source, _ = main.build_sources(args, world)
-    model = main.build_model(args, 10, CPU)
-    cached, as_it_is, head = main.cache_features(args, model, source, world)
+    run = main.build_run(args, World.alone(CPU))
+    model, source = run.model, run.train
+    cached, head = main.cache_features(run, LoaderOptions(num_workers=0))
     assert head is model.get_classifier() and len(cached) == len(source)
     seen = []
     head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    transform = main.build_eval_transform(args, model)
+    transform = build_eval_transform(ViewOptions(input_size=(32, 32)), run.normalization)
     for index in (0, 7, len(source) - 1):
         image, target = source[index]
         with torch.no_grad():
             model.eval()(transform(image)[None])
         assert cached[index][1] == target
-        torch.testing.assert_close(as_it_is(cached[index][0]), seen[-1][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cached[index][0], seen[-1][0], rtol=1e-4, atol=1e-5)
 
 
+def test_features_reach_the_head_as_they_are(teacher):
+    args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
+    run = main.build_run(args, World.alone(CPU))
+    cached, _ = main.cache_features(run, LoaderOptions(num_workers=0))
+    loader, head = main.build_train_loader(run)
+    assert head is run.model.get_classifier()
+    loader.set_epoch(0)
+    classes = {cached[index][0].numpy().tobytes(): cached[index][1] for index in range(len(cached))}
+    seen = [(row.numpy().tobytes(), target.item()) for batch in loader for row, target in zip(*batch[:2], strict=True)]
+    assert len(seen) == len(dict(seen)) == 22 * 64 and all(classes[row] == target for row, target in seen)
+
+
+@pytest.mark.process
 def test_a_head_on_stored_features_is_trained_alone_and_saved_whole(teacher, tmp_path, capsys):
     run = [*HEAD, *ONE_VIEW, "--finetune", teacher[1], "--epochs", "30", "--lr", "1e-2", "--lr-scaling", "none"]
     main.cli([*run, "--weight-decay", "0", "--eval-interval", "30", "--output-dir", str(tmp_path)])
@@ -472,19 +485,10 @@ def test_a_head_on_stored_features_is_trained_alone_and_saved_whole(teacher, tmp
     assert accuracy > 75 and f"test_acc1 {accuracy:.4g}" in evaluated
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (ONE_VIEW[:-1], "add --no-repeated-aug"),
-        (ONE_VIEW[2:], "add --aa none"),
-        ([*ONE_VIEW, "--train-scope", "all"], "needs --train-scope head"),
-        ([*ONE_VIEW, "--cutmix-minmax", "0.1", "0.2"], "no --cutmix-minmax"),
-        ([*ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224"], "does not end in one linear layer"),
-    ],
-)
-def test_features_that_would_not_do_are_a_line(flags, words, capsys):
+def test_features_for_two_heads_are_a_line(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main.cli([*HEAD, *flags, "--output-dir", ""])
+        main.cli([*HEAD, *ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224", "--output-dir", ""])
+    words = "does not end in one linear layer"
     assert exit_info.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -19,6 +19,7 @@ def test_summary_names_accuracies_and_files(tmp_path):
     assert str(tmp_path / "best.pth") in text
 
 
+@pytest.mark.process
 def test_summary_of_no_run_is_a_line(tmp_path):
     output = tiny.run("-m", "tools.summarize", tmp_path, status=2)
     assert output.count("\n") == 1 and "has no log.txt" in output
@@ -38,6 +39,7 @@ def test_works_take_turns_after_a_round_to_warm_up():
     assert row == rate | {"ratio": 2.0, "ratio_min": 1.0, "ratio_max": 3.0}
 
 
+@pytest.mark.process
 def test_overhead_is_written_with_its_environment(tmp_path):
     flags = ["--device", "cpu", "--rounds", "1", "--steps", "1", "--batch-size", "2", "--views", "50"]
     output = tiny.run("-m", "tools.loop_overhead", *flags, "--output", tmp_path / "out.json")

@@ -62,7 +62,7 @@ def test_the_checkpoint_names_model_and_data_and_flags_go_before_it(checkpoint):
         command.get_parser("x", None), ["--base_keep_rate", "0.25", "--resume", checkpoint, "--data_set", "CIFAR"]
     )
     assert (run.base_keep_rate, run.data_set) == (0.25, "CIFAR")
-    model = command.build_model(run, weights, own.resume, torch.device("cpu"))
+    model = command.load_model(run, weights, own.resume, torch.device("cpu"))
     assert evit_blocks(model)[0].keep_rate == 0.25 and not model.training and model.num_classes == 10
 
 
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_the_published_code_is_read_by_its_own_flags(checkpoint,
     flags = ["--resume", str(tmp_path / "their.pth"), "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
     own, run, weights = command.parse(command.get_parser("x", None), flags)
     assert run.input_size == [32] and run.drop_loc == [0] and run.fuse_token is False
-    assert not evit_blocks(command.build_model(run, weights, own.resume, torch.device("cpu")))[0].fuse_token
+    assert not evit_blocks(command.load_model(run, weights, own.resume, torch.device("cpu")))[0].fuse_token
 
 
 def test_averaged_weights_are_taken_when_asked_for(checkpoint):

@@ -1,308 +1,17 @@
-"""Checkpoint files that survive accidents and never run code; devices, launchers, and the step log."""
+"""Devices, launchers, the progress of long work, and the step log."""
 
-import argparse
-import errno
-import functools
-import hashlib
-import http.server
+import io
 import json
 import logging
 import os
-import pickle
-import resource
-import threading
+import time
 import types
-import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-import checkpoints
 import utils
-from checkpoints import read_checkpoint, save_checkpoint
-from utils import RunError, StepLog, UserError, World, append_log, init_distributed, last_line, select_device
-
-# -- writing checkpoints -----------------------------------------------------------------------------------------------
-
-
-def checkpoint_of(epoch, size=10):
-    return {
-        "model": {"weight": torch.full((size,), float(epoch))},
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
-        "model_ema": None,
-        "epoch": epoch,
-        "best_acc1": 12.5,
-        "args": {"model": "deit_tiny_patch16_224", "lr_noise": None, "opt_betas": [0.9, 0.99]},
-    }
-
-
-def epoch_in(path):
-    return torch.load(path, weights_only=True)["epoch"]
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_checkpoint_is_read_back_without_trusting_it(tmp_path):
-    save_checkpoint(checkpoint_of(3), tmp_path, is_best=False)
-    read = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert torch.equal(read["model"].pop("weight"), torch.full((10,), 3.0))
-    assert read == checkpoint_of(3) | {"model": {}}
-    assert read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")["args"] == checkpoint_of(3)["args"]
-
-
-def test_the_checkpoint_before_and_the_best_are_kept(tmp_path):
-    save_checkpoint(checkpoint_of(0), tmp_path, is_best=True)
-    assert names_in(tmp_path) == ["best.pth", "checkpoint.pth"]
-    save_checkpoint(checkpoint_of(1), tmp_path, is_best=True)
-    save_checkpoint(checkpoint_of(2), tmp_path, is_best=False)
-    save_checkpoint(checkpoint_of(3), tmp_path, is_best=False)
-    assert names_in(tmp_path) == ["best.pth", "checkpoint.pth", "checkpoint_previous.pth"]
-    assert epoch_in(tmp_path / "checkpoint.pth") == 3
-    assert epoch_in(tmp_path / "checkpoint_previous.pth") == 2
-    assert epoch_in(tmp_path / "best.pth") == 1
-
-
-def test_files_are_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EPERM, "no hard links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    save_checkpoint(checkpoint_of(0), tmp_path, is_best=True)
-    save_checkpoint(checkpoint_of(1), tmp_path, is_best=False)
-    assert names_in(tmp_path) == ["best.pth", "checkpoint.pth", "checkpoint_previous.pth"]
-    assert [epoch_in(tmp_path / name) for name in names_in(tmp_path)] == [0, 1, 0]
-
-
-def dying(error):
-    def save(_, stream):
-        stream.write(b"half of a checkp")
-        raise error
-
-    return save
-
-
-@pytest.mark.parametrize(
-    "error, expected",
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), RunError),
-        (RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos\nframe #0: ..."), RunError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ],
-)
-def test_a_save_that_dies_leaves_every_earlier_file_whole(tmp_path, monkeypatch, error, expected):
-    for epoch in range(3):
-        save_checkpoint(checkpoint_of(epoch), tmp_path, is_best=epoch == 0)
-    before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)}
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", dying(error))
-        with pytest.raises(expected):
-            save_checkpoint(checkpoint_of(3), tmp_path, is_best=True)
-    assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before
-    # ... and the run that goes on from there leaves nothing behind either
-    save_checkpoint(checkpoint_of(3), tmp_path, is_best=True)
-    assert names_in(tmp_path) == sorted(before)
-    assert [epoch_in(tmp_path / name) for name in names_in(tmp_path)] == [3, 3, 2]
-
-
-def test_a_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
-    # or a power cut could leave an empty file under the good name
-    calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
-    save_checkpoint(checkpoint_of(0), tmp_path, is_best=False)
-    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
-
-
-def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path):
-    save_checkpoint(checkpoint_of(0), tmp_path, is_best=False)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a real write that really fails
-    try:
-        with pytest.raises(RunError) as caught:
-            save_checkpoint(checkpoint_of(1, size=100_000), tmp_path, is_best=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    assert names_in(tmp_path) == ["checkpoint.pth"] and epoch_in(tmp_path / "checkpoint.pth") == 0
-
-
-def test_a_missing_folder_is_a_fault_of_the_run(tmp_path):
-    with pytest.raises(RunError, match="cannot write a checkpoint"):
-        save_checkpoint(checkpoint_of(0), tmp_path / "gone", is_best=False)
-
-
-def test_a_kill_between_link_and_rename_does_not_cost_the_checkpoint(tmp_path, monkeypatch):
-    # What such a kill leaves is a second name of checkpoint.pth. In a container the next process often has the same
-    # number, and so the same temporary name: it must not write through it.
-    save_checkpoint(checkpoint_of(0), tmp_path, is_best=False)
-    os.link(tmp_path / "checkpoint.pth", tmp_path / f".checkpoint_previous.pth.{os.getpid()}.tmp")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", dying(RuntimeError("killed again")))
-        with pytest.raises(RunError):
-            save_checkpoint(checkpoint_of(1), tmp_path, is_best=False)
-    assert epoch_in(tmp_path / "checkpoint.pth") == 0
-    save_checkpoint(checkpoint_of(1), tmp_path, is_best=False)
-    assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_previous.pth"]
-    assert [epoch_in(tmp_path / name) for name in names_in(tmp_path)] == [1, 0]
-
-
-def test_a_kill_between_keeping_and_replacing_leaves_no_stray_name(tmp_path):
-    # then both names are one file, and renaming a third name of it onto one of them would do nothing
-    save_checkpoint(checkpoint_of(0), tmp_path, is_best=False)
-    os.link(tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth")
-    for epoch in (1, 2):
-        save_checkpoint(checkpoint_of(epoch), tmp_path, is_best=False)
-        assert names_in(tmp_path) == ["checkpoint.pth", "checkpoint_previous.pth"]
-        assert [epoch_in(tmp_path / name) for name in names_in(tmp_path)] == [epoch, epoch - 1]
-
-
-# -- reading checkpoints -----------------------------------------------------------------------------------------------
-
-
-class Malicious:
-    """Unpickling one of these creates a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-@pytest.mark.parametrize("write", ["pickle", "torch", "torch, legacy"])
-@pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors", "model.pkl"])
-def test_a_malicious_file_is_refused_and_never_executed(tmp_path, name, write):
-    path, marker = tmp_path / name, tmp_path / "marker"
-    content = {"model": {"weight": torch.zeros(1)}, "args": Malicious(marker)}
-    if write == "pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=write == "torch")
-    with pytest.raises(UserError, match="--finetune .*never run"):
-        read_checkpoint(str(path), "--finetune")
-    assert not marker.exists()
-    pickle.loads(pickle.dumps(Malicious(marker)))
-    assert marker.exists(), "this file would have been dangerous"
-
-
-def test_a_truncated_file_is_refused(tmp_path):
-    save_checkpoint(checkpoint_of(0), tmp_path, is_best=False)
-    path = tmp_path / "checkpoint.pth"
-    for share in (0.9, 0.5, 0):
-        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-        with pytest.raises(UserError, match="--resume .*truncated"):
-            read_checkpoint(str(path), "--resume")
-
-
-def test_a_missing_file_or_a_folder_is_refused(tmp_path):
-    for path in (tmp_path / "nowhere.pth", tmp_path):
-        with pytest.raises(UserError, match=f"--teacher-path {path}: no such file"):
-            read_checkpoint(str(path), "--teacher-path")
-
-
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
-    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(UserError, match="holds a Tensor"):
-        read_checkpoint(str(tmp_path / "tensor.pth"), "--resume")
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
-        read_checkpoint(str(tmp_path / "text.pth"), "--resume")
-
-
-def test_a_whole_pickled_model_is_refused(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
-    with pytest.raises(UserError, match="plain tensors"):
-        read_checkpoint(str(tmp_path / "model.pth"), "--finetune")
-
-
-def test_a_safetensors_file_is_read(tmp_path):
-    weights = {"head.weight": torch.randn(2, 3), "head.bias": torch.randn(2)}
-    save_file(weights, tmp_path / "model.safetensors")
-    read = read_checkpoint(str(tmp_path / "model.safetensors"), "--finetune")
-    assert set(read) == {"model"} and all(torch.equal(read["model"][name], weights[name]) for name in weights)
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def address(tmp_path, monkeypatch):
-    """The https address of a web server for the files in tmp_path / "web" (without the encryption)."""
-    (tmp_path / "web").mkdir()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    handler = functools.partial(_Quiet, directory=str(tmp_path / "web"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-
-        def unencrypted(request):
-            request.full_url = request.full_url.replace("https://", "http://")
-            return urllib.request.urlopen(request)
-
-        monkeypatch.setattr(torch.hub, "urlopen", unencrypted)
-        yield f"https://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def hash_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_files_of_one_name_at_two_addresses_are_two_files(tmp_path, address):
-    addresses = []
-    for run in (1, 2):
-        (tmp_path / "web" / f"run{run}").mkdir()
-        save_checkpoint(checkpoint_of(run), tmp_path / "web" / f"run{run}", is_best=True)
-        published = hash_of(tmp_path / "web" / f"run{run}" / "best.pth")
-        addresses.append(f"{address}/run{run}/best.pth#sha256={published}")
-    assert [read_checkpoint(each, "--finetune")["epoch"] for each in addresses] == [1, 2]
-
-
-def test_a_hash_in_the_file_s_name_is_taken_at_its_word(tmp_path, address):
-    save_checkpoint(checkpoint_of(5), tmp_path, is_best=False)
-    content = (tmp_path / "checkpoint.pth").read_bytes()
-    good, bad = f"deit-{hash_of(tmp_path / 'checkpoint.pth')[:8]}.pth", "deit-0a1b2c3d.pth"
-    for name in (good, bad):
-        (tmp_path / "web" / name).write_bytes(content)
-    assert read_checkpoint(f"{address}/{good}", "--finetune")["epoch"] == 5
-    with pytest.raises(UserError, match="--finetune .*invalid hash value"):
-        read_checkpoint(f"{address}/{bad}", "--finetune")
-    with pytest.raises(UserError, match="invalid hash value"):  # and nothing is left to be believed the next time
-        read_checkpoint(f"{address}/{bad}", "--finetune")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [("https", "http"), ("#sha256=", "#md5="), ("#sha256=1234567890", ""), ("https", "ftp"), ("https", "file")],
-)
-def test_a_download_without_encryption_or_hash_is_refused(change, monkeypatch):
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("it was downloaded"))
-    with pytest.raises(UserError, match="--resume .*: a download needs https and its SHA-256"):
-        read_checkpoint("https://example.org/best.pth#sha256=1234567890".replace(*change), "--resume")
-
-
-def test_a_malicious_download_is_never_executed(tmp_path, address):
-    path = tmp_path / "web" / "best.pth"
-    torch.save({"model": Malicious(tmp_path / "marker")}, path)
-    with pytest.raises(UserError, match="--finetune .*never run"):
-        read_checkpoint(f"{address}/best.pth#sha256={hash_of(path)}", "--finetune")
-    assert not (tmp_path / "marker").exists()
-
-
-def test_an_address_without_a_file_is_refused(address):
-    with pytest.raises(UserError, match="--finetune .*cannot be downloaded"):
-        read_checkpoint(f"{address}/nothing-0a1b2c3d.pth", "--finetune")
-
+from utils import Progress, RunError, StepLog, UserError, World, append_log, init_distributed, last_line, select_device
 
 # -- devices -----------------------------------------------------------------------------------------------------------
 
@@ -438,6 +147,105 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
     with utils.main_process_first():
         utils.barrier()
     utils.shut_down_distributed()
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    """Standard error, on a terminal or not."""
+
+    def __init__(self, is_terminal):
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+    def lines(self):
+        """Log lines without their time."""
+        return [line.split(" ", 1)[1] for line in self.getvalue().splitlines()]
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """Standard error of a process that logs as this rank does."""
+
+    def open_screen(rank=0, is_terminal=False):
+        screen = Screen(is_terminal)
+        monkeypatch.setattr("sys.stderr", screen)
+        monkeypatch.setattr(utils, "logger", logging.getLogger("deit.test"))  # other tests keep theirs
+        utils.set_up_logging(World(rank, 2, rank, 2, torch.device("cpu")))
+        return screen
+
+    return open_screen
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that `utils` sees, to be set."""
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(utils, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(screen, clock):
+    screen, progress = screen(), Progress("teacher", 1000, "image")
+    said_at = []
+    for second in range(1, 4 * int(Progress.LINE_SECONDS)):
+        clock.now += 1
+        before = len(screen.lines())
+        progress.advance(10)
+        said_at += [second] * (len(screen.lines()) - before)
+    progress.close()
+    assert len(said_at) == 3 and said_at[0] >= Progress.LINE_SECONDS
+    assert all(later - earlier >= Progress.LINE_SECONDS for earlier, later in zip(said_at, said_at[1:], strict=False))
+    counts = [10 * second for second in said_at]
+    assert screen.lines() == [
+        f"teacher: {done} of 1000 images, 10 images/s, {100 - done / 10:.0f} s left" for done in counts
+    ]
+
+
+def test_progress_counts_no_work_that_was_already_done(screen, clock):
+    screen, progress = screen(), Progress("teacher", 1000, "image", done=500)
+    progress.skip(100)
+    clock.now += 20
+    progress.advance(100)
+    assert screen.lines() == ["teacher: 600 of 900 images, 5 images/s, 60 s left"]
+
+
+def test_progress_says_a_given_line_at_once(screen, clock):
+    screen, progress = screen(), Progress("epoch 0", 100, "step")
+    for step in range(3):
+        progress.advance(1, status="of the bar", line=f"step {step}")
+    assert screen.lines() == ["step 0", "step 1", "step 2"]
+    clock.now += 0.9 * Progress.LINE_SECONDS
+    progress.advance(1, line="step 3")
+    clock.now += 0.9 * Progress.LINE_SECONDS  # since the last line, whichever that was
+    progress.advance(1)
+    assert screen.lines()[3:] == ["step 3"]
+
+
+def test_progress_on_a_terminal_is_a_bar_and_no_lines(screen):
+    screen, progress = screen(is_terminal=True), Progress("teacher", 8, "image", done=2)
+    assert "teacher" in screen.getvalue() and "2/8" in screen.getvalue()
+    time.sleep(0.2)  # tqdm draws no more often
+    progress.advance(4, status="loss 1.5", line="a line of the log")
+    assert "6/8" in screen.getvalue() and "loss 1.5" in screen.getvalue()
+    progress.skip(1)
+    assert "6/7" in screen.getvalue()
+    progress.close()
+    *_, last, cursor = screen.getvalue().split("\r")
+    assert not last.strip() and not cursor  # the bar is gone
+    assert "a line" not in screen.getvalue() and "\n" not in screen.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_is_silent_on_other_ranks(screen, clock, is_terminal):
+    screen, progress = screen(rank=1, is_terminal=is_terminal), Progress("teacher", 8, "image")
+    clock.now += 2 * Progress.LINE_SECONDS
+    progress.advance(4, status="loss 1.5")
+    progress.skip(1)
+    progress.advance(1, line="a line of the log")
+    progress.close()
+    assert screen.getvalue() == ""
 
 
 # -- log ---------------------------------------------------------------------------------------------------------------
@@ -665,12 +473,6 @@ def test_a_killed_loader_process_is_recognised(error, lost):
 def test_an_error_without_a_message_has_a_last_line_all_the_same():
     assert last_line(AssertionError()) == "AssertionError"
     assert last_line(types.new_class("Silent", (RuntimeError,))("  \n ")) == "Silent"
-
-
-def test_a_checkpoint_of_the_original_code_with_its_flags_in_a_namespace_is_read(tmp_path):
-    torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(model="x")}, tmp_path / "original.pth")
-    checkpoint = checkpoints.read_checkpoint(str(tmp_path / "original.pth"), "--finetune")
-    assert torch.equal(checkpoint["model"]["w"], torch.ones(2))
 
 
 def test_a_resumed_run_drops_the_log_lines_of_epochs_it_will_repeat(tmp_path):

@@ -18,8 +18,11 @@ import gc
 import itertools
 import json
 import re
+import runpy
+import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,10 +41,11 @@ import datasets
 import engine
 import loaders
 import losses
-import main as training
-from flags import parse_args
+import models
+from flags import fill, parse_args
 from samplers import Batch
 from tools import distillation_cost, speed_test
+from tools.chaos import REPOSITORY
 from tools.checkpoint_cost import until_step
 from tools.command import errors_in_a_line
 from tools.timing import compare, describe_environment, rates_in_turn, ratio_row, spread, write_results
@@ -78,8 +82,8 @@ def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[st
     for stored, size in ((32, args.input_size), (32, 32), (256, args.input_size)):
         fresh(args)
         ours, theirs = _readers(args, device, stored, size, workers)
-        with loaders.closing_workers(ours.loader, theirs.loader):
-            row = compare(_reading(ours, device), _reading(theirs, device), args.rounds, device, "timm")
+        with loaders.closing_workers(ours, theirs):
+            row = compare(_reading(ours), _reading(theirs), args.rounds, device, "timm")
         rows.append({"name": f"{stored} px to {size} px", "against": against} | row)
     torch.set_num_threads(threads)
     return rows
@@ -94,23 +98,23 @@ def _readers(
     order = np.arange(batches * args.batch_size) % DISTINCT
     source = datasets.Source(datasets.MemoryImages(list(images)), np.zeros(DISTINCT, np.int64), CLASSES, order)
     normalization = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    view = augment.TrainAugmentation((stored, stored), (size, size), *normalization)
-    if args.compile and device.type == "cuda":  # as main.py does
-        view.compile()
-    options = {"batch_size": args.batch_size, "accum_steps": 1, "repeats": 1, "seed": 0, "num_workers": workers}
-    options |= {"pin_memory": device.type == "cuda", "world": World(0, 1, 0, 1, device)}
-    transform = datasets.build_train_transform((size, size), *normalization)
-    ours, theirs = (loaders.build_train_loader(source, each, **options) for each in (view, transform))
-    return ours, theirs
+    views, mixup = augment.ViewOptions((size, size)), loaders.MixupOptions(mixup=0, cutmix=0)
+
+    def reader(where: str) -> loaders.EpochLoader:
+        options = loaders.LoaderOptions(args.batch_size, repeated_aug=False, num_workers=workers, augment=where)
+        options = replace(options, compile=bool(args.compile))
+        return loaders.build_train_loader(source, views, normalization, mixup, options, World.alone(device))
+
+    return reader("device"), reader("host")
 
 
-def _reading(loader: loaders.EpochLoader, device: torch.device) -> Callable[[], int]:
+def _reading(loader: loaders.EpochLoader) -> Callable[[], int]:
     """A work of one epoch, up to the views on the device."""
     epochs = itertools.count()  # other views each time: some draws cost more than others
 
     def work() -> int:
         loader.set_epoch(next(epochs))
-        return sum(len(batch.images) for batch in loaders.copied_ahead(loader, device))
+        return sum(len(batch.images) for batch in loader)
 
     return work
 
@@ -144,15 +148,19 @@ def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]
 
 def _our_steps(run: argparse.Namespace, batches: list[Batch], device: torch.device) -> Callable[[], int]:
     """A work of one epoch of the loop that main.py runs."""
-    model = training.build_model(run, CLASSES, device)
-    state = training.build_state(run, model, model, run.batch_size, World(0, 1, 0, 1, device))
-    schedules = training.build_schedules(run, state, len(batches))
-    prepare = training.build_prepare(run, CLASSES, device)
-    criterion = losses.SupervisedLoss(losses.build_base_criterion(run.bce_loss, run.smoothing))
+    model = models.place(models.build_model(fill(models.ModelOptions, run), CLASSES), device)
+    options, amp = fill(engine.OptimizerOptions, run), engine.select_amp(run.amp, device)
+    shape = batches[0].images.shape[1:]
+    state = engine.build_state(model, model, options, run.batch_size, shape, amp, World.alone(device))
+    schedules = engine.build_schedules(state, len(batches), fill(engine.ScheduleOptions, run))
+    mixup = loaders.build_mixup(fill(loaders.MixupOptions, run), CLASSES, run.batch_size)
+    counts = {"num_batches": len(batches), "images_per_batch": run.batch_size, "updates_per_epoch": len(batches)}
+    loader = loaders.EpochLoader(loader=batches, device=device, counter=None, mixup_fn=mixup, **counts)
+    criterion = losses.build_criterion(fill(losses.LossOptions, run))
 
     def work() -> int:
         log = StepLog(state.epoch, len(batches), run.batch_size, run.log_interval)
-        engine.train_one_epoch(state, batches, criterion, prepare, schedules, log)
+        engine.train_one_epoch(state, loader, criterion, schedules, log)
         return len(batches) * run.batch_size
 
     return work
@@ -239,10 +247,10 @@ def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
 def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Epochs of main.py after the first, against a bare step of the same model timed between them."""
     run = parse_args(run_flags(args))
-    train, _ = datasets.build_sources(run.data_set, run.data_path)
+    train, _ = datasets.read_sources(fill(datasets.DataOptions, run))
     steps = args.steps * (20 if device.type == "cuda" else 3)  # in an epoch, if there are so many images
     fraction = min(1.0, (steps + 0.5) * args.batch_size / len(train))
-    model = training.build_model(run, train.num_classes, device)
+    model = models.place(models.build_model(fill(models.ModelOptions, run), train.num_classes), device)
     if args.compile:
         model.compile()
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
@@ -262,12 +270,14 @@ def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[li
     # It takes the place of the evaluation, which is no part of these figures and on a CPU takes longer than the rest.
     found: list[float] = []
 
-    def evaluate_state(*_: Any) -> dict[str, float]:
+    def evaluate_all(*_: Any) -> list[dict[str, float]]:
         found.append(between())
-        return {}
+        return []
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate_state", evaluate_state):
-        training.main(parse_args([*flags, "--output-dir", folder]))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate_all", evaluate_all):
+        command = ["main.py", *flags, "--output-dir", folder]
+        with mock.patch.object(sys, "argv", command):  # the command, in this process
+            runpy.run_path(str(REPOSITORY / "main.py"), run_name="__main__")
         lines = (Path(folder) / "log.txt").read_text().splitlines()
     rates = [json.loads(line)["images_per_second"] for line in lines[1:]]
     return rates, [(before + after) / 2 for before, after in itertools.pairwise(found)]

@@ -43,13 +43,13 @@ def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict
     images = torch.randn(args.batch_size, 3, size, size, device=device)
     targets = torch.randn(args.batch_size, 10, device=device).softmax(dim=1)
     batch = Batch(images, targets, torch.arange(args.batch_size))
-    saver = engine.Saver(state, [], World(0, 1, 0, 1, device), StopSignals(), folder=folder)
+    saver = engine.Saver(state, [], World.alone(device), StopSignals(), engine.Output(folder))
     seconds = []
 
     def work(saves: bool) -> Callable[[], int]:
         def steps() -> int:
             log = StepLog(0, args.steps + 1, args.batch_size, args.steps)
-            engine.train_one_epoch(state, [batch] * args.steps, criterion, lambda batch: batch, [_Still()], log)
+            engine.train_one_epoch(state, [batch] * args.steps, criterion, [_Still()], log)
             if saves:
                 begin = time.perf_counter()
                 saver.save(log)

@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 import flags
-import main
 from checkpoints import read_checkpoint
-from models import load_exactly, weights_of
+from models import ModelOptions, build_model, load_exactly, place, weights_of
 from utils import RunError, UserError
 
 # Flags in a checkpoint that say what the model is and what it was evaluated on.
-KEPT = ("model", "input_size", "patch_size", "model_kwargs", "base_keep_rate", "drop_loc", "fuse_token")
-KEPT += ("data_set", "data_path", "inat_category", "val_split", "train_split", "num_classes", "eval_crop_ratio")
+KEPT = (*flags.SHAPES["model"], *flags.SHAPES["evaluation"])
 
 
 @contextlib.contextmanager
@@ -78,7 +76,7 @@ def _flags_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def build_model(
+def load_model(
     run: argparse.Namespace, weights: Mapping[str, torch.Tensor], path: str, device: torch.device
 ) -> nn.Module:
     """The trained model, to be evaluated.
@@ -86,9 +84,9 @@ def build_model(
     Raises:
         UserError: if the weights are not those of the model that the flags describe.
     """
-    model = main.build_model(run, _num_classes(run.model, weights), device)
+    model = build_model(flags.fill(ModelOptions, run), _num_classes(run.model, weights))
     load_exactly(model, weights, path)
-    return model.eval()
+    return place(model, device).eval()
 
 
 def _num_classes(model: str, weights: Mapping[str, torch.Tensor]) -> int:

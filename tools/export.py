@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command.errors_in_a_line("export"):
         own, run, weights = command.parse(parser, argv)
         input_size = run.input_size[0], run.input_size[-1]
-        model = command.build_model(run, weights, own.resume, torch.device("cpu"))
+        model = command.load_model(run, weights, own.resume, torch.device("cpu"))
         own.output.parent.mkdir(parents=True, exist_ok=True)
         worst = difference(model, save(export(model, input_size), own.output), input_size)
         if worst > TOLERANCE:

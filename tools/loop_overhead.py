@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 import datasets
 import engine
 import loaders
+from augment import ViewOptions
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
@@ -42,11 +43,10 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
     state = engine.TrainState(model, model, optimizer, amp_dtype=amp_dtype)
     schedules = [engine.build_lr_schedule(optimizer, args.steps, 10, 1, sched="cosine")]
     criterion = SupervisedLoss(build_base_criterion(False, 0.1))
-    prepare = loaders.build_prepare(device, None)
 
     def ours() -> int:
         log = StepLog(state.epoch, len(batches), args.batch_size, 50)
-        engine.train_one_epoch(state, batches, criterion, prepare, schedules, log)
+        engine.train_one_epoch(state, batches, criterion, schedules, log)
         return len(batches) * args.batch_size
 
     def bare() -> int:
@@ -78,9 +78,9 @@ class UnkeyedImages(Dataset):
 
 def measure_loader(input_size: int, views: int, rounds: int) -> dict:
     """Keyed against unkeyed reading of the bundled digits with DeiT's full augmentation, in this process."""
-    source, _ = datasets.build_sources("DIGITS", None)
+    source, _ = datasets.read_sources(datasets.DataOptions("DIGITS"))
     source = datasets.take_fraction(source, min(1.0, views / len(source)))
-    transform = datasets.build_train_transform((input_size, input_size), (0.5,) * 3, (0.25,) * 3)
+    transform = datasets.build_train_transform(ViewOptions((input_size, input_size)), ((0.5,) * 3, (0.25,) * 3))
     sampler = KeyedSampler(len(source))
     options = {"batch_size": 32, "collate_fn": loaders.collate}
     keyed = DataLoader(loaders.KeyedImages(source, transform), sampler=sampler, **options)

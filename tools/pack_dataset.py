@@ -18,6 +18,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -25,18 +26,14 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-import main as training
 import packs
-from datasets import Source
-from flags import Parser, add_data_arguments, in_range
+from datasets import DataOptions, Source, build_sources
+from flags import Parser, add_data_arguments, fill, in_range
 from tools import command
-from utils import RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
+from utils import Progress, RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 PROBES = 16  # images by which the pack's length is estimated
-LOG_SECONDS = 10.0
 LONGEST = 1.5  # longest side of an image in a pack, in its size
 SHARD_BYTES = 2**30
 T, R = TypeVar("T"), TypeVar("R")
@@ -63,15 +60,15 @@ def build_parser() -> Parser:
     return parser
 
 
-def build_sources(own: argparse.Namespace) -> dict[str, Source]:
+def find_sources(own: argparse.Namespace) -> dict[str, Source]:
     """The data to be packed, by split.
 
     Raises:
         UserError: besides those of main.py's, for a stream.
     """
-    # Nothing is kept in memory, and what cannot be read is left out here, not replaced.
-    changed = {"data_set": own.data_set or "IMNET", "eval": False, "ram_cache": 0, "skip_broken_images": 0}
-    sources = training.build_sources(argparse.Namespace(**{**vars(own), **changed}), ALONE)
+    # Nothing is kept in memory, and what cannot be read is skipped here, not replaced.
+    changed = {"data_set": own.data_set or "IMNET", "ram_cache": 0, "skip_broken_images": 0}
+    sources = build_sources(replace(fill(DataOptions, own), **changed))
     if not all(isinstance(source, Source) for source in sources):
         raise UserError(f"--data-set {own.data_set}: is a stream, which is in large files already; train from it as is")
     return dict(zip(packs.SPLITS, sources, strict=True))
@@ -276,16 +273,12 @@ def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterab
 
 
 def with_progress(records: Iterable[Record], split: str, total: int) -> Iterator[Record]:
-    """The same records, with a bar on a terminal, or else a line of the log every now and then."""
-    start = said = time.perf_counter()
-    bar = tqdm(records, split, total, unit="image", disable=None, leave=False)  # None: off unless on a terminal
-    for count, record in enumerate(bar, 1):
+    """The same records, with a progress bar or lines."""
+    progress = Progress(split, total, "image")
+    for record in records:
         yield record
-        now = time.perf_counter()
-        if bar.disable and now - said > LOG_SECONDS:
-            said, rate = now, count / (now - start)
-            left = (total - count) / rate
-            logger.info("%s: %d of %d images, %.0f images/s, %.0f s left", split, count, total, rate, left)
+        progress.advance()
+    progress.close()
 
 
 def pack(own: argparse.Namespace) -> dict[str, Any]:
@@ -302,7 +295,7 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--output {own.output}: holds a pack; add --overwrite to replace it, or name another folder")
     if own.data_path and own.output.resolve() == Path(own.data_path).resolve():
         raise UserError(f"--output {own.output}: is the folder of the data; name another")
-    sources = build_sources(own)
+    sources = find_sources(own)
     quality = (own.quality or 90) if own.format == "jpeg" else None
     settings = {"kind": own.format, "size": own.size, "quality": quality}
     reader = Reader(own.skip_broken_images, partial(encode, **settings))
@@ -347,7 +340,7 @@ def check(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     with command.errors_in_a_line("pack_dataset"):
         own = build_parser().parse_args(argv)
-        set_up_logging(ALONE)
+        set_up_logging(World.alone(torch.device("cpu")))
         packing = own.data_set is not None or own.data_path is not None
         if not packing and not own.verify:
             raise UserError("--data-set: say what is to be packed, or add --verify to check the pack in --output")

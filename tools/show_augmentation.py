@@ -20,18 +20,16 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from timm.data.auto_augment import AugmentOp
 
-import main as training
-from augment import Policy, TrainAugmentation
+from augment import Policy, TrainAugmentation, ViewOptions
 from augment.image_ops import Resampler, paint
 from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolour
-from datasets import Source, build_train_transform
-from flags import Parser, add_data_arguments, in_range
+from datasets import DataOptions, Source, build_sources, build_train_transform
+from flags import Parser, add_data_arguments, fill, in_range
 from samplers import random_keys, seed_generators
 from tools import command
 from tools.visualize_tokens import find_images
 from utils import UserError, World, set_up_logging
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = tuple(round(255 * value) for value in MEAN)
 GAP, HEADING, LEGEND, SMALLEST_PANEL = 4, 14, 150, 96  # pixels
@@ -63,8 +61,7 @@ def find_source(own: argparse.Namespace) -> Source:
         source = find_images(own.images)
     else:
         # Only a few images are needed, and one that cannot be read is named.
-        changed = {"eval": False, "ram_cache": 0, "skip_broken_images": 0}
-        source, _ = training.build_sources(argparse.Namespace(**{**vars(own), **changed}), ALONE)
+        source, _ = build_sources(replace(fill(DataOptions, own), ram_cache=0, skip_broken_images=0))
         if not isinstance(source, Source):
             raise UserError(f"--data-set {own.data_set}: a stream has no single images; pass files with --images")
     chosen = np.linspace(0, len(source) - 1, min(own.num_images, len(source))).astype(int)
@@ -118,13 +115,14 @@ def as_pictures(views: torch.Tensor) -> list[np.ndarray]:
 
 def view_rows(images: Sequence[Image.Image], policy: str, size: int, seed: int, number: int) -> list[Row]:
     """Whole random views: for each image timm's and ours, which have nothing to do with each other."""
-    transform = build_train_transform((size, size), MEAN, STD, auto_augment=policy)
+    options = ViewOptions((size, size), aa=policy)
+    transform = build_train_transform(options, (MEAN, STD))
     sizes = torch.tensor([image.size[::-1] for image in images])
     height, width = sizes.amax(dim=0).tolist()
     stored = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for frame, image in zip(stored, images, strict=True):
         frame[:, : image.height, : image.width] = as_batch([image])[0]
-    augmentation = TrainAugmentation((height, width), (size, size), MEAN, STD, auto_augment=policy)
+    augmentation = TrainAugmentation((height, width), options, (MEAN, STD))
     rows = []
     for row in range(number):
         keys = random_keys(seed, "view", row, np.arange(len(images)))
@@ -157,7 +155,7 @@ def draw(rows: Sequence[Row], side: int) -> Image.Image:
 def main(argv: Sequence[str] | None = None) -> None:
     with command.errors_in_a_line("show_augmentation"):
         own = build_parser().parse_args(argv)
-        set_up_logging(ALONE)
+        set_up_logging(World.alone(torch.device("cpu")))
         if own.output.suffix.lower() not in Image.registered_extensions():
             raise UserError(f"--output {own.output}: is not named as a picture; try {own.output.stem or 'picture'}.png")
         if own.aa not in ("", "none"):

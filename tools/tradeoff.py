@@ -17,8 +17,11 @@ from typing import Any
 import torch
 
 import engine
-import main as training
-from flags import in_range, keep_rates
+from augment import ViewOptions
+from datasets import DataOptions, build_sources
+from flags import fill, in_range, keep_rates
+from loaders import LoaderOptions, build_val_loader
+from models import normalization
 from models_evit import is_evit
 from tools import command
 from tools.speed_test import describe, inference
@@ -35,14 +38,15 @@ def measure(
     models = []
     for rate in own.keep_rates:
         changed = copy.copy(run)
-        changed.base_keep_rate, changed.eval = rate, True
-        models.append(command.build_model(changed, weights, own.resume, world.device))
+        changed.base_keep_rate = rate
+        models.append(command.load_model(changed, weights, own.resume, world.device))
         if run.compile:
             models[-1].compile()
-    _, val = training.build_sources(changed, world)
+    _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
     if val.num_classes != models[0].num_classes:
         raise UserError(f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}")
-    loader, amp = training.build_val_loader(changed, val, models[0], world), engine.select_amp(run.amp, world.device)
+    views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
+    loader = build_val_loader(val, views, normalization(models[0]), options, world)
     stats = [engine.evaluate(model, loader, engine.autocast(model, amp)) for model in models]
     height, width = run.input_size[0], run.input_size[-1]
     images = torch.randn(run.batch_size, 3, height, width, device=world.device)

@@ -21,8 +21,8 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
-import main as training
-from flags import in_range
+from augment import ViewOptions
+from flags import fill, in_range
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
 from tools import command
@@ -118,8 +118,8 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> dat
     Raises:
         UserError
     """
-    run.eval, run.ram_cache = True, 0  # neither training images nor the whole data are needed
-    _, source = training.build_sources(run, world)
+    options = replace(fill(datasets.DataOptions, run), ram_cache=0)  # the whole data are not needed
+    _, source = datasets.build_sources(options, world.local_rank, eval_only=True)
     if not isinstance(source, datasets.Source):
         raise UserError(f"--data-set {run.data_set}: a stream has no single images; pass files with --images")
     chosen = np.linspace(0, len(source) - 1, min(number, len(source))).astype(int)
@@ -134,11 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command.errors_in_a_line("visualize_tokens"):
         own, run, weights = command.parse(parser, argv)
         world = init_distributed(run.device)
-        model = command.build_model(run, weights, own.resume, world.device)
+        model = command.load_model(run, weights, own.resume, world.device)
         if not any(block.keep_rate < 1 for block in evit_blocks(model)):
             raise UserError(f"--model {run.model}: drops no patches; add --base-keep-rate 0.7, or --model evit_...")
         source = find_images(own.images) if own.images else validation_images(run, world, own.num_images)
-        transform, (mean, std) = training.build_eval_transform(run, model), normalization(model)
+        mean, std = normalization(model)
+        transform = datasets.build_eval_transform(fill(ViewOptions, run), (mean, std))
         own.output.mkdir(parents=True, exist_ok=True)
         for number in range(len(source)):
             view = transform(source[number][0])
