@@ -1,17 +1,22 @@
-# Two commands: `make quickstart` trains a teacher and distils a DeiT from it; `make test` checks everything.
+# `make quickstart` trains a teacher and distills a DeiT from it. `make test` is the fast tier, `make test-all` everything.
 VENV ?= .venv
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# A worker takes whole files, in their order, so that module fixtures are built once.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+FAST := -m "not process and not slurm and not compile"
 
-.PHONY: quickstart test clean
+.PHONY: quickstart lint test test-all test-oldest clean
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 quickstart: $(VENV)/.installed
@@ -19,10 +24,19 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python main.py @recipes/quickstart.args
 	$(BIN)/python -m tools.summarize output/quickstart_teacher output/quickstart
 
-test: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test: lint
+	$(PYTEST) $(FAST)
+
+test-all: lint
+	$(PYTEST)
+
+# The oldest supported versions, in a virtual environment of their own.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt test
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-oldest
