@@ -120,6 +120,7 @@ def test_every_way_to_be_taught_is_timed(tmp_path, capsys):
     assert capsys.readouterr().out.count("images/s") == 4
 
 
+@pytest.mark.process
 def test_saving_and_resuming_are_measured(tmp_path, capsys):
     small = ["--input-size", "32", "--batch-size", "2", "--steps", "1", "--rounds", "1", "--middle", "20"]
     flags = [*map(str, tiny.TINY), "--batch-size", "16", "--epochs", "9"]
