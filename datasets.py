@@ -382,7 +382,7 @@ def _folder_tree(root: Path, held_out: Path) -> tuple[Source, Source]:
     return sources[0], sources[1]
 
 
-def _download(name: str, root: Path, make: Callable[[], Any]) -> Any:
+def _fetch(name: str, root: Path, make: Callable[[], Any]) -> Any:
     """Call a torchvision data set that may download; turn what can go wrong into one line."""
     try:
         return make()
@@ -405,7 +405,7 @@ def _cifar(root: Path, name: str, local_rank: int) -> tuple[Source, Source]:
         return _folder_tree(root, held_out)
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
     with main_process_first(local_rank):
-        parts = [_download(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
+        parts = [_fetch(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
     train, val = (_source(MemoryImages(part.data), part.targets, len(part.classes)) for part in parts)
     return train, val
 
@@ -415,7 +415,7 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
     flowers = torchvision.datasets.Flowers102
     with main_process_first(local_rank):
         train, val, test = (
-            _download("FLOWERS", root, partial(flowers, str(root), split, download=True))
+            _fetch("FLOWERS", root, partial(flowers, str(root), split, download=True))
             for split in ("train", "val", "test")
         )
     paths, labels = train._image_files + val._image_files, train._labels + val._labels

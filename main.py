@@ -95,7 +95,7 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
     return Run(args, world, train, val, model, val_loader, amp_dtype, teacher_hash)
 
 
-def build_train_loader(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
+def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
     """The training batches, and what is trained on them: the model, or its head on the features of the rest."""
     options, mixup = fill(loaders.LoaderOptions, run.args), fill(loaders.MixupOptions, run.args)
     if run.args.cache_features:
@@ -123,7 +123,7 @@ def cache_features(run: Run, options: loaders.LoaderOptions) -> tuple[datasets.S
     return datasets.Source(features, targets.numpy(), run.train.num_classes, order, run.train.broken), head
 
 
-def build_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], torch.Tensor] | None:
+def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], torch.Tensor] | None:
     """The teacher that the flags name: none, a model, or the cache of its predictions.
 
     Raises:
@@ -296,8 +296,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_only(run)
         return utils.shut_down_distributed()
-    loader, trained = build_train_loader(run)
-    teacher = build_teacher(run, loader)
+    loader, trained = training_batches(run)
+    teacher = find_teacher(run, loader)
     if args.precompute_teacher:
         precompute_only(run, loader, teacher)
     else:

@@ -93,6 +93,16 @@ def test_functions_fit_on_a_screen(folder):
         assert parameters <= 8, f"{file}: {name} has {parameters} parameters; use an option dataclass"
 
 
+def test_no_two_modules_share_a_function_name():
+    homes = {}
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("augment/*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                homes.setdefault(node.name, []).append(file.stem)
+    # The two commands have an entry point each, and a job's parser extends that of a run.
+    assert sorted(name for name, files in homes.items() if len(files) > 1) == ["cli", "get_parser"], homes
+
+
 def test_main_stays_short():
     assert len((ROOT / "main.py").read_text().splitlines()) <= 450
 

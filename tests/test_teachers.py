@@ -463,7 +463,7 @@ def test_features_reach_the_head_as_they_are(teacher):
     args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
     run = main.build_run(args, World.alone(CPU))
     cached, _ = main.cache_features(run, LoaderOptions(num_workers=0))
-    loader, head = main.build_train_loader(run)
+    loader, head = main.training_batches(run)
     assert head is run.model.get_classifier()
     loader.set_epoch(0)
     classes = {cached[index][0].numpy().tobytes(): cached[index][1] for index in range(len(cached))}
