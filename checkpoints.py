@@ -79,7 +79,7 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
     """The file that `--resume` means, the same for all processes; '' if it is `auto` and there is none.
 
     `auto` is the newest checkpoint in `output_dir`. If that, or the `checkpoint.pth` that `resume` names, is damaged,
-    it is the one before; a damaged one in `output_dir` is then put aside, lest it become the one before.
+    it is the one before; a damaged one in `output_dir` is then renamed, so that it does not become the one before.
     """
     automatic = resume == "auto"
     latest = Path(output_dir) / LATEST if automatic else Path(resume)
@@ -92,7 +92,7 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
         torn = usable and latest.exists() and not is_whole(latest)
         choice = 2.0 if torn or (usable and automatic and not latest.exists()) else float(latest.exists())
         if torn:
-            logger.warning("%s is damaged; going on with %s", latest, previous)
+            logger.warning("%s is damaged; resuming from %s", latest, previous)
             if Path(output_dir).resolve() == latest.parent.resolve():
                 os.replace(latest, latest.with_suffix(".damaged"))
     (choice,) = agree(choice)

@@ -95,7 +95,7 @@ class BrokenImages:
             logger.warning("%d images cannot be read, others take their places: %s", len(found), names)
         self.reported = len(found)
         if len(found) > self.limit:
-            raise RunError(f"{len(found)} images cannot be read, --skip-broken-images is {self.limit}: mend or remove")
+            raise RunError(f"{len(found)} images cannot be read, --skip-broken-images is {self.limit}: fix or remove")
         return len(found)
 
 
@@ -136,7 +136,7 @@ class Source:
             if self.broken is not None and self.broken.add(index):
                 return self._sample((place + 1) % len(self), read)
             raise RunError(
-                f"cannot read image {self.images.describe(index)} ({error}); mend or remove it, then --resume, or "
+                f"cannot read image {self.images.describe(index)} ({error}); fix or remove it, then --resume, or "
                 f"tolerate some with --skip-broken-images"
             ) from error
 

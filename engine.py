@@ -22,15 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import save_checkpoint
 from datasets import BrokenImages
-from loaders import EpochLoader, closing_workers
+from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
 from models import load_exactly, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
-from teachers import CachedTeacher
 from utils import (
     Preempted,
-    Progress,
     RunError,
     StepLog,
     StopSignals,
@@ -224,7 +222,7 @@ class TrainState:
         ema: moving average of the module's weights, or None.
         num_updates: optimiser updates made, or left out.
         best_acc1: best top-1 accuracy so far, in per cent; -1 before the first evaluation.
-        epoch: the epoch to train next, or to go on with.
+        epoch: the epoch to train next, or to resume.
         totals: of a resumed epoch, what each rank's `StepLog` had collected.
     """
 
@@ -280,7 +278,7 @@ class TrainState:
         if self.clip_grad is not None or self.max_skipped_steps:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or math.inf)
-            # In fp16 an overflow is the scaler's affair.
+            # In fp16 the scaler handles an overflow.
             left_out = self.max_skipped_steps > 0 and not self.scaler.is_enabled() and not bool(norm.isfinite())
         if not left_out:
             self.scaler.step(self.optimizer)
@@ -474,35 +472,6 @@ def train_one_epoch(
     return log.close()
 
 
-def precompute(
-    teacher: CachedTeacher,
-    loader: EpochLoader,
-    epochs: range,
-    autocast: contextlib.AbstractContextManager,
-    world: World,
-    group: int = 1,
-) -> None:
-    """Cache the teacher's predictions for every view of these epochs that has none yet.
-
-    Ranks do not wait for each other: each resumes where it stopped.
-
-    Args:
-        group: batches in a forward pass of the teacher.
-    """
-    progress = Progress("teacher", len(loader) * len(epochs) * loader.images_per_batch, "image")
-    for epoch in epochs:
-        teacher.cache.open(epoch)
-        first = teacher.cache.next_missing() // (loader.images_per_batch // world.size)
-        loader.set_epoch(epoch, first)
-        progress.skip(first * loader.images_per_batch)
-        batches = iter(loader)
-        while together := list(itertools.islice(batches, group)):
-            with autocast:
-                teacher(Batch(*(torch.cat(parts) for parts in zip(*(batch[:3] for batch in together), strict=True))))
-            progress.advance(len(together) * loader.images_per_batch)
-    progress.close()
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader: Iterable[Batch], autocast: contextlib.AbstractContextManager
@@ -530,21 +499,6 @@ def evaluate(
     loss, top1, top5, images = all_reduce_sum(totals).tolist()
     images = max(images, 1)
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
-
-
-@torch.no_grad()
-def features(
-    model: nn.Module, loader: Iterable[Batch], autocast: contextlib.AbstractContextManager
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inputs of a timm model's classification layer, float32 [N, D], and the classes [N], both on the CPU."""
-    model.eval()
-    rows, targets = [], []
-    for batch in loader:
-        targets.append(batch.targets.cpu())
-        with autocast:
-            maps = model.forward_features(batch.images)
-            rows.append(model.forward_head(maps, pre_logits=True).float().cpu())
-    return torch.cat(rows), torch.cat(targets)
 
 
 def settle_buckets(model: DistributedDataParallel, example: torch.Tensor) -> None:
@@ -652,9 +606,9 @@ class Saver:
             self.save(log)
         if signal:
             barrier()  # a launcher may end all as soon as one has ended
-            kept = "nothing is kept without --output-dir"
+            kept = "nothing is saved without --output-dir"
             if self.output.folder is not None:
-                kept = f"epoch {self.state.epoch}, step {log.step} is kept; go on with --resume auto"
+                kept = f"epoch {self.state.epoch}, step {log.step} is saved; resume with --resume auto"
             raise Preempted(int(signal), kept)
 
     def save(self, log: StepLog | None = None, is_best: bool = False) -> None:
@@ -703,7 +657,7 @@ def _require_finite(state: TrainState) -> None:
 
 
 def _position(state: TrainState, loader: EpochLoader, schedules: Sequence[Schedule], view_epoch: int) -> int:
-    """Turn loader and schedules to the epoch, or to where in it a resumed run goes on: the first step."""
+    """Turn loader and schedules to the epoch, or to where a resumed run continues in it; return the first step."""
     first = (state.num_updates - state.epoch * loader.updates_per_epoch) * state.accum_steps
     loader.set_epoch(view_epoch, first)
     if first:
@@ -751,7 +705,7 @@ class RunOptions:
 def fit(
     state: TrainState,
     train_loader: EpochLoader,
-    val_loader: Iterable[Batch],
+    val_loader: DeviceLoader,
     criterion: Criterion,
     schedules: Sequence[Schedule],
     options: RunOptions,
@@ -765,7 +719,7 @@ def fit(
         RunError: on all ranks, if the loss or the weights are not finite, or the disk is full.
     """
     start, broken = time.time(), train_loader.broken
-    with StopSignals() as stop, closing_workers(train_loader, val_loader):
+    with StopSignals() as stop, contextlib.closing(train_loader), contextlib.closing(val_loader):
         saver = Saver(state, schedules, world, stop, output, minutes=options.checkpoint_minutes, broken=broken)
         while state.epoch < options.epochs:
             first = _position(state, train_loader, schedules, state.epoch % options.view_epochs)

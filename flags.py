@@ -88,14 +88,14 @@ class _ModelKwargs(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
         taken = self.TAKEN & getattr(namespace, self.dest).keys()
         if taken:
-            raise argparse.ArgumentError(self, f"{min(taken)!r} is the affair of other flags; drop it")
+            raise argparse.ArgumentError(self, f"{min(taken)!r} is set by another flag; drop it")
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# What each flag shapes. A flag may stand in several rows; tests/test_flags.py makes sure that each stands in one.
+# What each flag shapes. A flag may stand in several rows; tests/test_flags.py checks that each stands in at least one.
 SHAPES = {
     # the function that a checkpoint's weights compute
     "model": _names("model input_size patch_size model_kwargs base_keep_rate drop_loc fuse_token"),
@@ -384,12 +384,14 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError
     """
-    automatic = args.resume == "auto"  # which starts from other weights if there is nothing to go on with
+    automatic = args.resume == "auto"
     if automatic and (args.eval or args.overwrite):
-        raise UserError(f"--resume auto: goes on with a run; {'--eval' if args.eval else '--overwrite'} does not fit")
+        raise UserError(f"--resume auto: resumes a run; {'--eval' if args.eval else '--overwrite'} does not fit")
     if args.checkpoint_minutes is not None and not args.output_dir:
         raise UserError("--checkpoint-minutes: there is no place for a checkpoint; add --output-dir FOLDER")
-    starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)][automatic:]
+    starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)]
+    if automatic:  # the other weights are for a run that has nothing to resume yet
+        starts.remove("resume")
     if len(starts) > 1:
         raise UserError(f"--{starts[0]} and --{starts[1]} both say where the weights come from; pass one of them")
     if args.eval and not starts:
@@ -404,7 +406,7 @@ def check_flags(args: argparse.Namespace) -> None:
         flag = "--teacher-cache" if args.teacher_cache else "--distill-on-class-token"
         raise UserError(f"{flag}: no distillation is asked for; add --distillation-type hard, or drop it")
     if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
-        raise UserError("--precompute-teacher: there is no place for the answers; add --teacher-cache FOLDER")
+        raise UserError("--precompute-teacher: there is no place for the predictions; add --teacher-cache FOLDER")
     if args.cache_features:
         _check_features(args)
     if not args.precompute_teacher and (args.precompute_epochs or args.precompute_batch_size):

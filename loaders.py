@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,11 +60,6 @@ class MixupOptions:
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
     mixup_mode: str = "batch"
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is mixed."""
-        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -308,12 +302,17 @@ def build_epoch_loader(
             f"--accum-steps), the training data hold {len(source)}; lower --batch-size"
         )
     updates = len(source) // per_update
-    repeats = 3 if options.repeated_aug else 1
     if isinstance(source, StreamingImages):
-        counter, loader = source, _stream_loader(source, view, repeats, options, world)
+        counter, loader = source, _stream_loader(source, view, options, world)
     else:
-        sharding = {"rank": world.rank, "world_size": world.size, "multiple": per_update}
-        counter = KeyedSampler(len(source), seed=options.seed, repeats=repeats, **sharding)
+        counter = KeyedSampler(
+            len(source),
+            seed=options.seed,
+            repeats=3 if options.repeated_aug else 1,
+            rank=world.rank,
+            world_size=world.size,
+            multiple=per_update,
+        )
         logger.info(
             "an epoch holds %d views of %d different images (of %d), in %d updates",
             *(counter.num_positions, counter.num_distinct, len(source), updates),
@@ -380,9 +379,7 @@ def _view_loader(source: Source, view: View, sampler: KeyedSampler, options: Loa
     return _host_loader(images, sampler, workers, options, world)
 
 
-def _stream_loader(
-    source: StreamingImages, view: View, repeats: int, options: LoaderOptions, world: World
-) -> DataLoader:
+def _stream_loader(source: StreamingImages, view: View, options: LoaderOptions, world: World) -> DataLoader:
     """A stream's views: timm deals its shards out among ranks and workers."""
     source.transform, source.seed, source.rank, source.world_size = view, options.seed, world.rank, world.size
     reader = source.dataset.reader
@@ -390,8 +387,8 @@ def _stream_loader(
     reader.common_seed, reader.batch_size = options.seed, options.batch_size
     workers = _workers_with_shards(reader, num_workers(options, world), world)
     source.dataset.set_loader_cfg(num_workers=workers)
-    if repeats > 1:
-        logger.info("repeated augmentation needs an index, which a stream has not: each image is seen once")
+    if options.repeated_aug:
+        logger.info("repeated augmentation needs an index, which a stream does not have: each image is seen once")
     return _host_loader(source, None, workers, options, world)
 
 
@@ -432,17 +429,6 @@ def _host_loader(
         collate_fn=collate,
         worker_init_fn=ignore_stop_signals,
     )
-
-
-@contextlib.contextmanager
-def closing_workers(*loaders: Any) -> Iterator[None]:
-    """Afterwards, end the workers of these loaders."""
-    try:
-        yield
-    finally:
-        for loader in loaders:
-            if isinstance(loader, DeviceLoader):
-                loader.close()
 
 
 # -- the copy to the device, and Mixup ---------------------------------------------------------------------------------
@@ -492,7 +478,7 @@ def build_mixup(options: MixupOptions, num_classes: int, batch_size: int) -> Mix
     Raises:
         UserError: if the batch cannot be split into pairs.
     """
-    if not options.is_on:
+    if options.mixup <= 0 and options.cutmix <= 0 and options.cutmix_minmax is None:
         return None
     if batch_size % 2:
         raise UserError(

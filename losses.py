@@ -57,8 +57,8 @@ class BinaryCrossEntropy(nn.Module):
 def build_base_criterion(bce: bool, smoothing: float) -> nn.Module:
     """Loss of logits [B, C] against class indices [B] or probabilities [B, C].
 
-    `nn.CrossEntropyLoss` takes both, and smooths both alike: with Mixup, (1 - s) (λ y₁ + (1 - λ) y₂) + s / C is what
-    the published code gets by smoothing y₁ and y₂ first.
+    `nn.CrossEntropyLoss` smooths both alike: with Mixup, (1 - s) (λ y₁ + (1 - λ) y₂) + s / C is what the original
+    implementation gets by smoothing y₁ and y₂ first.
     """
     return BinaryCrossEntropy(smoothing) if bce else nn.CrossEntropyLoss(label_smoothing=smoothing)
 
@@ -105,29 +105,23 @@ class DistillationLoss:
 
     Args:
         base: criterion of the class head.
-        teacher: maps a batch to logits [B, C]: a model, or a store of what it said.
-        kind: "soft" or "hard".
-        alpha: α.
-        tau, scale: see `soft_distillation`.
+        teacher: maps a batch to logits [B, C]: a model, or its cached predictions.
+        options: type, weight α, temperature τ and scale of the distillation.
+
+    Raises:
+        ValueError: if the type is neither "soft" nor "hard".
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        teacher: Callable[[Batch], torch.Tensor],
-        kind: str,
-        alpha: float = 0.5,
-        tau: float = 1.0,
-        scale: str = "batchmean",
-    ) -> None:
-        if kind not in ("soft", "hard"):
-            raise ValueError(f"kind is 'soft' or 'hard', not {kind!r}")
-        self.base, self.teacher, self.alpha = base, teacher, alpha
-        self.distil = (
-            hard_distillation
-            if kind == "hard"
-            else lambda student, teacher: soft_distillation(student, teacher, tau, scale)
-        )
+    def __init__(self, base: nn.Module, teacher: Callable[[Batch], torch.Tensor], options: LossOptions) -> None:
+        if options.distillation_type not in ("soft", "hard"):
+            raise ValueError(f"distillation_type is 'soft' or 'hard', not {options.distillation_type!r}")
+        self.base, self.teacher, self.options = base, teacher, options
+
+    def distill(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The distillation term of logits [B, C]."""
+        if self.options.distillation_type == "hard":
+            return hard_distillation(student, teacher)
+        return soft_distillation(student, teacher, self.options.distillation_tau, self.options.distillation_scale)
 
     def __call__(
         self, outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], batch: Batch
@@ -135,7 +129,7 @@ class DistillationLoss:
         class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         teacher_logits = self.teacher(batch)
         base_loss = self.base(class_logits, batch.targets)
-        distillation_loss = self.distil(distillation_logits, teacher_logits)
+        distillation_loss = self.distill(distillation_logits, teacher_logits)
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
         decisions = teacher_logits.argmax(dim=1)
         terms = {
@@ -144,21 +138,13 @@ class DistillationLoss:
             "teacher_acc1": (decisions == labels).float().mean() * 100,
             "teacher_agreement": (decisions == distillation_logits.argmax(dim=1)).float().mean() * 100,
         }
-        return (1 - self.alpha) * base_loss + self.alpha * distillation_loss, terms
+        alpha = self.options.distillation_alpha
+        return (1 - alpha) * base_loss + alpha * distillation_loss, terms
 
 
 def build_criterion(
     options: LossOptions, teacher: Callable[[Batch], torch.Tensor] | None = None
 ) -> SupervisedLoss | DistillationLoss:
-    """The base criterion, distilling from a teacher if `distillation_type` is not "none"."""
+    """The base criterion, distilling from the teacher if there is one."""
     base = build_base_criterion(options.bce_loss, options.smoothing)
-    if options.distillation_type == "none":
-        return SupervisedLoss(base)
-    return DistillationLoss(
-        base,
-        teacher,
-        options.distillation_type,
-        alpha=options.distillation_alpha,
-        tau=options.distillation_tau,
-        scale=options.distillation_scale,
-    )
+    return SupervisedLoss(base) if teacher is None else DistillationLoss(base, teacher, options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import sys
@@ -49,21 +51,26 @@ class Run:
     """What the modes of a run share.
 
     Attributes:
-        train, val: the data.
+        train: the training data.
         model: on its device, with its first weights.
+        views, loading: options of the views and of the loaders.
         val_loader: the validation images.
         amp_dtype: autocast type, or None for float32.
-        teacher_hash: SHA-256 of the teacher's file; None if there is none.
     """
 
     args: argparse.Namespace
     world: World
     train: datasets.Source | datasets.StreamingImages
-    val: datasets.Source | datasets.StreamingImages
     model: torch.nn.Module
+    views: ViewOptions
+    loading: loaders.LoaderOptions
     val_loader: loaders.DeviceLoader
     amp_dtype: torch.dtype | None
-    teacher_hash: str | None
+
+    @functools.cached_property
+    def teacher_hash(self) -> str | None:
+        """SHA-256 of the teacher's file, read once; None if there is none."""
+        return checkpoints.file_hash(self.args.teacher_path) if self.args.teacher_path else None
 
     @property
     def normalization(self) -> Normalization:
@@ -85,42 +92,47 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
     """Read the data and build the model."""
     train, val = datasets.build_sources(fill(datasets.DataOptions, args), world.local_rank, eval_only=args.eval)
     distilled = args.distillation_type != "none" and not args.distill_on_class_token
-    model = models.place(
-        models.build_model(fill(models.ModelOptions, args), train.num_classes, distilled), world.device
-    )
-    views, options = fill(ViewOptions, args), fill(loaders.LoaderOptions, args)
-    val_loader = loaders.build_val_loader(val, views, models.normalization(model), options, world)
+    model = models.build_model(fill(models.ModelOptions, args), train.num_classes, distilled)
+    model = models.place(model, world.device)
+    views, loading = fill(ViewOptions, args), fill(loaders.LoaderOptions, args)
+    val_loader = loaders.build_val_loader(val, views, models.normalization(model), loading, world)
     amp_dtype = engine.select_amp(args.amp, world.device)
-    teacher_hash = checkpoints.file_hash(args.teacher_path) if args.teacher_path and not args.eval else None
-    return Run(args, world, train, val, model, val_loader, amp_dtype, teacher_hash)
+    return Run(args, world, train, model, views, loading, val_loader, amp_dtype)
 
 
 def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
     """The training batches, and what is trained on them: the model, or its head on the features of the rest."""
-    options, mixup = fill(loaders.LoaderOptions, run.args), fill(loaders.MixupOptions, run.args)
+    mixup = fill(loaders.MixupOptions, run.args)
     if run.args.cache_features:
-        features, head = cache_features(run, options)
-        return loaders.build_epoch_loader(features, torch.clone, mixup, options, run.world), head
-    views = fill(ViewOptions, run.args)
-    loader = loaders.build_train_loader(run.train, views, run.normalization, mixup, options, run.world)
+        features, head = cache_features(run)
+        return loaders.build_epoch_loader(features, torch.clone, mixup, run.loading, run.world), head
+    loader = loaders.build_train_loader(run.train, run.views, run.normalization, mixup, run.loading, run.world)
     return loader, run.model
 
 
-def cache_features(run: Run, options: loaders.LoaderOptions) -> tuple[datasets.Source, torch.nn.Linear]:
-    """Features of the training images, seen as in the evaluation, as a data set; and the head that takes them.
+@torch.no_grad()
+def cache_features(run: Run) -> tuple[datasets.Source, torch.nn.Linear]:
+    """The inputs of the classification layer as a data set, and the layer. The images have their evaluation views.
 
     Every process computes them all.
+
+    Raises:
+        UserError: if the data are a stream, or the model does not end in one linear layer.
     """
     if not isinstance(run.train, datasets.Source):
-        raise UserError(f"--cache-features: {run.args.data_set} is a stream, whose images have no place; drop the flag")
-    head = models.linear_head(run.model, run.args.model)
+        raise UserError(f"--cache-features: {run.args.data_set} is a stream, whose images have no index; drop the flag")
+    head, start = models.linear_head(run.model, run.args.model), time.perf_counter()
     alone = dataclasses.replace(run.world, rank=0, size=1)
-    loader = loaders.build_val_loader(run.train, fill(ViewOptions, run.args), run.normalization, options, alone)
-    start = time.perf_counter()
-    features, targets = engine.features(run.model, loader, run.autocast)
+    rows, targets = [], []
+    run.model.eval()
+    for batch in loaders.build_val_loader(run.train, run.views, run.normalization, run.loading, alone):
+        targets.append(batch.targets.cpu())
+        with run.autocast:
+            maps = run.model.forward_features(batch.images)
+            rows.append(run.model.forward_head(maps, pre_logits=True).float().cpu())
+    features, order = torch.cat(rows), np.arange(len(run.train))
     logger.info("features of %d images in %.0f s", len(features), time.perf_counter() - start)
-    order = np.arange(len(features))
-    return datasets.Source(features, targets.numpy(), run.train.num_classes, order, run.train.broken), head
+    return datasets.Source(features, torch.cat(targets).numpy(), run.train.num_classes, order, run.train.broken), head
 
 
 def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], torch.Tensor] | None:
@@ -135,7 +147,7 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
     if not args.teacher_cache:
         return teachers.build_teacher(options, run.train.num_classes, run.normalization, world.device)
     if loader.is_stream:
-        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose views have no place; drop the flag")
+        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose views have no index; drop the flag")
     teacher = teachers.build_cached_teacher(
         options, run.train.num_classes, loader, run.view_epochs, run.normalization, world
     )
@@ -191,15 +203,15 @@ def resume(
     compared = vars(parse_args([])).keys() - FREE_ON_RESUME  # a job's flags are in args as well
     changes = checkpoints.changes(checkpoint, about, compared)
     if checkpoint.get("progress") and loader.is_stream:
-        changes.append("a stream has no places, so the epoch begins again")
+        changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
     if loader.broken is not None:
         loader.broken.restore(checkpoint.get("broken_images") or [])
     if changes:
-        logger.warning("%s: the run goes on, but not to the bit as it would have: %s", args.resume, "; ".join(changes))
+        logger.warning("%s: the run continues but is no longer bitwise identical: %s", args.resume, "; ".join(changes))
     done = state.num_updates - state.epoch * loader.updates_per_epoch
-    logger.info("going on with epoch %d after %d of its %d updates", state.epoch, done, loader.updates_per_epoch)
+    logger.info("resuming epoch %d after %d of its %d updates", state.epoch, done, loader.updates_per_epoch)
     furthest, least = utils.agree(state.num_updates, -state.num_updates)
     if furthest != -least:
         raise UserError(f"--resume {args.resume}: the processes read different files; name one that all of them see")
@@ -218,7 +230,7 @@ def open_output(
     folder = Path(args.output_dir)
     if checkpoints.holds_checkpoint(folder) and not args.resume and not args.overwrite:
         raise UserError(
-            f"--output-dir {folder}: holds an earlier run; go on with --resume auto, name another folder, or add "
+            f"--output-dir {folder}: holds an earlier run; resume it with --resume auto, name another folder, or add "
             f"--overwrite"
         )
     utils.barrier()  # all have looked before anyone writes
@@ -258,15 +270,29 @@ def evaluate_only(run: Run) -> None:
 
 
 def precompute_only(run: Run, loader: loaders.EpochLoader, teacher: teachers.CachedTeacher) -> None:
-    """`--precompute-teacher`: the cached predictions, and no student."""
+    """`--precompute-teacher`: cache the predictions for every view that has none yet, and train nothing.
+
+    Ranks do not wait for each other: each resumes where it stopped.
+    """
     group = max(1, (run.args.precompute_batch_size or 0) // run.args.batch_size)
-    engine.precompute(teacher, loader, run.view_epochs, run.autocast, run.world, group)
+    progress = utils.Progress("teacher", loader.num_positions * len(run.view_epochs), "image")
+    for epoch in run.view_epochs:
+        teacher.cache.open(epoch)
+        first = teacher.cache.next_missing() // run.args.batch_size
+        loader.set_epoch(epoch, first)
+        progress.skip(first * loader.images_per_batch)
+        batches = iter(loader)
+        while together := list(itertools.islice(batches, group)):
+            with run.autocast:
+                teacher(Batch(*(torch.cat(parts) for parts in zip(*(batch[:3] for batch in together), strict=True))))
+            progress.advance(len(together) * loader.images_per_batch)
+    progress.close()
 
 
 def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, criterion: losses.Criterion) -> None:
     """Train to the last epoch, from the start or from `--resume`."""
     args, world = run.args, run.world
-    shape = (3, *fill(ViewOptions, args).input_size) if trained is run.model else (trained.in_features,)
+    shape = (3, *run.views.input_size) if trained is run.model else (trained.in_features,)
     options = fill(engine.OptimizerOptions, args)
     state = engine.build_state(run.model, trained, options, loader.images_per_batch, shape, run.amp_dtype, world)
     schedules = engine.build_schedules(state, loader.updates_per_epoch, fill(engine.ScheduleOptions, args))

@@ -57,8 +57,8 @@ def create_model(
                 f"{flag} {name}: pretrained weights cannot be had ({why}); check the network, or pass a local file"
             ) from error
         given = " ".join(_as_flag(key, value, flag) for key, value in options.items() if value is not None)
-        mend = "add --drop-path 0" if "drop_path_rate" in why else "change or drop that"
-        raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({why}); {mend}") from error
+        remedy = "add --drop-path 0" if "drop_path_rate" in why else "change or drop that"
+        raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({why}); {remedy}") from error
 
 
 def _as_flag(option: str, value: Any, model_flag: str) -> str:

@@ -14,7 +14,7 @@ import fcntl
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,27 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 from augment import Normalization
 from checkpoints import read_checkpoint
-from models import (
-    LoadReport,
-    belongs_to,
-    classifier_names,
-    create_model,
-    fit_state_dict,
-    normalization,
-    place,
-    trained_size,
-    try_out,
-    weights_of,
-)
 from samplers import Batch
-from utils import RunError, UserError, World, check_space, logger
+from utils import RunError, UserError, World, check_space, logger, write_whole
 
 FLAG = "--teacher-cache"
 
 
-# -- a model that is run -----------------------------------------------------------------------------------------------
+# -- a live teacher ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,18 +54,15 @@ class TeacherOptions:
 def build_teacher(
     options: TeacherOptions, num_classes: int, student_normalization: Normalization, device: torch.device
 ) -> FrozenTeacher:
-    """The frozen teacher on the device.
-
-    Args:
-        student_normalization: (mean, std) of the batches.
+    """The frozen teacher on the device, for batches of this (mean, std).
 
     Raises:
         UserError: see `load_teacher`.
     """
-    model = place(load_teacher(options, num_classes), device)
+    model = models.place(load_teacher(options, num_classes), device)
     if options.compile:
         model.compile()
-    return FrozenTeacher(model, *normalization(model), *student_normalization)
+    return FrozenTeacher(model, models.normalization(model), student_normalization)
 
 
 def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
@@ -92,7 +78,7 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         )
     if path:
         checkpoint = read_checkpoint(path, "--teacher-path")
-    teacher = create_model(
+    teacher = models.create_model(
         name,
         flag="--teacher-model",
         num_classes=None if pretrained else num_classes,
@@ -101,8 +87,8 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         **options.teacher_model_kwargs,
     )
     if path:
-        weights = weights_of(checkpoint, "--teacher-path", path)
-        state_dict, report = fit_state_dict(weights, teacher, trained_size(checkpoint))
+        weights = models.weights_of(checkpoint, "--teacher-path", path)
+        state_dict, report = models.fit_state_dict(weights, teacher, models.trained_size(checkpoint))
         _check_teacher_weights(state_dict, report, teacher, options)
         teacher.load_state_dict(state_dict)
     elif teacher.num_classes != num_classes:
@@ -110,19 +96,20 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
             f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
             f"teacher on this data set first and pass it as --teacher-path"
         )
-    try_out(teacher, f"--teacher-model {name}", options.input_size)
+    models.try_out(teacher, f"--teacher-model {name}", options.input_size)
     return teacher
 
 
 def _check_teacher_weights(
-    state_dict: Mapping[str, torch.Tensor], report: LoadReport, teacher: nn.Module, options: TeacherOptions
+    state_dict: Mapping[str, torch.Tensor], report: models.LoadReport, teacher: nn.Module, options: TeacherOptions
 ) -> None:
     """Refuse weights that `fit_state_dict` could not fit to the teacher, heads included."""
     name, path = options.teacher_model, options.teacher_path
-    heads, target = classifier_names(teacher), teacher.state_dict()
+    heads, target = models.classifier_names(teacher), teacher.state_dict()
     # A plain model may teach with the weights of a distilled one; anything else left over is of another model.
-    misfits = [key for key in report.dropped if key != "dist_token" and not belongs_to(key, (*heads, "head_dist"))]
-    misfits += [key for key in report.missing if not belongs_to(key, heads)]
+    belongs = models.belongs_to
+    misfits = [key for key in report.dropped if key != "dist_token" and not belongs(key, (*heads, "head_dist"))]
+    misfits += [key for key in report.missing if not belongs(key, heads)]
     misfits += [key for key, value in state_dict.items() if value.shape != target[key].shape]
     if misfits:
         raise UserError(f"--teacher-path {path}: does not fit --teacher-model {name} (at {misfits[0]}); name its model")
@@ -134,27 +121,19 @@ def _check_teacher_weights(
 
 
 class FrozenTeacher:
-    """Teacher targets from a model that is run, without gradients, on the images that the student sees.
+    """Logits of a frozen model for the images that the student sees.
 
     Args:
-        model: takes images [B, 3, H, W] in its own normalisation, gives logits [B, C].
-        mean, std: per channel, the teacher's normalisation.
-        student_mean, student_std: per channel, the normalisation of the batches.
+        model: takes images [B, 3, H, W] in its own normalization, gives logits [B, C].
+        normalization, student_normalization: (mean, std) per channel, of the model and of the batches.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
-        student_mean: Sequence[float],
-        student_std: Sequence[float],
-    ) -> None:
+    def __init__(self, model: nn.Module, normalization: Normalization, student_normalization: Normalization) -> None:
         self.model = model.eval().requires_grad_(False)
         device = next(model.parameters()).device
-        column = {"dtype": torch.float32, "device": device}
         mean, std, student_mean, student_std = (
-            torch.tensor(list(values), **column).view(1, -1, 1, 1) for values in (mean, std, student_mean, student_std)
+            torch.tensor(list(values), dtype=torch.float32, device=device).view(1, -1, 1, 1)
+            for values in (*normalization, *student_normalization)
         )
         # ((x · student_std + student_mean) - mean) / std as one multiplication and one addition
         self.scale, self.shift = student_std / std, (student_mean - mean) / std
@@ -238,10 +217,9 @@ class LogProbabilities:
 
 
 class TeacherCache:
-    """Answers by (epoch, position) for one rank, whose positions are rank, rank + world_size, ...
+    """Predictions by (epoch, position) for one rank, whose positions are rank, rank + world_size, ...
 
     Args:
-        folder: where the files are.
         codec: `Labels` or `LogProbabilities`.
         num_positions: N, the views of an epoch over all ranks.
         rank, world_size: this process among all.
@@ -328,7 +306,7 @@ class TeacherCache:
         try:
             rows = np.load(path, mmap_mode=mode)
             if rows.shape != (length,) or rows.dtype != self.codec.dtype:
-                raise ValueError(f"not {length} answers of this kind")
+                raise ValueError(f"not {length} predictions of this kind")
             return rows
         except (OSError, ValueError, EOFError) as error:
             raise RunError(f"{FLAG}: {path} is damaged ({error}); delete it and precompute its epoch again") from None
@@ -346,7 +324,7 @@ class TeacherCache:
                 np.save(path.with_suffix(".new.npy"), rows)
                 path.with_suffix(".new.npy").replace(path)
         except BlockingIOError:
-            raise RunError(f"{FLAG}: another run is adding to {path}; wait for it, or share out the epochs") from None
+            raise RunError(f"{FLAG}: another run is adding to {path}; wait for it, or split the epochs") from None
         except OSError as error:
             raise RunError(f"{FLAG}: {path} cannot be written ({error.strerror}); what is there is intact") from None
         rows = self._load(path, self.rank, "r+")
@@ -380,12 +358,12 @@ class TeacherCache:
 
 
 class CachedTeacher:
-    """What a teacher said, and where it has not spoken yet, what it says now, which is added to the store.
+    """Cached predictions; missing ones are computed by the live teacher and added.
 
     Args:
-        cache: the store.
-        epoch: tells whose epoch's views the batches are.
-        live: the teacher, or None if the store has to do without.
+        cache: the files.
+        epoch: returns the epoch whose views the batches are.
+        live: the teacher, or None if all predictions are there.
     """
 
     def __init__(
@@ -394,19 +372,21 @@ class CachedTeacher:
         self.cache, self.epoch, self.live = cache, epoch, live
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, C] with the arg-max, or the probabilities, of the teacher's.
+        """Logits [B, C] with the arg-max (hard) or the probabilities (soft) of the teacher.
 
         Raises:
-            RunError: if an answer is missing and there is no teacher, or it says NaN, or a file is damaged.
+            RunError: if a prediction is missing and there is no teacher, or it is NaN, or a file is damaged.
         """
         self.cache.open(self.epoch())
         positions, codec = batch.positions.numpy(), self.cache.codec
         rows = self.cache.read(positions)
         if codec.missing(rows).any():
             if self.live is None:
-                raise RunError(f"{FLAG}: answers of epoch {self.epoch()} are missing; add --precompute-teacher first")
+                raise RunError(
+                    f"{FLAG}: predictions of epoch {self.epoch()} are missing; add --precompute-teacher first"
+                )
             logits = self.live(batch)
-            if logits.isnan().any():  # which the store would keep as an answer, or as a gap
+            if logits.isnan().any():  # in a file it would look like a missing prediction
                 raise RunError(f"the teacher's logits in epoch {self.epoch()} are not numbers; try --amp off")
             rows = codec.encode(logits)
             self.cache.write(positions, rows)
@@ -432,10 +412,7 @@ def build_cached_teacher(
     student_normalization: Normalization,
     world: World,
 ) -> CachedTeacher:
-    """The cached predictions; the model itself only if predictions are missing.
-
-    Args:
-        epochs: those whose predictions are needed.
+    """The cached predictions of these epochs; the model itself only if predictions are missing.
 
     Raises:
         UserError: if the disk is too small, or predictions are missing and there is no teacher.
@@ -473,26 +450,26 @@ def fingerprint(
 
     Args:
         flags: those that shape them, by name.
-        label_checksum: of the training labels in order.
         teacher_hash: of the teacher's file, "timm" for timm's weights.
-        precision: autocast type.
     """
+    flags = dict(flags)
+    topk, batch_size = flags.pop("teacher_cache_topk"), flags.pop("batch_size")
     mixes = bool(flags["mixup"] or flags["cutmix"] or flags["cutmix_minmax"])
-    own = {"batch_size": flags["batch_size"], "processes": world.size}  # what is mixed with what
-    return {name: value for name, value in flags.items() if name not in ("batch_size", "teacher_cache_topk")} | {
+    return flags | {
         "views": views.num_positions,
         "labels": label_checksum,
         "normalization": student_normalization,
-        **{name: value if mixes else 0 for name, value in own.items()},
+        "batch_size": batch_size if mixes else 0,  # this and the next decide what is mixed with what
+        "processes": world.size if mixes else 0,
         "teacher_weights": teacher_hash,
         "precision": str(precision),
         "augmentation": views.augmentation,
-        "topk": None if flags["distillation_type"] == "hard" else flags["teacher_cache_topk"],
+        "topk": None if flags["distillation_type"] == "hard" else topk,
     }
 
 
 def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Make sure that the store is of this very stream of views and this teacher; a new store takes the fingerprint.
+    """Make sure that a cache belongs to these views and this teacher; a new cache stores the fingerprint.
 
     A value of None is not known, and not compared.
 
@@ -509,8 +486,7 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     if stored is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".new").write_text(json.dumps(fingerprint, indent=1) + "\n")
-            path.with_suffix(".new").replace(path)
+            write_whole(path, (json.dumps(fingerprint, indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"{FLAG} {folder}: cannot be written ({error.strerror}); name another folder") from None
         return

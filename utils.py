@@ -25,7 +25,7 @@ logger = logging.getLogger("deit")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that names the flag or file and the mend; exit status 2."""
+    """A mistake of the user: one line that names the flag or file and the remedy; exit status 2."""
 
 
 class RunError(Exception):

@@ -31,7 +31,7 @@ from engine import (
 )
 from flags import fill, parse_args
 from loaders import DeviceLoader, EpochLoader, collate
-from losses import DistillationLoss, SupervisedLoss, build_base_criterion
+from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
 from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache, TeacherOptions, build_teacher
 from utils import RunError, StepLog, UserError, World
@@ -689,12 +689,12 @@ def test_no_step_waits_for_the_device(cached, tmp_path, monkeypatch):
     monkeypatch.setattr(
         nn.functional, "one_hot", lambda labels, n: labels.new_zeros(len(labels), n).scatter(1, labels[:, None], 1)
     )
-    teacher = FrozenTeacher(build_resnet(), (0.5,) * 3, (0.5,) * 3, (0.4,) * 3, (0.6,) * 3)
+    teacher = FrozenTeacher(build_resnet(), ((0.5,) * 3, (0.5,) * 3), ((0.4,) * 3, (0.6,) * 3))
     if cached:
         teacher = CachedTeacher(TeacherCache(tmp_path, Labels(10), BATCH, 0, 1), lambda: 0, teacher)
         teacher(random_batches((BATCH,))[0])
     base = build_base_criterion(False, 0.1)
-    assert waits_of_an_epoch(DistillationLoss(base, teacher, "hard")) == []
+    assert waits_of_an_epoch(DistillationLoss(base, teacher, LossOptions(distillation_type="hard"))) == []
 
 
 @pytest.mark.parametrize("look", [torch.Tensor.item, bool, lambda loss: loss.isfinite().nonzero(), lambda x: x[x > 0]])
@@ -760,7 +760,7 @@ def test_the_teacher_is_compiled_with_the_model(flags, tmp_path, monkeypatch):
     student, teacher = models.normalization(build_deit()), models.normalization(build_resnet())
     compiled = build_teacher(fill(TeacherOptions, args), 10, student, CPU)
     (batch,) = random_batches((2,))
-    torch.testing.assert_close(compiled(batch), FrozenTeacher(build_resnet(), *teacher, *student)(batch))
+    torch.testing.assert_close(compiled(batch), FrozenTeacher(build_resnet(), teacher, student)(batch))
     assert bool(calls) == args.compile
     assert not compiled.model.training and same_bits(build_resnet().state_dict(), compiled.model.state_dict())
 

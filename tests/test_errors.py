@@ -1,4 +1,4 @@
-"""What goes wrong ends in one line that names the flag or file and the mend: status 2 before training, 1 during it."""
+"""What goes wrong ends in one line that names flag or file and remedy: status 2 before training, 1 during it."""
 
 import errno
 import gc
@@ -151,7 +151,7 @@ def workspace(tmp_path_factory):
     return w
 
 
-# Each case: flags; the flag or file that the message must name; a word of the mend that it must offer.
+# Each case: flags; the flag or file that the message must name; a word of the remedy that it must offer.
 CASES = {
     # flags that argparse refuses
     "unknown flag": (f"{DEIT} --btach-size 4", "--btach-size", "did you mean --batch-size?"),
@@ -412,14 +412,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("flags, names, mend", CASES.values(), ids=CASES)
-def test_a_mistake_ends_with_status_2_and_one_line(flags, names, mend, workspace, capsys):
+@pytest.mark.parametrize("flags, names, remedy", CASES.values(), ids=CASES)
+def test_a_mistake_ends_with_status_2_and_one_line(flags, names, remedy, workspace, capsys):
     before = {path: path.stat().st_mtime_ns for path in (workspace / "run").iterdir()}
     assert in_process(flags, workspace) == 2
     line = the_one_line(capsys.readouterr())
     assert line.startswith(("main.py: error: ", f"{get_parser().prog}: error: "))
     assert names.replace("{w}", str(workspace)) in line
-    assert mend in line
+    assert remedy in line
     assert not (workspace / "marker").exists(), "a checkpoint's code was run"
     assert not (workspace / "output").exists(), "training was begun"
     assert before == {path: path.stat().st_mtime_ns for path in (workspace / "run").iterdir()}

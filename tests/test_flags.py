@@ -71,7 +71,7 @@ PRECOMPUTED = [*CACHED, "--precompute-teacher"]
 
 
 @pytest.mark.parametrize(
-    ("words", "mend"),
+    ("words", "remedy"),
     [
         ([*RUN, "--teacher-cache", "cache"], "add --distillation-type hard"),
         ([*HARD, "--precompute-teacher"], "add --teacher-cache FOLDER"),
@@ -82,8 +82,8 @@ PRECOMPUTED = [*CACHED, "--precompute-teacher"]
         ([*PRECOMPUTED, "--precompute-epochs", "0:2", "--augmentation-epochs", "1"], "end with :1"),
     ],
 )
-def test_flags_of_a_cached_teacher_that_do_not_fit_are_a_line(words, mend, capsys):
-    assert mend in refused(words, capsys)
+def test_flags_of_a_cached_teacher_that_do_not_fit_are_a_line(words, remedy, capsys):
+    assert remedy in refused(words, capsys)
 
 
 HEAD = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--train-scope", "head", "--cache-features"]
@@ -92,7 +92,7 @@ ONE_VIEW += ["--drop-path", "0", "--no-repeated-aug"]
 
 
 @pytest.mark.parametrize(
-    ("words", "mend"),
+    ("words", "remedy"),
     [
         (ONE_VIEW[:-1], "add --no-repeated-aug"),
         (ONE_VIEW[2:], "add --aa none"),
@@ -100,8 +100,8 @@ ONE_VIEW += ["--drop-path", "0", "--no-repeated-aug"]
         ([*ONE_VIEW, "--cutmix-minmax", "0.1", "0.2"], "no --cutmix-minmax"),
     ],
 )
-def test_flags_of_cached_features_that_do_not_fit_are_a_line(words, mend, capsys):
-    assert mend in refused([*HEAD, *words, "--output-dir", ""], capsys)
+def test_flags_of_cached_features_that_do_not_fit_are_a_line(words, remedy, capsys):
+    assert remedy in refused([*HEAD, *words, "--output-dir", ""], capsys)
 
 
 def test_one_view_flags_satisfy_the_check():

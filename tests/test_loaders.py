@@ -1,5 +1,6 @@
 """Loaders on tiny data sets: views on the host and on the device, streams, whole updates, Mixup."""
 
+import contextlib
 import os
 import traceback
 
@@ -23,7 +24,6 @@ from loaders import (
     build_train_loader,
     build_val_loader,
     can_pad,
-    closing_workers,
     padded_size,
 )
 from samplers import Batch, KeyedSampler, seed_generators, signed
@@ -389,7 +389,7 @@ def process_number(_image):
 def test_closing_ends_the_workers(images):
     loader = train_loader(images, process_number, batch_size=4, num_workers=1)
     loader.set_epoch(0)
-    with closing_workers(loader):
+    with contextlib.closing(loader):
         process = int(next(iter(loader)).images[0])
         os.kill(process, 0)  # asks whether it lives
     with pytest.raises(ProcessLookupError):

@@ -12,6 +12,7 @@ from torch import nn
 from losses import (
     BinaryCrossEntropy,
     DistillationLoss,
+    LossOptions,
     SupervisedLoss,
     build_base_criterion,
     hard_distillation,
@@ -213,7 +214,11 @@ def test_hard_distillation_is_cross_entropy_against_the_teacher_s_decision(logit
 def test_distillation_weights_its_two_losses(logits, teacher_logits, kind, alpha):
     class_logits = logits.flip(0)
     base, batch = build_base_criterion(False, 0.1), batch_of(torch.arange(6) % 5)
-    criterion = DistillationLoss(base, lambda _: teacher_logits, kind, alpha=alpha, tau=3.0)
+    criterion = DistillationLoss(
+        base,
+        lambda _: teacher_logits,
+        LossOptions(distillation_type=kind, distillation_alpha=alpha, distillation_tau=3.0),
+    )
     loss, terms = criterion((class_logits, logits), batch)
     base_loss = base(class_logits, batch.targets)
     distilled = (
@@ -228,7 +233,11 @@ def test_distillation_weights_its_two_losses(logits, teacher_logits, kind, alpha
 
 def test_each_head_learns_from_its_own_teacher(logits, teacher_logits):
     heads = [logits.clone().requires_grad_(True) for _ in range(2)]
-    criterion = DistillationLoss(build_base_criterion(False, 0), lambda _: teacher_logits, "hard", alpha=0.25)
+    criterion = DistillationLoss(
+        build_base_criterion(False, 0),
+        lambda _: teacher_logits,
+        LossOptions(distillation_type="hard", distillation_alpha=0.25),
+    )
     batch = batch_of(torch.arange(6) % 5)
     criterion(tuple(heads), batch)[0].backward()
     probabilities = logits.softmax(1)
@@ -242,7 +251,9 @@ def test_the_logged_terms_are_detached_scalars_of_accuracy_and_agreement():
     said, labels, heard = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 3])
     teacher_logits, student = (nn.functional.one_hot(rows, 4).float() for rows in (said, heard))
     student.requires_grad_(True)
-    criterion = DistillationLoss(build_base_criterion(False, 0), lambda _: teacher_logits, "hard")
+    criterion = DistillationLoss(
+        build_base_criterion(False, 0), lambda _: teacher_logits, LossOptions(distillation_type="hard")
+    )
     _, terms = criterion((student, student), batch_of(labels))
     assert set(terms) == {"loss_base", "loss_distillation", "teacher_acc1", "teacher_agreement"}
     assert all(term.ndim == 0 and not term.requires_grad for term in terms.values())
@@ -252,7 +263,9 @@ def test_the_logged_terms_are_detached_scalars_of_accuracy_and_agreement():
 def test_with_mixup_the_teacher_is_judged_by_the_larger_share():
     teacher_logits = nn.functional.one_hot(torch.tensor([0, 1]), 3).float()
     mixed = torch.tensor([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0]])
-    criterion = DistillationLoss(build_base_criterion(False, 0), lambda _: teacher_logits, "soft")
+    criterion = DistillationLoss(
+        build_base_criterion(False, 0), lambda _: teacher_logits, LossOptions(distillation_type="soft")
+    )
     _, terms = criterion((teacher_logits, teacher_logits), batch_of(mixed))
     assert float(terms["teacher_acc1"]) == 50
 
@@ -260,14 +273,20 @@ def test_with_mixup_the_teacher_is_judged_by_the_larger_share():
 def test_the_scale_reaches_the_soft_loss(logits, teacher_logits):
     base, batch = build_base_criterion(False, 0), batch_of(torch.arange(6) % 5)
     for scale in ("batchmean", "legacy"):
-        criterion = DistillationLoss(base, lambda _: teacher_logits, "soft", alpha=1.0, tau=2.0, scale=scale)
+        criterion = DistillationLoss(
+            base,
+            lambda _: teacher_logits,
+            LossOptions(
+                distillation_type="soft", distillation_alpha=1.0, distillation_tau=2.0, distillation_scale=scale
+            ),
+        )
         loss, _ = criterion((logits, logits), batch)
         torch.testing.assert_close(loss, soft_distillation(logits, teacher_logits, 2.0, scale))
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'soft' or 'hard'"):
-        DistillationLoss(build_base_criterion(False, 0), lambda _: None, "firm")
+        DistillationLoss(build_base_criterion(False, 0), lambda _: None, LossOptions(distillation_type="firm"))
 
 
 # -- frozen teacher ----------------------------------------------------------------------------------------------------
@@ -294,14 +313,14 @@ class Echo(nn.Module):
 
 def test_the_teacher_sees_the_image_in_its_own_normalisation():
     pixels = torch.rand(2, 3, 4, 4)
-    teacher = FrozenTeacher(Echo(), *TEACHER_NORM, *STUDENT_NORM)
+    teacher = FrozenTeacher(Echo(), TEACHER_NORM, STUDENT_NORM)
     seen = teacher(batch_of(torch.zeros(2), normalised(pixels, STUDENT_NORM)))
     torch.testing.assert_close(seen, normalised(pixels, TEACHER_NORM), atol=1e-5, rtol=1e-5)
 
 
 def test_equal_normalisations_leave_the_image_as_it_is():
     images = torch.randn(2, 3, 4, 4)
-    seen = FrozenTeacher(Echo(), *STUDENT_NORM, *STUDENT_NORM)(batch_of(torch.zeros(2), images))
+    seen = FrozenTeacher(Echo(), STUDENT_NORM, STUDENT_NORM)(batch_of(torch.zeros(2), images))
     assert torch.equal(seen, images)
 
 
@@ -314,7 +333,7 @@ def resnet():
 def test_a_real_teacher_is_asked_in_eval_mode_and_without_gradients(resnet):
     resnet.train().requires_grad_(True)
     before = {name: value.clone() for name, value in resnet.state_dict().items()}
-    teacher = FrozenTeacher(resnet, *TEACHER_NORM, *STUDENT_NORM)
+    teacher = FrozenTeacher(resnet, TEACHER_NORM, STUDENT_NORM)
     pixels = torch.rand(4, 3, 32, 32)
     images = normalised(pixels, STUDENT_NORM).requires_grad_(True)
     said = teacher(batch_of(torch.zeros(4), images))
@@ -329,7 +348,7 @@ def test_a_real_teacher_is_asked_in_eval_mode_and_without_gradients(resnet):
 
 
 def test_under_autocast_the_teacher_still_answers_in_float32(resnet):
-    teacher = FrozenTeacher(resnet, *TEACHER_NORM, *STUDENT_NORM)
+    teacher = FrozenTeacher(resnet, TEACHER_NORM, STUDENT_NORM)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert teacher(batch_of(torch.zeros(2), torch.randn(2, 3, 32, 32))).dtype == torch.float32
 
@@ -339,8 +358,10 @@ def test_only_the_student_gets_gradients_from_a_distilled_step(resnet):
         "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=3, num_classes=5
     )
     student.set_distilled_training(True)
-    teacher = FrozenTeacher(resnet, *TEACHER_NORM, *STUDENT_NORM)
-    criterion = DistillationLoss(build_base_criterion(False, 0.1), teacher, "soft", tau=3.0)
+    teacher = FrozenTeacher(resnet, TEACHER_NORM, STUDENT_NORM)
+    criterion = DistillationLoss(
+        build_base_criterion(False, 0.1), teacher, LossOptions(distillation_type="soft", distillation_tau=3.0)
+    )
     batch = batch_of(torch.tensor([0, 1, 2, 3]), torch.randn(4, 3, 32, 32))
     loss, terms = criterion(student.train()(batch.images), batch)
     loss.backward()

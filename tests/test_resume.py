@@ -29,7 +29,7 @@ from tools import chaos
 # Mixup, dropout, stochastic depth, average: 22 updates in an epoch
 FLAGS = [*tiny.TINY, "--epochs", "3", "--drop", "0.1", "--model-ema-decay", "0.9", "--amp", "off"]
 UPDATES = 22
-WARNING = "the run goes on, but not to the bit as it would have: "
+WARNING = "the run continues but is no longer bitwise identical: "
 
 
 def run(folder, *flags, status=None):
@@ -44,7 +44,7 @@ def run(folder, *flags, status=None):
 
 @contextlib.contextmanager
 def at_update(number, do):
-    """Call `do(state)` in the step that makes this update, while the run goes on (if it does)."""
+    """Call `do(state)` in the step that makes this update, while the run continues (if it does)."""
     step = engine.TrainState.step
 
     def watched(state, loss):
@@ -171,7 +171,7 @@ def test_a_signal_ends_the_step_saves_and_says_so(name, workers, whole, tmp_path
     saved = checkpoint(tmp_path)
     assert (saved["epoch"], saved["step"], saved["progress"]["images"]) == (1, UPDATES + 6, 6 * 64)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"main.py: stopped by {name}; epoch 1, step 6 is kept; go on with --resume auto"
+    assert last == f"main.py: stopped by {name}; epoch 1, step 6 is saved; resume with --resume auto"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before the run
     run(tmp_path, "--num-workers", workers, "--resume", "auto")
     assert chaos.compare(whole, tmp_path) == []
@@ -208,16 +208,16 @@ def test_an_evaluation_that_is_cut_short_is_made_again(whole, tmp_path, monkeypa
 def test_without_an_output_folder_a_signal_ends_the_run_all_the_same(capsys):
     with at_update(3, send(signal.SIGUSR1)):
         run("", status=75)
-    assert "stopped by SIGUSR1; nothing is kept without --output-dir" in capsys.readouterr().err
+    assert "stopped by SIGUSR1; nothing is saved without --output-dir" in capsys.readouterr().err
 
 
 @pytest.mark.process
 def test_a_second_sigint_ends_at_once():
     code = "import os, signal, utils\nwith utils.StopSignals() as stop:\n    os.kill(os.getpid(), signal.SIGINT)\n"
     code += "    assert stop.received == signal.SIGINT\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-    code += "    print('goes on', flush=True)\n"
+    code += "    print('continues', flush=True)\n"
     code += "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('too long')"
-    assert tiny.run("-c", code, status=130) == "goes on\n"
+    assert tiny.run("-c", code, status=130) == "continues\n"
 
 
 def stop_two_ranks(flags, folder, send):
@@ -239,7 +239,7 @@ def stop_two_ranks(flags, folder, send):
 
 @pytest.mark.process
 def test_a_signal_stops_both_ranks_at_the_same_step(tmp_path, capsys):
-    """Two ranks go on to the bits of the run that nobody stops, one process to nearly its losses."""
+    """Two resumed ranks are bitwise identical to a run that nobody stops; one process comes near its losses."""
     # with batch statistics, of which each rank has its own
     flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--warmup-epochs", "0"]
     flags += ["--epochs", "3", "--num-workers", "1", "--batch-size", "16", "--model-ema-decay", "0.9"]
@@ -374,7 +374,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, resume,
     run(stopped, "--resume", latest if resume == "file" else "auto")
     error = capsys.readouterr().err
     if damage != "missing":
-        assert f"{latest} is damaged; going on with {stopped / 'checkpoint_previous.pth'}" in error
+        assert f"{latest} is damaged; resuming from {stopped / 'checkpoint_previous.pth'}" in error
         assert (stopped / "checkpoint.damaged").exists()
     assert chaos.compare(whole, stopped) == []
 

@@ -16,7 +16,6 @@ from augment import ViewOptions
 from datasets import build_eval_transform
 from engine import select_amp
 from flags import parse_args
-from loaders import LoaderOptions
 from losses import soft_distillation
 from samplers import Batch
 from teachers import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint
@@ -181,7 +180,7 @@ def test_the_teacher_is_asked_once_about_each_view(tmp_path, codec):
     first = answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, live))
     again = answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, None))
     assert asked == list(range(12)) and torch.equal(first, again)
-    with pytest.raises(RunError, match="answers of epoch 6 are missing"):
+    with pytest.raises(RunError, match="predictions of epoch 6 are missing"):
         answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 6, None))
 
 
@@ -446,7 +445,7 @@ def test_features_are_what_the_head_is_given(teacher):
     args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
     run = main.build_run(args, World.alone(CPU))
     model, source = run.model, run.train
-    cached, head = main.cache_features(run, LoaderOptions(num_workers=0))
+    cached, head = main.cache_features(run)
     assert head is model.get_classifier() and len(cached) == len(source)
     seen = []
     head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
@@ -462,7 +461,7 @@ def test_features_are_what_the_head_is_given(teacher):
 def test_features_reach_the_head_as_they_are(teacher):
     args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
     run = main.build_run(args, World.alone(CPU))
-    cached, _ = main.cache_features(run, LoaderOptions(num_workers=0))
+    cached, _ = main.cache_features(run)
     loader, head = main.training_batches(run)
     assert head is run.model.get_classifier()
     loader.set_epoch(0)

@@ -449,9 +449,9 @@ def test_only_rank_0_talks(monkeypatch, capsys):
 def test_the_last_line_is_the_message_without_the_worker_s_traceback():
     worker_says = (
         "Caught RunError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "worker.py", line 1, in fetch\nutils.RunError: cannot read image a.jpg; mend or remove it\n'
+        '  File "worker.py", line 1, in fetch\nutils.RunError: cannot read image a.jpg; fix or remove it\n'
     )
-    assert last_line(RunError(worker_says)) == "cannot read image a.jpg; mend or remove it"
+    assert last_line(RunError(worker_says)) == "cannot read image a.jpg; fix or remove it"
     assert last_line(RunError("the loss is not finite")) == "the loss is not finite"
 
 

@@ -14,6 +14,7 @@ claim a ratio within the run. The file of results is written anew after each sec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -82,7 +83,7 @@ def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[st
     for stored, size in ((32, args.input_size), (32, 32), (256, args.input_size)):
         fresh(args)
         ours, theirs = _readers(args, device, stored, size, workers)
-        with loaders.closing_workers(ours, theirs):
+        with contextlib.closing(ours), contextlib.closing(theirs):
             row = compare(_reading(ours), _reading(theirs), args.rounds, device, "timm")
         rows.append({"name": f"{stored} px to {size} px", "against": against} | row)
     torch.set_num_threads(threads)

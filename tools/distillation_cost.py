@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import engine
-from losses import DistillationLoss, SupervisedLoss, build_base_criterion
-from models import create_model
+from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
+from models import create_model, place
 from samplers import Batch
 from teachers import CachedTeacher, FrozenTeacher, Labels, LogProbabilities, TeacherCache
 from tools.command import errors_in_a_line
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
         batches.append(Batch(images, targets, torch.arange(number * args.batch_size, (number + 1) * args.batch_size)))
     model = create_model(args.teacher, flag="--teacher", num_classes=CLASSES, input_size=(size, size))
     same = ((0.5,) * 3, (0.25,) * 3)
-    live = FrozenTeacher(model.to(device, memory_format=torch.channels_last), *same, *same)
+    live = FrozenTeacher(place(model, device), same, same)
     base = build_base_criterion(False, 0.1)
 
     def stored(codec: Labels | LogProbabilities, name: str, kind: str) -> DistillationLoss:
@@ -73,13 +73,16 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
         for batch in batches:
             teacher(batch)
         cache.close()
-        return DistillationLoss(base, teacher, kind)
+        return DistillationLoss(base, teacher, LossOptions(distillation_type=kind))
 
     ways: dict[str, tuple[str, Any]] = {
         "no teacher": (args.student, SupervisedLoss(base)),
         "stored labels (hard)": (args.distilled, stored(Labels(CLASSES), "hard", "hard")),
         "50 stored probabilities (soft)": (args.distilled, stored(LogProbabilities(CLASSES, 50), "soft", "soft")),
-        f"live {args.teacher} (hard)": (args.distilled, DistillationLoss(base, live, "hard")),
+        f"live {args.teacher} (hard)": (
+            args.distilled,
+            DistillationLoss(base, live, LossOptions(distillation_type="hard")),
+        ),
     }
     works = [
         steps(student(name, size, amp, device, args.compile), criterion, batches, args.steps)

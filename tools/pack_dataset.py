@@ -241,7 +241,7 @@ class Reader:
                 continue
             if len(self.left_out) == self.limit:
                 raise RunError(
-                    f"cannot read image {record}, and --skip-broken-images is {self.limit}; mend or remove it, or "
+                    f"cannot read image {record}, and --skip-broken-images is {self.limit}; fix or remove it, or "
                     f"leave more of them out"
                 )
             self.left_out.append(record)
