@@ -233,7 +233,7 @@ def stop_two_ranks(flags, folder, send):
     assert run.wait(120) != 0
     chaos.kill(run.living())
     output = said.read_text()
-    kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is kept", output)
+    kept = re.findall(r"rank (\d): stopped by \w+; (epoch \d+, step \d+) is saved", output)
     assert sorted(rank for rank, _ in kept) == ["0", "1"] and kept[0][1] == kept[1][1], output
 
 

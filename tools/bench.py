@@ -3,11 +3,11 @@
     augmentation  views/s of ours, in batches on the device, against timm's pipeline
     step          training steps of our loop against a loop of timm's own parts
     evit          EViT against DeiT, training and inference
-    distillation  no teacher, stored answers, a live teacher
+    distillation  no teacher, cached predictions, a live teacher
     end-to-end    runs of main.py, augmenting on the host and on the device, against a bare training step
     start         seconds from `python main.py` to the end of its first step
 
-What is compared is done in turn in this process. Every figure is a median with the smallest and the largest, every
+What is compared is interleaved in this process. Every figure is a median with the smallest and the largest, every
 claim a ratio within the run. The file of results is written anew after each section, so that what is done is kept.
 """
 

@@ -1,4 +1,4 @@
-"""What a teacher costs a training step: no teacher, stored answers, a live teacher, measured in turn in one process.
+"""What a teacher costs a training step: no teacher, cached predictions, a live teacher, interleaved in one process.
 
     python -m tools.distillation_cost --device auto --batch-size 32
 
