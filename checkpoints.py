@@ -10,9 +10,9 @@ import re
 import urllib.parse
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -102,13 +102,14 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
     return str(previous) if choice == 2 else resume
 
 
-def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
+def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
     """Read a file (or https address) of tensors, numbers and strings; nothing in it is executed.
 
     Args:
         path: a `.pth` file written by `save_checkpoint` or the original code, a `.safetensors` file, or an https
             address of one with its SHA-256: `NAME-1a2b3c4d.pth`, or `...#sha256=...`.
         flag: the flag that named it, for the error message.
+        mmap: read tensors only when they are used, without their checksums; for what else a file says.
 
     Raises:
         UserError: if there is no such file, or it is not such a file.
@@ -117,7 +118,8 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
         path = _download(path, flag)
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: no such file; check the path")
-    if zipfile.is_zipfile(path) and not is_whole(Path(path)):
+    zipped = zipfile.is_zipfile(path)  # older versions of torch wrote another format
+    if zipped and not mmap and not is_whole(Path(path)):
         raise UserError(f"{flag} {path}: is damaged (wrong checksum); give another, such as {PREVIOUS}")
     try:
         if path.endswith(".safetensors"):
@@ -126,7 +128,7 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
             return {"model": load_file(path)}
         # The original code put its flags into its checkpoints: a bag of values, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except Exception as error:
         raise UserError(
             f"{flag} {path}: not a readable checkpoint (truncated, another format, or it holds code, which is never "
@@ -168,7 +170,76 @@ def _download(address: str, flag: str) -> str:
     return str(path)
 
 
-# -- comparing two runs ------------------------------------------------------------------------------------------------
+# -- what a file says of its run, and comparing two runs ---------------------------------------------------------------
+
+
+def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of the run that wrote a checkpoint, ours or the original implementation's; {} if it does not say."""
+    args = checkpoint.get("args") or {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return dict(args) if isinstance(args, Mapping) else {}
+
+
+def class_names_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that a checkpoint's model tells apart, by index; () if it does not say."""
+    return tuple(map(str, checkpoint.get("class_names") or ()))
+
+
+class Classes(Protocol):
+    """What a class index means in some data, as far as they say it."""
+
+    class_names: tuple[str, ...]  # by index; () if they are not known
+    class_samples: tuple[int, ...]  # checksum of an image of each class, by index; () if they are not known
+
+
+def compare_classes(
+    checkpoint: Mapping[str, Any], parts: Mapping[str, Classes], what: str, allow_mismatch: bool = False
+) -> None:
+    """Make sure that each class index means the same in a file and in the data.
+
+    What is not known is not compared, nor are different numbers of classes: those are another error.
+
+    Args:
+        checkpoint: with `class_names` and, for each part of the data that it is of, `class_samples`.
+        parts: the data, by the name of the part.
+        what: flag and file, for the error message.
+        allow_mismatch: warn only.
+
+    Raises:
+        UserError: naming the first class that differs.
+    """
+    expected, samples = class_names_of(checkpoint), checkpoint.get("class_samples") or {}
+    for part, data in parts.items():
+        found = _renamed(data.class_names, expected)
+        found = found or _exchanged(data, tuple(samples.get(part) or ()), part)
+        if found and not allow_mismatch:
+            raise UserError(f"{what}: {found}; use the data it was trained on, or add --allow-class-mismatch")
+        if found:
+            logger.warning("%s: %s", what, found)
+
+
+def _renamed(names: Sequence[str], expected: Sequence[str]) -> str:
+    """The first class whose name differs, in words, or ''."""
+    if len(names) != len(expected):
+        return ""
+    differing = [index for index, (ours, theirs) in enumerate(zip(names, expected, strict=True)) if ours != theirs]
+    if not differing:
+        return ""
+    first = differing[0]
+    order = ", the same names in another order" if sorted(names) == sorted(expected) else ""
+    count = f"{len(differing)} of {len(names)} classes differ{order}"
+    return f"class {first} is {expected[first]!r} there and {names[first]!r} in the data ({count})"
+
+
+def _exchanged(data: Classes, expected: Sequence[int], part: str) -> str:
+    """A class that has the images that another one had when the file was written, in words, or ''."""
+    if len(data.class_samples) != len(expected):
+        return ""
+    for index, sample in enumerate(data.class_samples):
+        if sample != expected[index] and expected.count(sample) == 1:
+            names = data.class_names[index], data.class_names[expected.index(sample)]
+            return f"class {names[0]!r} of {part}/ has the images that {names[1]!r} had when the file was written"
+    return ""
 
 
 def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]], flags: Collection[str]) -> list[str]:
@@ -179,9 +250,7 @@ def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]
         about: the same of this run; None is not known, and not compared.
         flags: names of those to compare.
     """
-    saved = checkpoint.get("args") or {}
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    then = _as_json({"args": saved, "run": checkpoint.get("run") or {}})
+    then = _as_json({"args": flags_of(checkpoint), "run": checkpoint.get("run") or {}})
     now = _as_json({"args": about["args"], "run": about["run"]})
     pairs = [
         (f"--{name.replace('_', '-')}", value, now["args"][name])

@@ -108,6 +108,8 @@ class Source:
         targets: class index of each sample of `images`.
         num_classes: number of classes.
         order: which samples of `images` belong to this source.
+        class_names: name of each class, or () if the data do not say.
+        class_samples: CRC-32 of the first image file of each class, or (): it shows classes that exchanged their names.
         broken: takes note of images that cannot be read, in whose place the next ones come; or None.
     """
 
@@ -116,6 +118,8 @@ class Source:
     num_classes: int
     order: np.ndarray  # [n] int64
     broken: BrokenImages | None = None
+    class_names: tuple[str, ...] = ()
+    class_samples: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.order)
@@ -149,9 +153,13 @@ class Source:
         return self.images.file_names(self.order) if hasattr(self.images, "file_names") else b""
 
 
-def _source(images: Images, targets: Sequence[int], num_classes: int) -> Source:
+def _source(
+    images: Images, targets: Sequence[int], class_names: Sequence[str], num_classes: int | None = None
+) -> Source:
+    """All of `images`; `num_classes` if the classes have no names."""
     targets = np.asarray(targets, dtype=np.int64)
-    return Source(images, targets, num_classes, np.arange(len(targets)))
+    names = tuple(map(str, class_names))
+    return Source(images, targets, len(names) or num_classes, np.arange(len(targets)), class_names=names)
 
 
 class PathImages:
@@ -213,6 +221,19 @@ class DatasetImages:
         return f"number {index} of {self.name}"
 
 
+def with_classes(source: Source | StreamingImages, class_names: Sequence[str]) -> Source | StreamingImages:
+    """The same images with the indices that their classes have among `class_names`, which name them all.
+
+    Raises:
+        UserError: if it is a stream.
+    """
+    if isinstance(source, StreamingImages):
+        raise UserError("--eval: a stream of some of the checkpoint's classes is not supported; pack it first")
+    index = np.array([class_names.index(name) for name in source.class_names])
+    names = tuple(class_names)
+    return replace(source, targets=index[source.targets], num_classes=len(names), class_names=names, class_samples=())
+
+
 def take_fraction(source: Source | StreamingImages, fraction: float) -> Source | StreamingImages:
     """A fixed, class-balanced part: of each class the nearest whole number to fraction · n, and at least one.
 
@@ -247,9 +268,9 @@ def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         samples = itertools.chain.from_iterable(pool.map(read, blocks))
         arrays, targets = zip(*samples, strict=True)
-    return replace(
-        _source(MemoryImages(arrays, source.file_names()), targets, source.num_classes), broken=source.broken
-    )
+    targets = np.asarray(targets, dtype=np.int64)
+    images, order = MemoryImages(arrays, source.file_names()), np.arange(len(targets))
+    return replace(source, images=images, targets=targets, order=order)
 
 
 def _decoded(source: Source, place: int) -> tuple[np.ndarray, int]:
@@ -343,7 +364,7 @@ def _digits() -> tuple[Source, Source]:
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)
     grey = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # ink 0 to 16
-    source = _source(MemoryImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, 10)
+    source = _source(MemoryImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, range(10))
     number_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
         number_in_class[labels == label] = np.arange((labels == label).sum())
@@ -372,7 +393,8 @@ def _folder_tree(root: Path, held_out: Path) -> tuple[Source, Source]:
                 f"--data-path {root}: no images in {folder.name}/ for class {empty}; fill or remove the folder"
             ) from None
         paths, targets = zip(*samples, strict=True)
-        sources.append(_source(PathImages(paths), targets, len(names)))
+        source = _source(PathImages(paths), targets, names)
+        sources.append(replace(source, class_samples=_class_samples(source)))
     odd = classes["train"] ^ classes[held_out.name]
     if odd:
         raise UserError(
@@ -380,6 +402,20 @@ def _folder_tree(root: Path, held_out: Path) -> tuple[Source, Source]:
             f"need the same classes"
         )
     return sources[0], sources[1]
+
+
+def _class_samples(source: Source) -> tuple[int, ...]:
+    """CRC-32 of the first image file of each class; -1 for a class that has none or one that cannot be read."""
+
+    def checksum(label: int) -> int:
+        found = np.flatnonzero(source.targets == label)[:1]
+        try:
+            return zlib.crc32(Path(source.images.describe(found[0])).read_bytes()) if len(found) else -1
+        except OSError:
+            return -1
+
+    with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
+        return tuple(pool.map(checksum, range(source.num_classes)))
 
 
 def _fetch(name: str, root: Path, make: Callable[[], Any]) -> Any:
@@ -406,7 +442,7 @@ def _cifar(root: Path, name: str, local_rank: int) -> tuple[Source, Source]:
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
     with main_process_first(local_rank):
         parts = [_fetch(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
-    train, val = (_source(MemoryImages(part.data), part.targets, len(part.classes)) for part in parts)
+    train, val = (_source(MemoryImages(part.data), part.targets, part.classes) for part in parts)
     return train, val
 
 
@@ -419,7 +455,11 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
             for split in ("train", "val", "test")
         )
     paths, labels = train._image_files + val._image_files, train._labels + val._labels
-    return _source(PathImages(paths), labels, 102), _source(PathImages(test._image_files), test._labels, 102)
+    names = getattr(train, "classes", ())  # torchvision has them since 0.22
+    return (
+        _source(PathImages(paths), labels, names, 102),
+        _source(PathImages(test._image_files), test._labels, names, 102),
+    )
 
 
 def _cars(root: Path) -> tuple[Source, Source]:
@@ -434,14 +474,17 @@ def _cars(root: Path) -> tuple[Source, Source]:
                 f"cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
             ) from None
         paths, labels = zip(*part._samples, strict=True)
-        parts.append(_source(PathImages(paths), labels, len(part.classes)))
+        parts.append(_source(PathImages(paths), labels, part.classes))
     return parts[0], parts[1]
 
 
 def _packed(root: Path) -> tuple[Source, Source]:
     """What `tools/pack_dataset.py` has written."""
     train, val = (PackImages(root, split) for split in SPLITS)
-    return _source(train, train.targets, train.num_classes), _source(val, val.targets, val.num_classes)
+    return (
+        _source(train, train.targets, train.class_names, train.num_classes),
+        _source(val, val.targets, val.class_names, val.num_classes),
+    )
 
 
 def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
@@ -450,8 +493,8 @@ def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
     try:
         has_taxonomy = (root / "categories.json").exists()
         categories = _read_json(root, "categories.json") if has_taxonomy else train["categories"]
-        class_of = _classes_of_categories(root, categories, category)
-        return _annotated(root, train, class_of), _annotated(root, val, class_of)
+        class_of, names = _classes_of_categories(root, categories, category)
+        return _annotated(root, train, class_of, names), _annotated(root, val, class_of, names)
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"--data-path {root}: its annotation files do not belong together or are damaged ({error!r}); fetch them "
@@ -468,8 +511,10 @@ def _read_json(root: Path, name: str) -> Any:
         raise UserError(f"--data-path {root}: {name} is not valid JSON; fetch it again") from None
 
 
-def _classes_of_categories(root: Path, categories: list[dict[str, Any]], level: str) -> dict[int, int]:
-    """Category id -> class: classes are numbered as they first appear by ascending id, so `name` gives the ids."""
+def _classes_of_categories(
+    root: Path, categories: list[dict[str, Any]], level: str
+) -> tuple[dict[int, int], Sequence[str]]:
+    """Category id -> class, and the classes' names: numbered as they first appear by ascending id."""
     if any(level not in entry for entry in categories):
         known = ", ".join(name for name in INAT_CATEGORIES if name in categories[0])
         raise UserError(
@@ -477,17 +522,18 @@ def _classes_of_categories(root: Path, categories: list[dict[str, Any]], level: 
         )
     named = {entry.get("id", number): entry[level] for number, entry in enumerate(categories)}
     class_index: dict[str, int] = {}
-    return {number: class_index.setdefault(named[number], len(class_index)) for number in sorted(named)}
+    class_of = {number: class_index.setdefault(named[number], len(class_index)) for number in sorted(named)}
+    return class_of, list(class_index)
 
 
-def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int]) -> Source:
+def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int], class_names: Sequence[str]) -> Source:
     """One part of iNaturalist from its annotations."""
     file_of = {image["id"]: root / image["file_name"] for image in part["images"]}
     paths = [file_of[note["image_id"]] for note in part["annotations"]]
     if not paths:
         raise LookupError("no annotations")
     labels = [class_of[note["category_id"]] for note in part["annotations"]]
-    return _source(PathImages(paths), labels, max(class_of.values()) + 1)
+    return _source(PathImages(paths), labels, class_names)
 
 
 def _timm_sources(options: DataOptions, local_rank: int) -> TrainAndVal:
@@ -534,16 +580,17 @@ def _hugging_face_importable() -> Iterator[None]:
 
 
 def _class_names(dataset: Any) -> list[str]:
-    reader = getattr(dataset, "reader", None)
-    return list(getattr(reader, "class_to_idx", None) or getattr(dataset, "classes", None) or ())
+    """The classes in the order of their index; [] if the data set does not name them."""
+    index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    return sorted(index, key=index.get) if index else list(getattr(dataset, "classes", None) or ())
 
 
 def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None) -> Source | StreamingImages:
-    reader = getattr(dataset, "reader", None)
+    reader, names = getattr(dataset, "reader", None), _class_names(dataset)
     if isinstance(dataset, IterableDataset):
         if num_classes is None:
             raise UserError(f"--num-classes: {name} does not say how many classes it has; add the flag")
-        return StreamingImages(dataset, num_classes, training)
+        return StreamingImages(dataset, num_classes, training, tuple(names) if len(names) == num_classes else ())
     if hasattr(reader, "iter_targets"):
         targets = list(reader.iter_targets())
     elif reader is not None:
@@ -559,7 +606,8 @@ def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None)
             f"--data-set {name}: has labels from {targets.min()} to {targets.max()} for {num_classes} classes; check "
             f"--num-classes, --train-split and --val-split"
         )
-    return _source(DatasetImages(reader if reader is not None else dataset, name), targets, num_classes)
+    images = DatasetImages(reader if reader is not None else dataset, name)
+    return _source(images, targets, names if len(names) == num_classes else (), num_classes)
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
@@ -572,8 +620,10 @@ class StreamingImages(IterableDataset):
     evaluation every rank reads the whole stream and keeps its share: exact, at the cost of decoding it all.
     """
 
-    def __init__(self, dataset: Any, num_classes: int, training: bool) -> None:
+    def __init__(self, dataset: Any, num_classes: int, training: bool, class_names: tuple[str, ...] = ()) -> None:
         self.dataset, self.num_classes, self.training = dataset, num_classes, training
+        self.class_names = class_names  # or () if the stream does not name them
+        self.class_samples: tuple[int, ...] = ()
         self.transform: HostView | None = None
         self.seed, self.rank, self.world_size = 0, 0, 1
         self.epoch = SharedCount(0)  # persistent loader processes must see it change

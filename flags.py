@@ -7,13 +7,15 @@ import dataclasses
 import difflib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from timm.utils import ParseKwargs
 
 import datasets
+import models
 import models_evit
+from checkpoints import flags_of, read_checkpoint
 from utils import UserError
 
 
@@ -98,7 +100,9 @@ def _names(text: str) -> tuple[str, ...]:
 # What each flag shapes. A flag may stand in several rows; tests/test_flags.py checks that each stands in at least one.
 SHAPES = {
     # the function that a checkpoint's weights compute
-    "model": _names("model input_size patch_size model_kwargs base_keep_rate drop_loc fuse_token"),
+    "model": _names("model patch_size model_kwargs drop_loc fuse_token"),
+    # likewise, but may be changed on purpose when it is evaluated
+    "adjustable": _names("input_size base_keep_rate"),
     # which tokens an EViT drops, and when
     "tokens": _names("base_keep_rate drop_loc fuse_token shrink_start_epoch shrink_epochs"),
     # the images and classes that a checkpoint is evaluated on
@@ -123,12 +127,13 @@ SHAPES = {
     "nothing": _names("""
         output_dir overwrite resume finetune pretrained eval eval_interval log_interval num_workers pin_mem
         device amp augment checkpoint_minutes data_path ram_cache teacher_cache teacher_path
-        teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs
+        teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs allow_class_mismatch
     """),
     # accepted so that original command lines work, without effect
     "original": _names("dist_eval distributed world_size dist_url patience_epochs"),
 }
 FREE_ON_RESUME = {*SHAPES["nothing"], *SHAPES["original"]}
+TRAINED = (*SHAPES["model"], *SHAPES["adjustable"], *SHAPES["evaluation"])  # what an evaluation takes from a checkpoint
 # With these, every training image has one view, that of the evaluation, and one forward pass.
 ONE_VIEW = {
     "aa": "none",
@@ -142,6 +147,9 @@ ONE_VIEW = {
     "drop": 0,
     "drop_path": 0,
 }
+
+# Arguments of timm's models that fetch or read files.
+_FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 _COUNT, _NATURAL = in_range(int, 1), in_range(int, 0)
 _RATE, _SHARE, _NON_NEGATIVE = in_range(float, 0, 1), in_range(float, 0, 1, open_low=True), in_range(float, 0)
@@ -246,6 +254,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help=cache)
     broken = "replace up to N unreadable training images with the image that follows"
     add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help=broken)
+    mismatch = "use a checkpoint, teacher or cache although its class names differ from those of the data"
+    add("--allow-class-mismatch", action=_SWITCH, default=False, help=mismatch)
     crop = "side of the evaluated center crop within the resized image, above 64 px"
     add("--eval-crop-ratio", type=_SHARE, default=0.875, help=crop)
 
@@ -376,6 +386,60 @@ def shaping(args: argparse.Namespace, *rows: str) -> dict[str, Any]:
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of a run; by default those of this process."""
     return get_parser().parse_args(words)
+
+
+def parse_command(words: Sequence[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
+    """`parse_args`; with `--eval --resume FILE`, model and data are those of FILE, unless `words` say otherwise.
+
+    Raises:
+        UserError: if the file cannot be read, or a flag contradicts it.
+    """
+    parser = parser or get_parser()
+    args = parser.parse_args(words)
+    if not args.eval or args.resume in ("", "auto"):
+        return args
+    return parse_trained(parser, words, read_checkpoint(args.resume, "--resume", mmap=True), args.resume)
+
+
+def parse_trained(
+    parser: Parser, words: Sequence[str] | None, checkpoint: Mapping[str, Any], path: str
+) -> argparse.Namespace:
+    """Flags in which model and data are those of a checkpoint, unless `words` say otherwise.
+
+    Raises:
+        UserError: if `words` contradict what the checkpoint says of its model, or it names a model to be fetched.
+    """
+    unset = object()
+    given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))))
+    given = {name: value for name, value in given.items() if value is not unset}
+    saved = {name: value for name, value in flags_of(checkpoint).items() if value is not None}
+    kept = TRAINED
+    if given.get("data_set", saved.get("data_set")) != saved.get("data_set"):  # other data: all that is said of them
+        kept = [name for name in kept if name not in SHAPES["evaluation"] or name == "eval_crop_ratio"]
+    as_words = [word for name in kept if name in saved for word in _words(name, saved[name], path)]
+    trained = parser.parse_args(as_words)
+    if "model" in saved:
+        known = {name: getattr(trained, name) for name in models.MODEL_FLAGS if name in flags_of(checkpoint)}
+        models.refuse_another_model({**vars(trained), **given}, known, f"--resume {path}")
+    return parser.parse_args([*as_words, *(sys.argv[1:] if words is None else words)])
+
+
+def _words(name: str, value: Any, path: str) -> list[str]:
+    """How a user gives a flag the value that it has in a checkpoint."""
+    if isinstance(value, bool):
+        return [spelled(name) if value else f"--no-{spelled(name)[2:]}"]
+    if isinstance(value, Mapping):
+        keys = [str(key) for key in value if not str(key).isidentifier() or key in _FETCHING]
+        if keys:
+            raise UserError(f"--resume {path}: sets {keys[0]!r} in {spelled(name)}; a checkpoint may not choose that")
+        return [spelled(name), *(f"{key}={each!r}" for key, each in value.items())] if value else []
+    if name == "model" and (":" in str(value) or "/" in str(value)):
+        raise UserError(f"--resume {path}: names a model to fetch ({value}), which a checkpoint may not choose")
+    if name == "input_size":  # one number in the original implementation's checkpoints
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        return [spelled(name), *(str(size) for size in sizes if isinstance(size, int))]
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return [f"{spelled(name)}={text}"]
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -29,9 +29,11 @@ import models
 import teachers
 import utils
 from augment import Normalization, ViewOptions
-from flags import FREE_ON_RESUME, check_flags, fill, parse_args, shaping
+from flags import FREE_ON_RESUME, TRAINED, check_flags, fill, parse_args, parse_command, shaping, spelled
 from samplers import Batch
 from utils import Preempted, RunError, UserError, World, logger
+
+Data = datasets.Source | datasets.StreamingImages
 
 
 def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
@@ -51,7 +53,7 @@ class Run:
     """What the modes of a run share.
 
     Attributes:
-        train: the training data.
+        train, val: the data.
         model: on its device, with its first weights.
         views, loading: options of the views and of the loaders.
         val_loader: the validation images.
@@ -60,7 +62,8 @@ class Run:
 
     args: argparse.Namespace
     world: World
-    train: datasets.Source | datasets.StreamingImages
+    train: Data
+    val: Data
     model: torch.nn.Module
     views: ViewOptions
     loading: loaders.LoaderOptions
@@ -89,15 +92,41 @@ class Run:
 
 
 def build_run(args: argparse.Namespace, world: World) -> Run:
-    """Read the data and build the model."""
+    """Read the data, compare their classes with those of the files that the flags name, and build the model.
+
+    Raises:
+        UserError: see `datasets.build_sources`, `compare_file` and `models.build_model`.
+    """
     train, val = datasets.build_sources(fill(datasets.DataOptions, args), world.local_rank, eval_only=args.eval)
+    for name in ("resume", "finetune", "teacher_path"):
+        if getattr(args, name):
+            val = compare_file(args, name, train, val)
     distilled = args.distillation_type != "none" and not args.distill_on_class_token
-    model = models.build_model(fill(models.ModelOptions, args), train.num_classes, distilled)
+    model = models.build_model(fill(models.ModelOptions, args), val.num_classes, distilled)
     model = models.place(model, world.device)
     views, loading = fill(ViewOptions, args), fill(loaders.LoaderOptions, args)
     val_loader = loaders.build_val_loader(val, views, models.normalization(model), loading, world)
     amp_dtype = engine.select_amp(args.amp, world.device)
-    return Run(args, world, train, model, views, loading, val_loader, amp_dtype)
+    return Run(args, world, train, val, model, views, loading, val_loader, amp_dtype)
+
+
+def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) -> Data:
+    """Compare the classes of the file that a flag names with those of the data; returns the validation data.
+
+    If they are evaluated and have only some of the file's classes, they get the file's class indices.
+
+    Raises:
+        UserError: if a class index means another class there.
+    """
+    path = getattr(args, name)
+    about, what = checkpoints.read_checkpoint(path, spelled(name), mmap=True), f"{spelled(name)} {path}"
+    names = checkpoints.class_names_of(about)
+    if args.eval and set(val.class_names) < set(names):
+        logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
+        return datasets.with_classes(val, names)
+    parts = {"val": val} if args.eval else {"train": train, "val": val}
+    checkpoints.compare_classes(about, parts, what, args.allow_class_mismatch)
+    return val
 
 
 def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
@@ -161,12 +190,12 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
         world,
     )
     with utils.main_process_first(world.local_rank):
-        teachers.check_fingerprint(Path(args.teacher_cache), fingerprint)
+        teachers.check_fingerprint(Path(args.teacher_cache), fingerprint, run.train, args.allow_class_mismatch)
     return teacher
 
 
-def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, dict[str, Any]]:
-    """What a checkpoint says of its run: the flags, and what else its bits depend on."""
+def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
+    """What a checkpoint says of its run: the flags, what else its bits depend on, and what its classes are."""
     indexed, device = isinstance(run.train, datasets.Source), run.world.device
     name = f"{device.type} ({torch.get_num_threads()})"
     return {
@@ -182,6 +211,8 @@ def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, dict[str, A
             "teacher": run.teacher_hash,
             "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow")},
         },
+        "class_names": list(run.train.class_names),
+        "class_samples": {"train": list(run.train.class_samples), "val": list(run.val.class_samples)},
     }
 
 
@@ -189,7 +220,7 @@ def resume(
     args: argparse.Namespace,
     state: engine.TrainState,
     loader: loaders.EpochLoader,
-    about: dict[str, dict[str, Any]],
+    about: dict[str, Any],
 ) -> None:
     """Resume where `--resume` was written, and say what keeps the run from being bitwise identical.
 
@@ -202,6 +233,9 @@ def resume(
     checkpoint = checkpoints.read_checkpoint(args.resume, "--resume")
     compared = vars(parse_args([])).keys() - FREE_ON_RESUME  # a job's flags are in args as well
     changes = checkpoints.changes(checkpoint, about, compared)
+    trained = checkpoints.flags_of(checkpoint)
+    if "model" in trained:
+        models.refuse_another_model(vars(args), trained, f"--resume {args.resume}")
     if checkpoint.get("progress") and loader.is_stream:
         changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
@@ -239,7 +273,8 @@ def open_output(
         if not world.is_main:
             return engine.Output(folder, about=about)
         checkpoints.remove_temporary_files(folder)
-        utils.write_whole(folder / "config.json", (json.dumps(vars(args), indent=1, default=str) + "\n").encode())
+        config = vars(args) | {"class_names": about["class_names"]}
+        utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         utils.open_log(folder, state.epoch)
         step = state.num_updates * state.accum_steps
         return engine.Output(folder, utils.TensorBoard(folder / "tensorboard", step, state.epoch), about)
@@ -255,6 +290,8 @@ def evaluate_only(run: Run) -> None:
     path, weights = run.args.resume, {"test_": None}
     if path:
         checkpoint = checkpoints.read_checkpoint(path, "--resume")
+        for change in checkpoints.changes(checkpoint, {"args": vars(run.args), "run": {}}, TRAINED):
+            logger.info("evaluated on purpose with another setting than trained: %s", change)
         weights = {"test_": models.weights_of(checkpoint, "--resume", path)}
         if checkpoint.get("model_ema"):
             weights["test_ema_"] = checkpoint["model_ema"]
@@ -336,9 +373,8 @@ def cli(argv: Sequence[str] | None = None) -> None:
 
     0 done, 1 a fault during the run, 2 a mistake in the flags or files, 75 stopped by a signal and saved.
     """
-    args = parse_args(argv)
     try:
-        main(args)
+        main(parse_command(argv))
     except Exception as error:
         rank = f"rank {os.environ.get('RANK', '')}: " if utils.is_distributed() else ""
         if isinstance(error, UserError):

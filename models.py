@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import nn
 
-import models_evit  # noqa: F401  registers its names with timm
+import models_evit
 from checkpoints import read_checkpoint
 from samplers import random_key, seed_generators
 from utils import UserError, logger, reason
@@ -316,6 +317,53 @@ def load_finetune_weights(model: nn.Module, path: str) -> LoadReport:
     model.load_state_dict(fitted, strict=False)
     logger.info("%s %s: %s", flag, path, report)
     return report
+
+
+MODEL_FLAGS = ("model", "patch_size", "model_kwargs", "drop_loc", "fuse_token")
+
+
+def refuse_another_model(flags: Mapping[str, Any], trained: Mapping[str, Any], what: str, prefix: str = "--") -> None:
+    """Make sure that a model computes the function that a checkpoint's weights were trained for.
+
+    Other settings, such as the number of heads, may fit every tensor and still compute something else. A plain model's
+    weights may become those of the EViT of its size.
+
+    Args:
+        flags: `MODEL_FLAGS`, by name.
+        trained: the same of the run that wrote the checkpoint, as far as they are known; "model" must be.
+        what: flag and file, for the error message.
+        prefix: of the flags' names, likewise.
+
+    Raises:
+        UserError: naming the first flag that differs.
+    """
+    here, there = flags["model"], trained["model"]
+    becomes_evit = here != there and models_evit.plain_name(here) == models_evit.plain_name(there)
+    compared = ("patch_size", "model_kwargs") if becomes_evit else MODEL_FLAGS
+    for name in (name for name in compared if name in trained):
+        ours, theirs = (_setting(name, each.get(name)) for each in (flags, trained))
+        shown_by_tensors = name == "patch_size" and None in (ours, theirs)
+        if ours != theirs and not shown_by_tensors:
+            flag = prefix + name.replace("_", "-")
+            raise UserError(f"{what}: was trained with {flag} {_shown(theirs)}, not {_shown(ours)}; pass the same")
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A flag's value as JSON has it, with its default, and without what matters in training only."""
+    if value is None:
+        value = {"drop_loc": models_evit.DROP_LOC, "fuse_token": True, "model_kwargs": {}}.get(name)
+    if name == "model_kwargs":
+        value = {key: each for key, each in value.items() if not ("drop" in key and key.endswith("rate"))}
+    return json.loads(json.dumps(value, default=str))
+
+
+def _shown(value: Any) -> str:
+    """A flag's value as the user would write it."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={each}" for key, each in value.items()) or "(none)"
+    if value is None:
+        return "(the model's own)"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str) -> None:

@@ -112,7 +112,12 @@ class EViTBlock(Block):
 
 def is_evit(name: str) -> bool:
     """Whether this is one of the models registered here, by its name."""
-    return name.partition(".")[0] in default_cfgs
+    return name.partition(".")[0] in PLAIN
+
+
+def plain_name(name: str) -> str:
+    """The model whose weights an EViT takes; of any other model, its own name."""
+    return PLAIN.get(name.partition(".")[0], name)
 
 
 def evit_blocks(model: nn.Module) -> list[EViTBlock]:
@@ -211,11 +216,13 @@ class KeepRate:
 # -- registered models -------------------------------------------------------------------------------------------------
 
 default_cfgs = {}
+PLAIN: dict[str, str] = {}  # registered name -> timm's name of the model without EViT blocks
 
 
 def _register(name: str, base: str) -> None:
     """Register `name` with timm as timm's `base` with EViT blocks; weights and pretrained ones are those of `base`."""
     default_cfgs[name] = copy.deepcopy(deit.default_cfgs[base])
+    PLAIN[name] = base
 
     def entry_point(
         pretrained: bool = False,

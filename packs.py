@@ -67,6 +67,7 @@ class PackImages:
         targets: class indices, int64 [N].
         shapes: height, width and 3 of each image, int64 [N, 3].
         num_classes: number of classes.
+        class_names: their names, or () if the packed data did not say.
         index: rows of `INDEX`, [N], mapped into memory.
 
     Raises:
@@ -81,7 +82,8 @@ class PackImages:
         try:
             part = about["splits"][split]
             self.kind, self.num_classes, self.shards = about["kind"], int(about["num_classes"]), part["shards"]
-            if self.kind not in KINDS:
+            self.class_names = tuple(map(str, about.get("class_names") or ()))
+            if self.kind not in KINDS or len(self.class_names) not in (0, self.num_classes):
                 raise ValueError
             self._check_lengths(flag)
             self.index = self._read_index(part["images"], part["index_crc32"], flag)

@@ -122,8 +122,8 @@ def submit(args: argparse.Namespace) -> submitit.Job:
 
 def cli(argv: list[str] | None = None) -> None:
     """Submit; wait for the end only where the job runs on this machine."""
-    args = get_parser().parse_args(argv)
     try:
+        args = flags.parse_command(argv, get_parser())
         job = submit(args)
     except UserError as error:
         print(f"run_with_submitit.py: error: {error}", file=sys.stderr)

@@ -26,7 +26,7 @@ from torch import nn
 
 import models
 from augment import Normalization
-from checkpoints import read_checkpoint
+from checkpoints import Classes, compare_classes, flags_of, read_checkpoint
 from samplers import Batch
 from utils import RunError, UserError, World, check_space, logger, write_whole
 
@@ -87,6 +87,7 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         **options.teacher_model_kwargs,
     )
     if path:
+        _check_teacher_model(flags_of(checkpoint), options)
         weights = models.weights_of(checkpoint, "--teacher-path", path)
         state_dict, report = models.fit_state_dict(weights, teacher, models.trained_size(checkpoint))
         _check_teacher_weights(state_dict, report, teacher, options)
@@ -98,6 +99,20 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         )
     models.try_out(teacher, f"--teacher-model {name}", options.input_size)
     return teacher
+
+
+def _check_teacher_model(trained: Mapping[str, Any], options: TeacherOptions) -> None:
+    """Refuse a model whose settings are not those of the run that wrote the checkpoint."""
+    if "model" not in trained:
+        return
+    also = ("patch_size", "drop_loc", "fuse_token")  # flags of their own there, keyword arguments here
+    kwargs = (trained.get("model_kwargs") or {}) | {
+        name: trained[name] for name in also if trained.get(name) is not None
+    }
+    here = {key: value for key, value in options.teacher_model_kwargs.items() if key not in ("keep_rate", "img_size")}
+    there = {"model": trained["model"], "model_kwargs": kwargs}
+    here = {"model": options.teacher_model, "model_kwargs": here}
+    models.refuse_another_model(here, there, f"--teacher-path {options.teacher_path}", "--teacher-")
 
 
 def _check_teacher_weights(
@@ -468,13 +483,19 @@ def fingerprint(
     }
 
 
-def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+def check_fingerprint(
+    folder: Path, fingerprint: Mapping[str, Any], classes: Classes, allow_mismatch: bool = False
+) -> None:
     """Make sure that a cache belongs to these views and this teacher; a new cache stores the fingerprint.
 
     A value of None is not known, and not compared.
 
+    Args:
+        classes: the data.
+        allow_mismatch: warn of class names that differ.
+
     Raises:
-        UserError: naming the fields that differ.
+        UserError: naming the fields that differ, or the first class whose name does.
     """
     path = folder / "fingerprint.json"
     try:
@@ -486,10 +507,13 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     if stored is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, (json.dumps(fingerprint, indent=1) + "\n").encode())
+            content = {**fingerprint, "class_names": list(classes.class_names)}
+            write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"{FLAG} {folder}: cannot be written ({error.strerror}); name another folder") from None
         return
+    known = {"class_names": stored.pop("class_names", ())}
+    compare_classes(known, {"train": classes}, f"{FLAG} {folder}", allow_mismatch)
     ours = json.loads(json.dumps(fingerprint))  # tuples become lists, as they did in the file
     differing = [
         f"{name} ({stored.get(name)} there, {ours.get(name)} here)"

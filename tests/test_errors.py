@@ -274,7 +274,7 @@ CASES = {
     "teacher of another model": (
         f"{DISTILLED} --distillation-type hard {TEACHER} {{w}}/run/best.pth",
         "--teacher-path {w}/run/best.pth",
-        "name its model",
+        "was trained with --teacher-model deit_tiny_patch16_224, not test_resnet",
     ),
     "teacher with other classes": (
         f"{DISTILLED} --distillation-type hard --teacher-path {{w}}/three_classes.pth --teacher-model "
@@ -337,19 +337,19 @@ CASES = {
     "resume of another model": (
         f"{CONVOLUTIONAL} --resume {{w}}/run/checkpoint.pth",
         "--resume {w}/run/checkpoint.pth",
-        "pass the model",
+        "was trained with --model",
     ),
     "resume of another width": (
         f"{DEIT} --model-kwargs embed_dim=96 depth=1 num_heads=3 --resume {{w}}/run/checkpoint.pth",
         "--resume {w}/run/checkpoint.pth",
-        "pass the model",
+        "was trained with --model",
     ),
     "resume of a malicious file": (f"{DEIT} --resume {{w}}/malicious.pth", "--resume {w}/malicious.pth", "never run"),
     "resume of a malicious pickle": (f"{DEIT} --resume {{w}}/malicious.pickle", "malicious.pickle", "never run"),
     "eval of another model": (
         f"{CONVOLUTIONAL} --eval --resume {{w}}/run/best.pth",
         "--resume {w}/run/best.pth",
-        "pass the model",
+        "was trained with --model deit_tiny_patch16_224, not test_resnet",
     ),
     "finetune of a missing file": (
         f"{DEIT} --finetune {{w}}/nowhere.pth",

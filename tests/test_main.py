@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import timm
@@ -74,7 +75,7 @@ def test_tensorboard_has_the_log_and_every_step(plain_run):
 def test_checkpoints_are_plain_and_hold_the_flags_as_json(plain_run):
     checkpoint = torch.load(plain_run / "checkpoint.pth", weights_only=True)
     expected = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "step", "best_acc1", "args"}
-    expected |= {"progress", "broken_images", "run"}
+    expected |= {"progress", "broken_images", "run", "class_names", "class_samples"}
     assert checkpoint.keys() == expected
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 44)
     assert json.loads(json.dumps(checkpoint["args"]))["model"] == "deit_tiny_patch16_224"
@@ -212,3 +213,151 @@ def test_the_best_checkpoint_is_there_even_if_nothing_was_right(tmp_path, monkey
     run(tmp_path, "--epochs", "2")
     assert torch.load(tmp_path / "best.pth", weights_only=True)["epoch"] == 1
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["best_acc1"] == 0.0
+
+
+# -- what a class index means, and settings that no tensor shape shows -------------------------------------------------
+
+NAMES = [f"n{number:04d}" for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny.write_folders(tmp_path_factory.mktemp("folders"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def named_run(folders, tmp_path_factory):
+    """Output folder of a run on twelve named class folders."""
+    folder = tmp_path_factory.mktemp("named")
+    run(folder, "--data-set", "IMNET", "--data-path", folders, "--batch-size", "16", "--model-ema-decay", "0.9")
+    return folder
+
+
+def refusal(capsys, *flags):
+    """The line of a run that ends with status 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        main.cli(list(map(str, flags)))
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def renamed(folders, target, names):
+    """The folders under other names, in `target`."""
+    for part in ("train", "val"):
+        for old, new in zip(NAMES, names, strict=True):
+            shutil.copytree(folders / part / old, target / part / new)
+    return target
+
+
+def test_class_names_are_in_checkpoint_and_config(named_run):
+    checkpoint = torch.load(named_run / "best.pth", weights_only=True)
+    assert checkpoint["class_names"] == NAMES and len(set(checkpoint["class_samples"]["train"])) == 12
+    assert json.loads((named_run / "config.json").read_text())["class_names"] == NAMES
+
+
+def test_an_evaluation_needs_only_the_checkpoint(named_run, capsys):
+    main.cli(["--eval", "--resume", str(named_run / "best.pth")])
+    (expected,) = (record["test_acc1"] for record in tiny.log_of(named_run))
+    found = re.findall(r"test_acc1 (\S+)", capsys.readouterr().err)
+    assert float(found[0]) == pytest.approx(expected, abs=0.01)
+
+
+def test_other_class_names_are_refused_or_allowed(named_run, folders, tmp_path, capsys):
+    numbered = renamed(folders, tmp_path, [str(number) for number in range(12)])
+    flags = ["--eval", "--resume", named_run / "best.pth", "--data-path", numbered]
+    assert "class 0 is 'n0000' there and '0' in the data (12 of 12 classes differ)" in refusal(capsys, *flags)
+    main.cli([*map(str, flags), "--allow-class-mismatch"])
+    output = capsys.readouterr().err
+    assert "class 0 is 'n0000' there" in output and "test_acc1" in output
+
+
+def test_classes_that_exchange_names_are_refused(named_run, folders, tmp_path, capsys):
+    swapped = renamed(folders, tmp_path / "data", [NAMES[1], NAMES[0], *NAMES[2:]])
+    line = refusal(capsys, "--eval", "--resume", named_run / "best.pth", "--data-path", swapped)
+    assert "class 'n0000' of val/ has the images that 'n0001' had" in line
+    shutil.copytree(named_run, tmp_path / "run")
+    flags = ["--data-set", "IMNET", "--data-path", swapped, "--batch-size", "16", "--epochs", "2"]
+    line = refusal(capsys, *tiny.TINY, *flags, "--output-dir", tmp_path / "run", "--resume", "auto")
+    assert "class 'n0000' of train/ has the images that 'n0001' had" in line
+
+
+@pytest.mark.parametrize("flag", ["--finetune", "--teacher-path"])
+def test_weights_for_other_classes_of_the_same_number_are_refused(flag, named_run, folders, tmp_path, capsys):
+    other = renamed(folders, tmp_path, NAMES[::-1][:11] + ["z"])
+    flags = ["--data-set", "IMNET", "--data-path", other, "--batch-size", "16", "--output-dir", ""]
+    if flag == "--teacher-path":
+        model = ["--teacher-model", "deit_tiny_distilled_patch16_224", "--teacher-model-kwargs", "patch_size=8"]
+        flags += ["--distillation-type", "hard", *model, "embed_dim=48", "depth=2", "num_heads=3"]
+    assert "class 0 is 'n0000' there and 'n0001' in the data" in refusal(
+        capsys, *tiny.TINY, *flags, flag, named_run / "best.pth"
+    )
+
+
+def test_some_of_the_classes_are_evaluated_with_their_own_indices(named_run, folders, tmp_path, capsys):
+    def accuracy(*flags):
+        main.cli(["--eval", "--resume", str(named_run / "best.pth"), *map(str, flags)])
+        output = capsys.readouterr().err
+        return float(re.findall(r"test_acc1 (\S+)", output)[0]), output
+
+    parts = {"some": NAMES[4:9], "others": NAMES[:4] + NAMES[9:]}
+    for part, names in parts.items():
+        for name in names:
+            for split in ("train", "val"):
+                shutil.copytree(folders / split / name, tmp_path / part / split / name)
+    (some, said), (others, _), (every, _) = (
+        accuracy("--data-path", tmp_path / "some"), accuracy("--data-path", tmp_path / "others"), accuracy()
+    )  # fmt: skip
+    assert "evaluating 5 of its 12 classes" in said
+    assert every > 0 and (5 * some + 7 * others) / 12 == pytest.approx(every, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--model-kwargs embed_dim=48 depth=2 num_heads=6", "--model-kwargs embed_dim=48 depth=2 num_heads=3, not"),
+        ("--model vit_tiny_patch16_224", "--model deit_tiny_distilled_patch16_224, not vit_tiny_patch16_224"),
+        ("--patch-size 16", "--patch-size 8, not 16"),
+    ],
+)
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(flags, named, named_run, capsys):
+    assert f"was trained with {named}" in refusal(capsys, "--eval", "--resume", named_run / "best.pth", *flags.split())
+
+
+def test_a_resumed_run_keeps_its_number_of_heads(named_run, folders, capsys):
+    flags = ["--data-set", "IMNET", "--data-path", folders, "--batch-size", "16", "--output-dir", named_run]
+    flags += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=6", "--resume", "auto", "--epochs", "2"]
+    assert "num_heads=3, not embed_dim=48 depth=2 num_heads=6" in refusal(capsys, *tiny.TINY, *flags)
+
+
+def test_a_teacher_has_the_settings_of_its_checkpoint(named_run, folders, capsys):
+    flags = ["--data-set", "IMNET", "--data-path", folders, "--batch-size", "16", "--output-dir", ""]
+    flags += ["--distillation-type", "hard", "--teacher-path", named_run / "best.pth"]
+    kwargs = ["--teacher-model-kwargs", "patch_size=8", "embed_dim=48", "depth=2", "num_heads=6"]
+    line = refusal(capsys, *tiny.TINY, *flags, "--teacher-model", "deit_tiny_distilled_patch16_224", *kwargs)
+    assert "was trained with --teacher-model-kwargs" in line and "num_heads=3" in line
+    line = refusal(capsys, *tiny.TINY, *flags, "--teacher-model", "vit_tiny_patch16_224")
+    assert "was trained with --teacher-model deit_tiny_distilled_patch16_224, not vit_tiny_patch16_224" in line
+
+
+def test_keep_rate_and_input_size_are_changed_on_purpose(named_run, capsys):
+    flags = ["--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "1", "--base-keep-rate", "0.5"]
+    main.cli(["--eval", "--resume", str(named_run / "best.pth"), *flags])
+    output = capsys.readouterr().err
+    assert "--base-keep-rate was None, is 0.5" in output and "test_acc1" in output
+    assert "--input-size" in refusal(capsys, "--eval", "--resume", named_run / "best.pth", "--input-size", "64")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"model": "hf-hub:someone/something"},
+        {"model": "local-dir:/tmp/x"},
+        {"model_kwargs": {"pretrained_cfg": "x"}},
+        {"model_kwargs": {"checkpoint_path": "x"}},
+        {"model_kwargs": {"@/etc/passwd": 1}},
+    ],
+)
+def test_a_checkpoint_does_not_choose_what_is_fetched(args, named_run, tmp_path, capsys):
+    checkpoint = torch.load(named_run / "best.pth", weights_only=True)
+    torch.save(checkpoint | {"args": checkpoint["args"] | args}, tmp_path / "bad.pth")
+    assert "a checkpoint may not choose" in refusal(capsys, "--eval", "--resume", tmp_path / "bad.pth")

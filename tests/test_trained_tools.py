@@ -55,10 +55,10 @@ def model_of(checkpoint):
 
 
 def test_the_checkpoint_names_model_and_data_and_flags_go_before_it(checkpoint):
-    own, run, weights = command.parse(command.get_parser("x", None), ["--resume", checkpoint])
+    own, run, weights, _ = command.parse(command.get_parser("x", None), ["--resume", checkpoint])
     assert (run.model, run.data_set, run.drop_loc) == ("evit_tiny_distilled_patch16_224", "DIGITS", [0])
     assert run.output_dir == "output" and run.resume == ""  # how it was trained is not what is asked now
-    _, run, _ = command.parse(
+    _, run, *_ = command.parse(
         command.get_parser("x", None), ["--base_keep_rate", "0.25", "--resume", checkpoint, "--data_set", "CIFAR"]
     )
     assert (run.base_keep_rate, run.data_set) == (0.25, "CIFAR")
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_the_published_code_is_read_by_its_own_flags(checkpoint,
         data_set="CIFAR", data_path="/data", lr=1e-3, patch_size=8)  # fmt: skip
     torch.save({"model": model_of(checkpoint).state_dict(), "args": published}, tmp_path / "their.pth")
     flags = ["--resume", str(tmp_path / "their.pth"), "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
-    own, run, weights = command.parse(command.get_parser("x", None), flags)
+    own, run, weights, _ = command.parse(command.get_parser("x", None), flags)
     assert run.input_size == [32] and run.drop_loc == [0] and run.fuse_token is False
     assert not evit_blocks(command.load_model(run, weights, own.resume, torch.device("cpu")))[0].fuse_token
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_the_published_code_is_read_by_its_own_flags(checkpoint,
 def test_averaged_weights_are_taken_when_asked_for(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     for flags, name in (([], "model"), (["--ema"], "model_ema")):
-        _, _, weights = command.parse(command.get_parser("x", None), ["--resume", checkpoint, *flags])
+        _, _, weights, _ = command.parse(command.get_parser("x", None), ["--resume", checkpoint, *flags])
         assert all(torch.equal(weights[key], value) for key, value in saved[name].items())
 
 
@@ -92,7 +92,8 @@ def test_checkpoints_that_do_not_say_enough_are_a_line(checkpoint, tmp_path, cap
     assert "does not name its model; add --model" in unnamed
     assert "has no averaged weights" in line_of(capsys, tradeoff, "--resume", bare, *MODEL, "--ema")
     assert "no such file" in line_of(capsys, tradeoff, "--resume", tmp_path / "gone.pth")
-    assert "holds another model" in line_of(capsys, tradeoff, "--resume", checkpoint, "--patch-size", "4")
+    contradiction = line_of(capsys, tradeoff, "--resume", checkpoint, "--patch-size", "4")
+    assert "was trained with --patch-size 8, not 4" in contradiction
     assert "did you mean --base-keep-rate" in line_of(capsys, tradeoff, "--resume", checkpoint, "--base-keep-rat=1")
 
 
@@ -237,14 +238,26 @@ def test_what_has_no_tradeoff_is_a_line(checkpoint, tmp_path, capsys):
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fuse", ["--fuse-token", "--no-fuse-token"])
+def exported_class_names(file):
+    if file.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    extra = {"class_names": ""}
+    torch.export.load(file, extra_files=extra)
+    return json.loads(extra["class_names"])
+
+
+@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_exported_files_compute_what_the_model_computes(checkpoint, tmp_path, suffix, fuse, capsys):
-    file = tmp_path / f"model{suffix}"
-    export.main(["--resume", checkpoint, "--output", str(file), fuse])
+    file, trained = tmp_path / f"model{suffix}", tmp_path / "trained.pth"
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"args": saved["args"] | {"fuse_token": fuse}}, trained)
+    export.main(["--resume", str(trained), "--output", str(file)])
     assert "logits within" in capsys.readouterr().out
+    assert exported_class_names(file) == [str(digit) for digit in range(10)]
     model = model_of(checkpoint)
-    evit_blocks(model)[0].fuse_token = fuse == "--fuse-token"
+    evit_blocks(model)[0].fuse_token = fuse
     for batch in (1, 5):
         images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
         with torch.no_grad():

@@ -10,7 +10,9 @@ import sys
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tools.chaos import kill, processes_with
 from utils import UserError
@@ -59,6 +61,20 @@ def run(*command, status=0, **changes):
 def torchrun(processes, *command, **options):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     return run(*launcher, *command, **options)
+
+
+def write_folders(root, names, per_class=12, parts=("train", "val")):
+    """PART/NAME/NUMBER.png: noise about one color for each class, so that a few updates tell them apart."""
+    for part in parts:
+        generator = np.random.default_rng(len(part))
+        for label, name in enumerate(names):
+            folder = Path(root, part, name)
+            folder.mkdir(parents=True)
+            color = np.array([label % 3, label // 3 % 3, label // 9 % 3]) * 90 + 30
+            for number in range(per_class):
+                pixels = color + generator.integers(-20, 20, (32, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return Path(root)
 
 
 def free_port():

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -16,9 +16,6 @@ import flags
 from checkpoints import read_checkpoint
 from models import ModelOptions, build_model, load_exactly, place, weights_of
 from utils import RunError, UserError
-
-# Flags in a checkpoint that say what the model is and what it was evaluated on.
-KEPT = (*flags.SHAPES["model"], *flags.SHAPES["evaluation"])
 
 
 @contextlib.contextmanager
@@ -44,10 +41,24 @@ def get_parser(tool: str, description: str | None) -> flags.Parser:
     return parser
 
 
-def parse(
-    parser: flags.Parser, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, argparse.Namespace, dict[str, torch.Tensor]]:
-    """Read the tool's own flags, the flags of the run, which stand in the checkpoint, and the checkpoint's weights.
+class Trained(NamedTuple):
+    """What a tool works on.
+
+    Attributes:
+        own: the tool's flags.
+        run: the flags of main.py; model and data are those that the checkpoint names, unless given.
+        weights: of the model, by name.
+        about: what else the checkpoint says, such as its class names.
+    """
+
+    own: argparse.Namespace
+    run: argparse.Namespace
+    weights: dict[str, torch.Tensor]
+    about: Mapping[str, Any]
+
+
+def parse(parser: flags.Parser, argv: Sequence[str] | None) -> Trained:
+    """Read the tool's own flags and the checkpoint.
 
     Raises:
         UserError
@@ -58,22 +69,12 @@ def parse(
         raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
     weights = weights_of({"model": checkpoint["model_ema"]} if own.ema else checkpoint, "--resume", own.resume)
     run_parser = flags.get_parser(prog=parser.prog)
-    run_parser.set_defaults(**{"model": None} | _flags_in(checkpoint))
-    run = run_parser.parse_args(rest)
+    run_parser.set_defaults(model=None)
+    run = flags.parse_trained(run_parser, rest, checkpoint, own.resume)
     if run.model is None:
         raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
     flags.check_flags(run)
-    return own, run, weights
-
-
-def _flags_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that describe model and data, of a checkpoint of ours or of the published code."""
-    args = checkpoint.get("args") or {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    kept = {name: args[name] for name in KEPT if args.get(name) is not None}
-    if isinstance(kept.get("input_size"), int):  # so in the original code
-        kept["input_size"] = [kept["input_size"]]
-    return kept
+    return Trained(own, run, weights, checkpoint)
 
 
 def load_model(

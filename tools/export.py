@@ -9,6 +9,7 @@ file is read back and compared with the model.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from checkpoints import class_names_of
 from tools import command
 from utils import UserError
 
@@ -29,18 +31,24 @@ def export(model: nn.Module, input_size: tuple[int, int]) -> torch.export.Export
     return torch.export.export(model.eval(), (torch.zeros(2, 3, *input_size),), dynamic_shapes=(batch,))
 
 
-def save(program: torch.export.ExportedProgram, file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def save(
+    program: torch.export.ExportedProgram, file: Path, class_names: Sequence[str] = ()
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Write the program by the file's suffix; returns what the file computes.
+
+    The class names go in as JSON: in a .pt2 as the extra file `class_names`, in an .onnx as metadata of that name.
 
     Raises:
         UserError: another suffix, or packages that are not installed.
     """
+    names = json.dumps(list(class_names))
     if file.suffix == ".pt2":
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files={"class_names": names})
         return torch.export.load(file).module()
     if file.suffix != ".onnx":
         raise UserError(f"--output {file}: name it .onnx or .pt2")
     try:
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
@@ -48,6 +56,9 @@ def save(program: torch.export.ExportedProgram, file: Path) -> Callable[[torch.T
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     torch.onnx.export(program, (), file, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,
                       external_data=False)  # fmt: skip
+    written = onnx.load(file)
+    onnx.helper.set_model_props(written, {"class_names": names})
+    onnx.save(written, file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
@@ -69,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("export", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .pt2")
     with command.errors_in_a_line("export"):
-        own, run, weights = command.parse(parser, argv)
+        own, run, weights, about = command.parse(parser, argv)
         input_size = run.input_size[0], run.input_size[-1]
         model = command.load_model(run, weights, own.resume, torch.device("cpu"))
         own.output.parent.mkdir(parents=True, exist_ok=True)
-        worst = difference(model, save(export(model, input_size), own.output), input_size)
+        exported = save(export(model, input_size), own.output, class_names_of(about))
+        worst = difference(model, exported, input_size)
         if worst > TOLERANCE:
             raise UserError(f"--output {own.output}: its logits differ by {worst:.1e} of the largest; do not use it")
         print(f"{own.output}: {own.output.stat().st_size / 2**20:.1f} MiB, logits within {worst:.1e} of the largest")

@@ -129,6 +129,7 @@ def write_pack(
     size: int,
     quality: int | None,
     num_classes: int,
+    class_names: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write a pack, over what there may be of another one; what is in its pack.json.
@@ -138,13 +139,15 @@ def write_pack(
         splits: records of "train" and "val", which are taken one at a time.
         kind, size, quality: how the records were made by `encode`.
         num_classes: number of classes.
+        class_names: their names, if they are known.
         shard_bytes: a shard is no longer than this, unless a single record is.
 
     Raises:
         RunError: if the disk takes no more.
         UserError: if a split has no images.
     """
-    about = {"version": packs.VERSION, "kind": kind, "size": size, "quality": quality, "num_classes": num_classes}
+    about = {"version": packs.VERSION, "kind": kind, "size": size, "quality": quality}
+    about |= {"num_classes": num_classes, "class_names": list(class_names)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in files_of(folder):  # pack.json first: from here on there is no pack
@@ -311,8 +314,8 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
         splits = {
             split: with_progress(reader.records(source, pool), split, len(source)) for split, source in sources.items()
         }
-        num_classes, shard_bytes = sources["train"].num_classes, int(own.shard_mib * 2**20)
-        about = write_pack(own.output, splits, **settings, num_classes=num_classes, shard_bytes=shard_bytes)
+        classes = {name: getattr(sources["train"], name) for name in ("num_classes", "class_names")}
+        about = write_pack(own.output, splits, **settings, **classes, shard_bytes=int(own.shard_mib * 2**20))
     seconds = time.perf_counter() - start
     images = sum(part["images"] for part in about["splits"].values())
     shards = [shard for part in about["splits"].values() for shard in part["shards"]]

@@ -8,7 +8,6 @@ process.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ import torch
 
 import engine
 from augment import ViewOptions
+from checkpoints import compare_classes
 from datasets import DataOptions, build_sources
-from flags import fill, in_range, keep_rates
+from flags import TRAINED, fill, in_range, keep_rates
 from loaders import LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import is_evit
@@ -29,22 +29,22 @@ from tools.timing import rates_in_turn, ratio_row, write_results
 from utils import UserError, World, available_cpus, init_distributed
 
 
-def measure(
-    own: argparse.Namespace, run: argparse.Namespace, weights: dict[str, torch.Tensor], world: World
-) -> list[dict[str, Any]]:
+def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
     """A row for each keep rate; the ratios of images/s are to the first."""
+    own, run = trained.own, trained.run
     if not is_evit(run.model):
         raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
     models = []
     for rate in own.keep_rates:
         changed = copy.copy(run)
         changed.base_keep_rate = rate
-        models.append(command.load_model(changed, weights, own.resume, world.device))
+        models.append(command.load_model(changed, trained.weights, own.resume, world.device))
         if run.compile:
             models[-1].compile()
     _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
     if val.num_classes != models[0].num_classes:
         raise UserError(f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}")
+    compare_classes(trained.about, {"val": val}, f"--resume {own.resume}", run.allow_class_mismatch)
     views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
     loader = build_val_loader(val, views, normalization(models[0]), options, world)
     stats = [engine.evaluate(model, loader, engine.autocast(model, amp)) for model in models]
@@ -104,13 +104,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=in_range(int, 1), default=5, help="counted turns of each keep rate")
     add("--output", type=Path, help="write the rows to this JSON file, and a plot beside it")
     with command.errors_in_a_line("tradeoff"):
-        own, run, weights = command.parse(parser, argv)
+        trained = command.parse(parser, argv)
+        own, run = trained.own, trained.run
         torch.set_num_threads(available_cpus())
         world = init_distributed(run.device)
-        rows = measure(own, run, weights, world)
+        rows = measure(trained, world)
         print(table(rows))
         if own.output:
-            named = [name for name in (*command.KEPT, "batch_size", "amp", "compile") if name != "data_path"]
+            named = [name for name in (*TRAINED, "batch_size", "amp", "compile") if name != "data_path"]
             settings = {name: getattr(run, name) for name in named}
             settings |= {name: getattr(own, name) for name in ("resume", "ema", "steps", "rounds")}
             write_results(own.output, world.device, settings, {"rows": rows})

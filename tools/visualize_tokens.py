@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-images", type=in_range(int, 1), default=8, help="how many validation images")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
     with command.errors_in_a_line("visualize_tokens"):
-        own, run, weights = command.parse(parser, argv)
+        own, run, weights, _ = command.parse(parser, argv)
         world = init_distributed(run.device)
         model = command.load_model(run, weights, own.resume, world.device)
         if not any(block.keep_rate < 1 for block in evit_blocks(model)):
