@@ -387,6 +387,18 @@ def test_the_tool_writes_jpegs_of_a_quality(tree, tmp_path):
     assert np.abs(np.asarray(image).astype(int) - reference).mean() < 10
 
 
+def test_a_pack_names_its_classes(tree, tmp_path):
+    pack_tool(tmp_path / "pack", data=tree)
+    assert all(source.class_names == ("cat", "dog") for source in sources_in(tmp_path / "pack"))
+    change_about(tmp_path / "pack", class_names=["cat"])
+    with tiny.user_error("pack.json is damaged"):
+        PackImages(tmp_path / "pack", "train")
+    about = json.loads((tmp_path / "pack" / "pack.json").read_text())
+    del about["class_names"]  # as in packs of earlier versions
+    (tmp_path / "pack" / "pack.json").write_text(json.dumps(about))
+    assert PackImages(tmp_path / "pack", "train").class_names == ()
+
+
 def test_a_run_trains_from_a_pack(tree, tmp_path):
     pack_tool(tmp_path / "pack", data=tree)
     flags = [*tiny.TINY, "--data-set", "PACKED", "--data-path", str(tmp_path / "pack"), "--ram-cache", "0"]

@@ -398,6 +398,17 @@ def test_any_field_of_a_fingerprint_is_compared_and_named(store):
                 check_fingerprint(store, fields | {field: "another"}, NAMELESS)
 
 
+def test_a_cache_is_refused_for_other_classes(store, tmp_path):
+    folder = shutil.copytree(store, tmp_path / "cache")
+    fields = json.loads((folder / "fingerprint.json").read_text())
+    digits = [str(digit) for digit in range(10)]
+    assert fields.pop("class_names") == digits
+    turned = types.SimpleNamespace(class_names=tuple(digits[::-1]), class_samples=())
+    with tiny.user_error(folder, "class 0 is '0' there and '9' in the data", "the same names in another order"):
+        check_fingerprint(folder, fields, turned)
+    check_fingerprint(folder, fields, turned, allow_mismatch=True)
+
+
 @pytest.mark.process
 def test_stores_of_other_teachers_and_processes_are_refused(teacher, store, tmp_path, capsys):
     run = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(store), "--output-dir", ""]
