@@ -12,13 +12,15 @@ import itertools
 import json
 import os
 import sys
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from timm.data.readers.shared_count import SharedCount
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import is_image_file
 
 from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions
 from packs import SPLITS, PackImages
@@ -304,12 +306,12 @@ class DataOptions:
 def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = False) -> TrainAndVal:
     """The training and validation data, cut to `train_fraction` and kept in memory if they are small.
 
-    With `eval_only` the training data stay on the disk. The first process of a machine downloads, the others wait.
+    With `eval_only` the training part may be empty. The first process of a machine downloads, the others wait.
 
     Raises:
         UserError: see `read_sources`, or a flag that a stream does not support.
     """
-    train, val = read_sources(options, local_rank)
+    train, val = read_sources(options, local_rank, eval_only)
     if options.skip_broken_images:
         if isinstance(train, StreamingImages):
             raise UserError("--skip-broken-images: a stream skips them by itself; drop the flag")
@@ -319,7 +321,7 @@ def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = F
     return train, keep_in_memory(val, options.ram_cache)
 
 
-def read_sources(options: DataOptions, local_rank: int = 0) -> TrainAndVal:
+def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = False) -> TrainAndVal:
     """Find a data set's training and validation part; download it where that is possible.
 
     Raises:
@@ -336,9 +338,9 @@ def read_sources(options: DataOptions, local_rank: int = 0) -> TrainAndVal:
         return _digits()
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
-        return _cifar(root, name, local_rank)
+        return _cifar(root, name, local_rank, eval_only)
     readers = {
-        "IMNET": lambda: _folder_tree(root, root / "val"),
+        "IMNET": lambda: _folder_tree(root / "train", root / "val", eval_only),
         "FLOWERS": lambda: _flowers(root, local_rank),
         "CARS": lambda: _cars(root),
         "PACKED": lambda: _packed(root),
@@ -372,36 +374,119 @@ def _digits() -> tuple[Source, Source]:
     return replace(source, order=np.flatnonzero(~held_out)), replace(source, order=np.flatnonzero(held_out))
 
 
-def _folder_tree(root: Path, held_out: Path) -> tuple[Source, Source]:
-    """`train/CLASS/image` and `val/CLASS/image`."""
-    classes, sources = {}, []
-    for folder in (root / "train", held_out):
-        if not folder.is_dir():
-            raise UserError(f"--data-path {root}: has no folder {folder.name}/; it needs train/CLASS/ and val/CLASS/")
-        try:
-            names, class_to_index = find_classes(folder)
-        except FileNotFoundError:
+def image_files(folder: str | Path, seen: set[Any], skipped: Counter[str]) -> list[str]:
+    """The image files under a folder, sorted by folder and name, without hidden ones and what archives leave behind.
+
+    Args:
+        seen: folders that are not entered (again), as links may lead to them; grows.
+        skipped: counts the other files by suffix.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    _is_new(folder, seen)  # a link may lead back to it
+    found = {}
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        folders[:] = [name for name in sorted(filter(_is_visible, folders)) if _is_new(os.path.join(root, name), seen)]
+        visible = sorted(filter(_is_visible, names))
+        found[root] = [os.path.join(root, name) for name in visible if is_image_file(name)]
+        skipped.update(Path(name).suffix.lower() or "no suffix" for name in visible if not is_image_file(name))
+    return [path for root in sorted(found) for path in found[root]]
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in ("__MACOSX", "@eaDir")
+
+
+def _is_new(folder: str | Path, seen: set[Any]) -> bool:
+    """Whether the real folder behind a path is met for the first time."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+    known = identity in seen
+    seen.add(identity)
+    return not known
+
+
+def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Source, Source]:
+    """`train/CLASS/image` and `val/CLASS/image`.
+
+    An evaluation reads val/ only. The classes are the folders in train/ if it exists; some may have no images in val/.
+    """
+    root = train.parent
+    try:
+        val_folders = _class_folders(val)
+        train_folders = val_folders if eval_only and not train.is_dir() else _class_folders(train)
+        class_names = sorted(train_folders)
+        _warn_of_text_order(root, class_names)
+        part = None if eval_only else _folder_part(train, train_folders, class_names)
+        odd = sorted(val_folders.keys() - train_folders.keys() if eval_only else val_folders.keys() ^ class_names)
+        if odd:
             raise UserError(
-                f"--data-path {root}: {folder.name}/ has no class folders; sort its images into {folder.name}/CLASS/"
-            ) from None
-        classes[folder.name] = set(names)
-        try:
-            samples = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS)
-        except FileNotFoundError as error:
-            empty = str(error).partition("classes ")[2].partition(". Supported")[0]
-            raise UserError(
-                f"--data-path {root}: no images in {folder.name}/ for class {empty}; fill or remove the folder"
-            ) from None
-        paths, targets = zip(*samples, strict=True)
-        source = _source(PathImages(paths), targets, names)
-        sources.append(replace(source, class_samples=_class_samples(source)))
-    odd = classes["train"] ^ classes[held_out.name]
-    if odd:
+                f"--data-path {root}: class folder {odd[0]} is in only one of {train.name}/ and {val.name}/; both need "
+                f"the same classes"
+            )
+        held_out = _folder_part(val, val_folders, class_names, allow_empty=eval_only)
+        return replace(held_out, order=held_out.order[:0]) if part is None else part, held_out
+    except OSError as error:
+        raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
+
+
+def _class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The folders of each class. Systems that decompose accents (NFD) have other bytes for the same name."""
+    if not folder.is_dir():
         raise UserError(
-            f"--data-path {root}: class folder {sorted(odd)[0]} is in only one of train/ and {held_out.name}/; both "
-            f"need the same classes"
+            f"--data-path {folder.parent}: has no folder {folder.name}/; it needs train/CLASS/ and val/CLASS/"
         )
-    return sources[0], sources[1]
+    found: dict[str, list[Path]] = {}
+    for path in sorted(filter(Path.is_dir, folder.iterdir())):
+        if _is_visible(path.name):
+            found.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
+    if not found:
+        raise UserError(
+            f"--data-path {folder.parent}: {folder.name}/ has no class folders; sort its images into "
+            f"{folder.name}/CLASS/"
+        )
+    return found
+
+
+def _warn_of_text_order(root: Path, class_names: Sequence[str]) -> None:
+    """Say the order of classes whose names are numbers."""
+    if all(map(str.isdecimal, class_names)) and sorted(class_names, key=int) != class_names:
+        order = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
+        logger.warning("--data-path %s: the class folders are sorted as text, not as numbers: %s", root, order)
+
+
+def _folder_part(
+    folder: Path, folders: dict[str, list[Path]], class_names: Sequence[str], allow_empty: bool = False
+) -> Source:
+    """The images of `folder` by class."""
+    root, seen = folder.parent, set()
+    for path in (folder.resolve(), *folder.resolve().parents, *itertools.chain(*folders.values())):
+        if not _is_new(path, seen):
+            raise UserError(f"--data-path {root}: {path} is a link to a folder that is read already; remove it")
+    loose = sum(_is_visible(path.name) and path.is_file() for path in folder.iterdir())
+    skipped = Counter({"outside of class folders": loose} if loose else {})
+    paths: list[str] = []
+    targets: list[int] = []
+    for label, name in enumerate(class_names):
+        found = [file for path in folders.get(name, ()) for file in image_files(path, seen, skipped)]
+        if not found and not allow_empty:
+            raise UserError(
+                f"--data-path {root}: no images in {folder.name}/ for class {name}; fill or remove the folder"
+            )
+        paths += found
+        targets += [label] * len(found)
+    if not paths:
+        raise UserError(f"--data-path {root}: no images in {folder.name}/; it needs {folder.name}/CLASS/IMAGE")
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+        logger.warning("--data-path %s: %d files in %s/ are not read: %s", *(root, skipped.total(), folder.name, kinds))
+    source = _source(PathImages(paths), targets, class_names)
+    return replace(source, class_samples=_class_samples(source))
 
 
 def _class_samples(source: Source) -> tuple[int, ...]:
@@ -432,14 +517,15 @@ def _fetch(name: str, root: Path, make: Callable[[], Any]) -> Any:
         ) from None
 
 
-def _cifar(root: Path, name: str, local_rank: int) -> tuple[Source, Source]:
+def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Source, Source]:
     """A folder tree of images if there is one, else the original files."""
     if name == "CIFAR":
         logger.info("--data-set CIFAR is CIFAR-10; write CIFAR10 or CIFAR100 to be explicit")
     held_out = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
-    if (root / "train").is_dir() and held_out is not None:
-        return _folder_tree(root, held_out)
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
+    needed = (root / "train").is_dir() or (eval_only and not (root / kind.base_folder).is_dir())
+    if held_out is not None and needed:
+        return _folder_tree(root / "train", held_out, eval_only)
     with main_process_first(local_rank):
         parts = [_fetch(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
     train, val = (_source(MemoryImages(part.data), part.targets, part.classes) for part in parts)

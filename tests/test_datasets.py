@@ -2,11 +2,16 @@
 
 import hashlib
 import io
+import itertools
 import json
+import os
 import pickle
 import sys
 import tarfile
+import unicodedata
 import urllib.error
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -29,6 +34,7 @@ from datasets import (
     Source,
     StreamingImages,
     build_eval_transform,
+    build_sources,
     build_train_transform,
     keep_in_memory,
     read_sources,
@@ -184,6 +190,133 @@ def test_empty_class_is_a_user_error(tmp_path, name):
     (tmp_path / "train" / name / "notes.txt").write_text("no image")
     with tiny.user_error("--data-path", f"class {name};", "train/"):
         read("IMNET", tmp_path)
+
+
+def paths_of(source):
+    return [source.images.describe(index) for index in source.order]
+
+
+def test_hidden_files_and_folders_and_those_of_archives_are_ignored(tmp_path, caplog):
+    write_tree(tmp_path)
+    expected = [paths_of(source) for source in read("IMNET", tmp_path)]
+    for part in ("train", "val"):
+        for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "cat/.ipynb_checkpoints", "dog/@eaDir/x"):
+            save(picture(0), tmp_path / part / folder / "1.png")
+        for file in ("._0.png", "cat/._0.png", "dog/.DS_Store"):
+            (tmp_path / part / file).write_bytes(b"no image")
+    assert [paths_of(source) for source in read("IMNET", tmp_path)] == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../dog", "inner"])
+def test_links_do_not_multiply_images(tmp_path, target):
+    write_tree(tmp_path)
+    save(picture(7), tmp_path / "train" / "cat" / "inner" / "7.png")
+    count = len(read("IMNET", tmp_path)[0])
+    (tmp_path / "train" / "cat" / "link").symlink_to(target)
+    train, _ = read("IMNET", tmp_path)
+    assert len(train) == count and train.targets.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_linked_folders_are_read(tmp_path):
+    paths = write_tree(tmp_path / "real")
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "more").symlink_to(tmp_path / "real" / part / "cat")
+        (tmp_path / part / "dog").symlink_to(tmp_path / "real" / part / "dog")
+    train, _ = read("IMNET", tmp_path)
+    assert [Path(path).resolve() for path in paths_of(train)] == paths["train"]
+
+
+def test_two_names_for_the_folder_of_one_class_are_a_user_error(tmp_path):
+    write_tree(tmp_path)
+    (tmp_path / "train" / "hound").symlink_to("dog")
+    with tiny.user_error("--data-path", "train/hound is a link"):
+        read("IMNET", tmp_path)
+
+
+def test_samples_are_in_the_order_of_torchvision(tmp_path):
+    names = ("a/b/1.png", "a/2.png", "a-b/3.png", "a/B/4.JPG", "5.png", "a/b.c/6.png", "Z/7.png", "é/8.png", "10.png")
+    for part, name in itertools.product(("train", "val"), names):
+        for label in ("n02", "N01", "n01 x"):
+            save(picture(0), tmp_path / part / label / name)
+    theirs = torchvision.datasets.ImageFolder(tmp_path / "train")
+    train, _ = read("IMNET", tmp_path)
+    assert list(zip(paths_of(train), train.targets.tolist(), strict=True)) == theirs.samples
+
+
+def test_files_that_are_not_read_are_counted_in_one_warning_per_part(tmp_path, caplog):
+    write_tree(tmp_path)
+    for file in ("cat/a.gif", "cat/b.GIF", "dog/deep/c.avif", "dog/d.jfif", "cat/README", "loose.png"):
+        (tmp_path / "train" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / file).write_bytes(b"x")
+    read("IMNET", tmp_path)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "6 files in train/ are not read: 2 .gif, " in record.message
+    for words in ("1 .avif", "1 .jfif", "1 no suffix", "1 outside of class folders"):
+        assert words in record.message
+
+
+def test_names_in_nfc_and_nfd_are_the_same_class(tmp_path):
+    for part, form in (("train", "NFC"), ("val", "NFD")):
+        for number, name in enumerate(("Über", "cat", "Zebra")):
+            save(picture(number), tmp_path / part / unicodedata.normalize(form, name) / "1.png")
+    sources = read("IMNET", tmp_path)
+    found = [[unicodedata.normalize("NFC", Path(path).parent.name) for path in paths_of(source)] for source in sources]
+    assert found == [["Zebra", "cat", "Über"]] * 2
+    assert [source.targets.tolist() for source in sources] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (range(12), "0, 1, 10, 11, 2, 3"),
+        (("1", "20", "3"), "1, 20, 3"),
+        (range(10), None),
+        (("00", "01", "10"), None),
+        (("2", "10", "x"), None),
+    ],
+)
+def test_numbers_that_are_sorted_as_text_are_a_warning(tmp_path, caplog, names, order):
+    write_tree(tmp_path, classes=sorted(map(str, names)), each=1)
+    read("IMNET", tmp_path)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == (order is not None)
+    assert all("as text, not as numbers" in message and order in message for message in messages)
+
+
+def test_folder_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch):
+    write_tree(tmp_path)
+    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=PermissionError(13, "Permission denied", "train/cat")))
+    with tiny.user_error("--data-path", "train/cat cannot be read", "Permission denied"):
+        read("IMNET", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10"])
+def test_evaluation_needs_no_training_folder(tmp_path, name):
+    paths = write_tree(tmp_path, parts=("val",))["val"]
+    train, val = build_sources(DataOptions(name, str(tmp_path)), eval_only=True)
+    assert len(train) == 0 and train.num_classes == val.num_classes == 2
+    assert val.targets.tolist() == [0, 0, 1, 1] and len(val) == len(paths)
+
+
+def test_training_folders_are_the_classes_of_an_evaluation(tmp_path):
+    write_tree(tmp_path, parts=("train",), classes=("cat", "dog", "eel", "fox"), each=1)
+    write_tree(tmp_path, parts=("val",), classes=("dog", "fox"), each=1)
+    (tmp_path / "val" / "eel").mkdir()
+    _, val = build_sources(DataOptions("IMNET", str(tmp_path)), eval_only=True)
+    assert val.num_classes == 4 and val.targets.tolist() == [1, 3]
+    with tiny.user_error("--data-path", "cat", "train/ and val/"):
+        read("IMNET", tmp_path)
+    save(picture(0), tmp_path / "val" / "gnu" / "1.png")
+    with tiny.user_error("--data-path", "gnu", "only one of train/ and val/"):
+        build_sources(DataOptions("IMNET", str(tmp_path)), eval_only=True)
+
+
+def test_evaluation_without_images_is_a_user_error(tmp_path):
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    with tiny.user_error("--data-path", "no images in val/"):
+        build_sources(DataOptions("IMNET", str(tmp_path)), eval_only=True)
 
 
 @pytest.mark.parametrize("name", ["IMNET", "INAT", "INAT19", "CARS"])

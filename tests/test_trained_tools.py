@@ -161,7 +161,9 @@ def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     Image.new("RGB", (50, 40), "red").save(tmp_path / "in" / "deep" / "a.jpg")
     Image.new("L", (32, 32)).save(tmp_path / "in" / "b.png")
-    (tmp_path / "in" / "notes.txt").write_text("no image")
+    for ignored in ("notes.txt", "._b.png", "deep/.hidden.jpg"):
+        (tmp_path / "in" / ignored).write_text("no image")
+    (tmp_path / "in" / "deep" / "loop").symlink_to("..")
     lone = tmp_path / "lone.webp"
     Image.new("RGB", (32, 32), "blue").save(lone)
     flags = ["--resume", checkpoint, "--images", str(tmp_path / "in"), str(lone), "--output", str(tmp_path / "files")]

@@ -9,6 +9,7 @@ Patches that are no longer tokens of their own are dimmed, whether they were dro
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,12 +101,11 @@ def find_images(paths: Sequence[str]) -> datasets.Source:
     Raises:
         UserError
     """
-    files: list[Path] = []
+    files: list[str | Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"--images {path}: no such file or folder; check the path")
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        files += inside if path.is_dir() else [path]
+        files += datasets.image_files(path, set(), Counter()) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--images {' '.join(paths)}: holds no images ({', '.join(IMG_EXTENSIONS)})")
     count = len(files)
