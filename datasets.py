@@ -27,7 +27,10 @@ import torch
 import torchvision
 from PIL import Image
 from timm.data import create_dataset, create_transform
+from timm.data.readers.reader_wds import ReaderWds
+from timm.data.readers.reader_wds import wds as webdataset
 from timm.data.readers.shared_count import SharedCount
+from timm.data.readers.targets import get_field, has_field
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision import transforms
@@ -42,6 +45,9 @@ DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
 SCHEMES = ("hfds/", "hfids/", "wds/", "torch/", "tfds/")
 KNOWN_NAMES = f"{', '.join(NAMES)}, or a timm name that starts with {', '.join(SCHEMES)}"
+TORCH_SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "eval", "evaluation", "test")}
+TRAIN_OR_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # timm: all but "train" is test
+WDS_IMAGES = "jpg;png;webp;jpeg;jfif;bmp;tif;tiff;gif;ppm;pgm;avif"  # timm's three first
 HostView = Callable[[Image.Image], torch.Tensor]
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -297,6 +303,8 @@ class DataOptions:
     inat_category: str = "name"  # the level of iNaturalist's taxonomy to classify
     train_split: str = "train"  # for names with a scheme
     val_split: str = "validation"  # for names with a scheme
+    image_column: str | None = None  # for names with a scheme other than `torch/`; None: timm's default
+    label_column: str | None = None  # likewise
     num_classes: int | None = None  # where the data do not say
     train_fraction: float = 1.0  # class-balanced share of the training data to use
     ram_cache: float = 1024  # MiB; a data set that takes no more is decoded once and kept in memory
@@ -328,10 +336,19 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         UserError: unknown name, missing or badly laid-out folder, failed download.
     """
     name = options.data_set
-    if name.startswith(SCHEMES):
-        return _timm_sources(options, local_rank)
-    if name not in NAMES:
+    if not name.startswith(SCHEMES) and name not in NAMES:
         raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
+    for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
+        if column is not None and (name in NAMES or name.startswith("torch/")):
+            raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
+    if name.startswith(SCHEMES):
+        train, val = _timm_sources(options, local_rank, eval_only)
+        if not eval_only and _share_images(train, val, options):
+            raise UserError(
+                f"--train-split {options.train_split}, --val-split {options.val_split}: both read the same images of "
+                f"{name}; name two splits that differ"
+            )
+        return train, val
     if options.num_classes is not None:
         raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
     if name == "DIGITS":
@@ -418,12 +435,12 @@ def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Sourc
     """
     root = train.parent
     try:
+        train_folders = {} if eval_only and not train.is_dir() else _class_folders(train)
         val_folders = _class_folders(val)
-        train_folders = val_folders if eval_only and not train.is_dir() else _class_folders(train)
-        class_names = sorted(train_folders)
+        class_names = sorted(train_folders or val_folders)
         _warn_of_text_order(root, class_names)
         part = None if eval_only else _folder_part(train, train_folders, class_names)
-        odd = sorted(val_folders.keys() - train_folders.keys() if eval_only else val_folders.keys() ^ class_names)
+        odd = sorted(val_folders.keys() - set(class_names) if eval_only else val_folders.keys() ^ class_names)
         if odd:
             raise UserError(
                 f"--data-path {root}: class folder {odd[0]} is in only one of {train.name}/ and {val.name}/; both need "
@@ -622,29 +639,122 @@ def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int], class
     return _source(PathImages(paths), labels, class_names)
 
 
-def _timm_sources(options: DataOptions, local_rank: int) -> TrainAndVal:
+def _timm_sources(options: DataOptions, local_rank: int, eval_only: bool) -> TrainAndVal:
     """Any data set that timm can read. Streams (`wds/`, `tfds/`, `hfids/`) have no index; the others do."""
-    name, train_split, val_split = options.data_set, options.train_split, options.val_split
-    root = "data" if options.data_path is None and name.startswith("torch/") else options.data_path
-    parts = []
-    for split, training in ((train_split, True), (val_split, False)):
-        try:
-            with main_process_first(local_rank), _hugging_face_importable():
-                parts.append(create_dataset(name, root=root, split=split, is_training=training, download=True))
-        except (Exception, SystemExit) as error:  # each backend has errors of its own
-            raise UserError(
-                f"--data-set {name}: split {split!r} cannot be read ({reason(error)}); check the name, --data-path, "
-                f"--train-split and --val-split"
-            ) from error
-    train_classes, val_classes = map(_class_names, parts)
-    if train_classes != val_classes:  # torch/image_folder, for one, reads the folder above a split that is missing
+    name, kind = options.data_set, options.data_set.lower().rpartition("/")[2]
+    if name.startswith("torch/") and kind in ("folder", "image_folder"):
+        return _torch_folders(options, eval_only)
+    if name.startswith("torch/") and kind in TRAIN_OR_TEST:
+        accepted = [*TORCH_SPLITS["train"], *TORCH_SPLITS["test"]]
+        for flag, split in (("--train-split", options.train_split), ("--val-split", options.val_split)):
+            if split not in accepted:
+                raise UserError(f"{flag} {split}: {name} has no such split; use one of {', '.join(accepted)}")
+    dataset = _read_split(options, options.val_split, False, local_rank)
+    class_names = _class_names(dataset)
+    num_classes = options.num_classes or len(class_names) or None
+    if eval_only and (num_classes or isinstance(dataset, IterableDataset)):
+        val = _from_timm(dataset, name, False, num_classes)
+        return replace(val, order=val.order[:0]) if isinstance(val, Source) else val, val
+    train_dataset = _read_split(options, options.train_split, True, local_rank)
+    if _class_names(train_dataset) != class_names:
         raise UserError(
-            f"--data-set {name}: the splits {train_split!r} and {val_split!r} have different classes; check "
-            f"--data-path, --train-split and --val-split"
+            f"--data-set {name}: the splits {options.train_split!r} and {options.val_split!r} have different classes; "
+            f"check --data-path, --train-split and --val-split"
         )
-    num_classes = options.num_classes or len(train_classes) or None
-    train = _from_timm(parts[0], name, True, num_classes)
-    return train, _from_timm(parts[1], name, False, train.num_classes)
+    train = _from_timm(train_dataset, name, True, num_classes)
+    return train, _from_timm(dataset, name, False, train.num_classes)
+
+
+def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
+    """`torch/image_folder`: folders of the splits' names, or of other names that timm has for training or evaluation.
+
+    Where there is none, timm reads the folder above, which is the same for both.
+    """
+    root, parts = Path(options.data_path or "data"), []
+    for split in (options.train_split, options.val_split):
+        others = next((names for names in TORCH_SPLITS.values() if split in names), ())
+        found = (root / name for name in (split, *others) if (root / name).is_dir())
+        parts.append(next(found, root / split))
+    train, val = _folder_tree(*parts, eval_only)
+    if (options.num_classes or val.num_classes) < val.num_classes:
+        raise UserError(f"--num-classes {options.num_classes}: {root} has {val.num_classes} classes; drop the flag")
+    num_classes = options.num_classes or val.num_classes
+    return replace(train, num_classes=num_classes), replace(val, num_classes=num_classes)
+
+
+def _share_images(train: Source | StreamingImages, val: Source | StreamingImages, options: DataOptions) -> bool:
+    """Whether both are the same split: timm takes some names for others."""
+    if isinstance(train, StreamingImages):
+        readers = [part.dataset.reader for part in (train, val)]
+        if not all(isinstance(reader, ReaderWds) for reader in readers):
+            return options.train_split == options.val_split
+        return not set(readers[0].split_info.filenames).isdisjoint(readers[1].split_info.filenames)
+    if not np.array_equal(train.targets, val.targets):
+        return False
+
+    def pixels(source: Source, place: int) -> np.ndarray | None:
+        with contextlib.suppress(RunError):  # a broken image
+            return np.asarray(source[place][0])
+
+    places = np.linspace(0, len(train) - 1, 8).astype(int)
+    return all(np.array_equal(pixels(train, place), pixels(val, place)) for place in places)
+
+
+def _read_split(options: DataOptions, split: str, training: bool, local_rank: int) -> Any:
+    """timm's data set for a split, downloaded if that is possible."""
+    name, image = options.data_set, options.image_column
+    root = "data" if options.data_path is None and name.startswith("torch/") else options.data_path
+    if name.startswith("wds/"):  # timm keeps the decoded image as "jpg", which it wants among the keys
+        image = f"{image};jpg" if image else WDS_IMAGES
+    try:
+        with main_process_first(local_rank), _hugging_face_importable():
+            columns = {"input_key": image, "target_key": options.label_column}
+            dataset = create_dataset(name, root=root, split=split, is_training=training, download=True, **columns)
+        if not name.startswith("torch/"):
+            _check_columns(dataset.reader, options)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # each backend has errors of its own
+        raise UserError(
+            f"--data-set {name}: split {split!r} cannot be read ({reason(error)}); check the name, --data-path, "
+            f"--train-split and --val-split"
+        ) from error
+    return dataset
+
+
+def _check_columns(reader: Any, options: DataOptions) -> None:
+    """Make sure that there are images and labels where they are looked for.
+
+    Raises:
+        UserError: naming the columns that there are.
+    """
+    image, label, name = options.image_column or "image", options.label_column or "label", options.data_set
+    if isinstance(reader, ReaderWds):
+        urls = [os.path.join(reader.root, file) for file in reader.split_info.filenames]
+        shards = webdataset.DataPipeline(webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples())
+        images = {key: value for key, value in next(iter(shards), {}).items() if not key.startswith("__")}
+        image = options.image_column or next((key for key in WDS_IMAGES.split(";") if key in images), "jpg")
+        field = options.label_column or reader.split_info.alt_label
+        label, labels = field or "cls", json.loads(images.get("json", b"{}")) if field else images
+    elif hasattr(reader, "builder"):
+        images = labels = reader.builder.info.features
+    else:
+        images = labels = dict(reader.dataset.features)
+        if len(reader) and reader.dataset.data.column(image).null_count == len(reader):  # added by timm's cast
+            del images[image]
+    for flag, column, columns in (("--image-column", image, images), ("--label-column", label, labels)):
+        if not has_field(columns, column):
+            raise UserError(f"{flag} {column}: {name} has no such column; it has {', '.join(columns) or 'none'}")
+    if isinstance(reader, ReaderWds) and class_index(get_field(labels, label)) is None:
+        raise UserError(f"--label-column {label}: {name} has the label {get_field(labels, label)!r}, not a number")
+
+
+def class_index(label: Any) -> int | None:
+    """A label as an integer, or None if it is none, such as None, text or a list."""
+    try:
+        return int(label) if int(label) == float(label) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 _hugging_face: dict[str, Any] = {}
@@ -676,16 +786,24 @@ def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None)
     if isinstance(dataset, IterableDataset):
         if num_classes is None:
             raise UserError(f"--num-classes: {name} does not say how many classes it has; add the flag")
-        return StreamingImages(dataset, num_classes, training, tuple(names) if len(names) == num_classes else ())
+        named = tuple(names) if len(names) == num_classes else ()
+        return StreamingImages(dataset, num_classes, training, name, named)
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", getattr(dataset, "_labels", None)))
     if hasattr(reader, "iter_targets"):
-        targets = list(reader.iter_targets())
-    elif reader is not None:
-        targets = [reader[index][1] for index in range(len(reader))]
-    else:
-        found = (getattr(dataset, key, None) for key in ("targets", "labels", "_labels"))
-        targets = next((value for value in found if value is not None), None)
-        targets = [dataset[index][1] for index in range(len(dataset))] if targets is None else targets
-    targets = np.asarray(targets, dtype=np.int64)
+        labels = list(reader.iter_targets())
+    elif reader is not None or np.ndim(labels) != 1:  # none, or as in QMNIST several of each image
+        samples = dataset if reader is None else reader
+        labels = [samples[index][1] for index in range(len(samples))]
+    found = [class_index(label) for label in labels]
+    if None in found:
+        place = found.index(None)
+        raise UserError(
+            f"--label-column: image {place} of {name} has the label {labels[place]!r}, not a class number; name "
+            f"another column"
+        )
+    if not found:
+        raise UserError(f"--data-set {name}: has no images; check --data-path, --train-split and --val-split")
+    targets = np.array(found, dtype=np.int64)
     num_classes = num_classes or int(targets.max()) + 1
     if targets.min() < 0 or targets.max() >= num_classes:
         raise UserError(
@@ -706,8 +824,10 @@ class StreamingImages(IterableDataset):
     evaluation every rank reads the whole stream and keeps its share: exact, at the cost of decoding it all.
     """
 
-    def __init__(self, dataset: Any, num_classes: int, training: bool, class_names: tuple[str, ...] = ()) -> None:
-        self.dataset, self.num_classes, self.training = dataset, num_classes, training
+    def __init__(
+        self, dataset: Any, num_classes: int, training: bool, name: str, class_names: tuple[str, ...] = ()
+    ) -> None:
+        self.dataset, self.num_classes, self.training, self.name = dataset, num_classes, training, name
         self.class_names = class_names  # or () if the stream does not name them
         self.class_samples: tuple[int, ...] = ()
         self.transform: HostView | None = None
@@ -726,7 +846,7 @@ class StreamingImages(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for count, (image, target) in enumerate(self.dataset):
+        for count, (image, target) in enumerate(self._samples()):
             position = count * workers + number
             if self.training:
                 position = position * self.world_size + self.rank
@@ -734,7 +854,30 @@ class StreamingImages(IterableDataset):
                 continue
             key = random_key(self.seed, "view", self.epoch.value, position)
             seed_generators(key)
-            yield Batch(self.transform(image.convert("RGB")), int(target), position, keys=signed(key))
+            yield Batch(self.transform(image.convert("RGB")), target, position, keys=signed(key))
+
+    def _samples(self) -> Iterator[tuple[Image.Image, int]]:
+        """Images and classes.
+
+        Raises:
+            RunError: if the stream cannot be read, or a label is none of the classes.
+        """
+        try:
+            for image, label in self.dataset:
+                target = class_index(label)
+                if target is None or not 0 <= target < self.num_classes:
+                    raise RunError(
+                        f"--data-set {self.name}: has the label {label!r}, which is none of the {self.num_classes} "
+                        f"classes; check --num-classes and --label-column"
+                    )
+                yield image, target
+        except RunError:
+            raise
+        except Exception as error:  # each backend has errors of its own
+            raise RunError(
+                f"--data-set {self.name}: the stream cannot be read ({type(error).__name__}: {reason(error)}); check "
+                f"the data, --image-column and --label-column"
+            ) from error
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------

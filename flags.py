@@ -106,11 +106,13 @@ SHAPES = {
     # which tokens an EViT drops, and when
     "tokens": _names("base_keep_rate drop_loc fuse_token shrink_start_epoch shrink_epochs"),
     # the images and classes that a checkpoint is evaluated on
-    "evaluation": _names("data_set data_path inat_category train_split val_split num_classes eval_crop_ratio"),
+    "evaluation": _names("""
+        data_set data_path inat_category train_split val_split image_column label_column num_classes eval_crop_ratio
+    """),
     # the training views; the batch size only with Mixup
     "views": _names("""
-        data_set train_fraction seed input_size repeated_aug hflip color_jitter aa train_interpolation reprob
-        remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
+        data_set image_column train_fraction seed input_size repeated_aug hflip color_jitter aa train_interpolation
+        reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
     """),
     # a teacher's predictions for these views, as they are cached
     "teacher": _names("distillation_type teacher_model teacher_model_kwargs teacher_cache_topk"),
@@ -248,6 +250,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", help="level of iNaturalist's taxonomy")
     add("--train-split", default="train", help="name of the training split, for timm's data sets")
     add("--val-split", default="validation", help="name of the validation split, for timm's data sets")
+    columns = "hfds/, hfids/ and tfds/; default: {}; for wds/ {}"
+    image = columns.format("image", "a file suffix, by default any of an image")
+    add("--image-column", metavar="NAME", help=f"column of the images, for {image}")
+    label = columns.format("label", "a field of the json files; default: the cls files")
+    add("--label-column", metavar="NAME", help=f"column of the class numbers, for {label}")
     add("--num-classes", type=_COUNT, help="number of classes; default: what the data say")
     add("--train-fraction", type=_SHARE, default=1.0, help="class-balanced share of the training data to use")
     cache = "decode a data set of at most this size once and keep it in memory"

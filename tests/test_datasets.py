@@ -550,9 +550,9 @@ def test_hugging_face_package_does_not_take_the_place_of_this_repositorys_module
         assert sys.modules["datasets"] is datasets and sys.path == path
 
 
-def write_parquet(folder, split, images, labels):
+def write_parquet(folder, split, images, labels, image="image", label="label"):
     folder.mkdir(exist_ok=True)
-    columns = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    columns = {image: [{"bytes": content, "path": None} for content in images], label: labels}
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{split}-00000-of-00001.parquet")
 
 
@@ -582,9 +582,148 @@ def test_unknown_split_is_a_user_error_that_names_it(tmp_path):
 
 
 def test_parts_with_different_classes_are_a_user_error(tmp_path):
-    write_tree(tmp_path, parts=("train",))  # without a validation part, timm reads the folder above
-    with tiny.user_error("torch/image_folder", "different classes", "--val-split"):
-        read("torch/image_folder", tmp_path)
+    for split, classes in (("train", ("cat", "dog")), ("validation", ("cat", "eel"))):
+        write_tree(tmp_path / "pets", parts=(split,), classes=classes)
+    with tiny.user_error("only one of train/ and validation/"):
+        read("torch/image_folder", tmp_path / "pets")
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "torch/folder"])
+def test_class_folders_without_splits_are_a_user_error(tmp_path, name):
+    write_tree(tmp_path, parts=(".",))  # where timm would read the same folders for both splits
+    with tiny.user_error("--data-path", "has no folder train/"):
+        read(name, tmp_path)
+    write_tree(tmp_path, parts=("train",))
+    with tiny.user_error("--data-path", "has no folder validation/"):
+        read(name, tmp_path)
+
+
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("training", "evaluation"), ("train", "validation")])
+def test_torch_folders_may_have_the_names_that_timm_takes(tmp_path, train, val):
+    paths = write_tree(tmp_path, parts=(train, val))
+    sources = read("torch/image_folder", tmp_path)
+    assert [[Path(path) for path in paths_of(source)] for source in sources] == [paths[train], paths[val]]
+
+
+def test_torch_folders_ignore_hidden_ones_and_take_more_classes(tmp_path):
+    write_tree(tmp_path)
+    for part in ("train", "val"):
+        save(picture(0), tmp_path / part / ".ipynb_checkpoints" / "1.png")
+    assert [source.num_classes for source in read("torch/image_folder", tmp_path)] == [2, 2]
+    assert [source.num_classes for source in read("torch/image_folder", tmp_path, num_classes=5)] == [5, 5]
+    with tiny.user_error("--num-classes 1"):
+        read("torch/image_folder", tmp_path, num_classes=1)
+
+
+def write_mnist(root, name):
+    """Six training and four test images in the official files, all different."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(file, array, code):
+        header = np.array([code * 256 + array.ndim, *array.shape], ">i4").tobytes()
+        (raw / file).write_bytes(header + array.tobytes())
+
+    for part, count in (("train", 6), ("t10k" if name != "QMNIST" else "test", 4)):
+        prefix = f"qmnist-{part}" if name == "QMNIST" else part
+        labels = np.arange(count, dtype=np.uint8) % 3
+        write(f"{prefix}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), 8)
+        if name == "QMNIST":
+            write(f"{prefix}-labels-idx2-int", np.repeat(labels[:, None], 8, axis=1).astype(">i4"), 12)
+        else:
+            write(f"{prefix}-labels-idx1-ubyte", labels, 8)
+
+
+@pytest.mark.parametrize("name", ["MNIST", "QMNIST"])
+def test_torch_splits_have_known_names(tmp_path, name):
+    write_mnist(tmp_path, name)
+    data_set = f"torch/{name.lower()}"
+    for train, val in (("train", "validation"), ("training", "test")):
+        sources = read(data_set, tmp_path, train_split=train, val_split=val)
+        assert [source.targets.tolist() for source in sources] == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 0]]
+    for flag, splits in (
+        ("--train-split trainval", {"train_split": "trainval"}),
+        ("--val-split nist", {"val_split": "nist"}),
+    ):
+        with tiny.user_error(flag, data_set, "no such split", "use one of train, training, val"):
+            read(data_set, tmp_path, **splits)
+    with tiny.user_error("--train-split test, --val-split eval", "same images"):
+        read(data_set, tmp_path, train_split="test", val_split="eval")
+
+
+def test_parts_with_the_same_images_are_a_user_error(tmp_path):
+    for split in ("train", "validation", "test"):
+        other = split == "test"  # the same labels, one other image
+        images = [encoded(picture(n + 10 * (other and n == 2))) for n in range(3)]
+        write_parquet(tmp_path / "set", split, images, [0, 1, 2])
+    name, cache = f"hfds/{tmp_path / 'set'}", tmp_path / "cache"
+    for splits in ({}, {"val_split": "train"}):
+        with tiny.user_error("--train-split train", "same images"):
+            read(name, cache, **splits)
+    assert len(read(name, cache, val_split="test")[1]) == 3
+    _, val = build_sources(DataOptions(name, str(cache), val_split="train"), eval_only=True)
+    assert len(val) == 3
+
+
+@pytest.mark.parametrize("scheme", ["hfids/", "wds/"])
+def test_streams_of_the_same_images_are_a_user_error(tmp_path, scheme):
+    if scheme == "wds/":
+        name, path = scheme, write_stream(tmp_path)
+    else:
+        write_tree(tmp_path / "pets", parts=("train", "validation"))
+        name, path = scheme + str(tmp_path / "pets"), tmp_path / "cache"
+    with tiny.user_error("--train-split train, --val-split train", "same images"):
+        read(name, path, val_split="train", num_classes=3)
+
+
+@pytest.mark.parametrize("scheme", ["hfds/", "hfids/"])
+def test_columns_have_the_names_of_the_flags(tmp_path, scheme):
+    images = [encoded(picture(n)) for n in range(5)]
+    for split, chosen in (("train", slice(3)), ("validation", slice(3, 5))):
+        labels = [2, 0, 1][: len(images[chosen])]
+        write_parquet(tmp_path / "set", split, images[chosen], labels, image="img", label="fine_label")
+    name, cache = scheme + str(tmp_path / "set"), tmp_path / "cache"
+    for columns, flag in (({}, "--image-column image"), ({"image_column": "img"}, "--label-column label")):
+        with tiny.user_error(flag, "no such column; it has ", "img", "fine_label"):
+            read(name, cache, num_classes=3, **columns)
+    train, val = read(name, cache, num_classes=3, image_column="img", label_column="fine_label")
+    assert len(train) == 3 and len(val) == 2
+    if scheme == "hfds/":
+        assert targets_of(train) == [2, 0, 1] and targets_of(val) == [2, 0]
+
+
+@pytest.mark.parametrize("column", ["image_column", "label_column"])
+@pytest.mark.parametrize("name", ["DIGITS", "IMNET", "torch/cifar10"])
+def test_other_data_sets_have_no_columns(tmp_path, name, column):
+    with tiny.user_error(f"--{column.replace('_', '-')} x: {name} has no columns"):
+        read(name, tmp_path, **{column: "x"})
+
+
+@pytest.mark.parametrize("labels", [[0, None, 1], ["cat", "dog", "cat"], [[0], [1], [1]], [0.0, 0.5, 1.0]])
+def test_labels_that_are_no_class_numbers_are_a_user_error(tmp_path, labels):
+    images = [encoded(picture(n)) for n in range(5)]
+    write_parquet(tmp_path / "set", "train", images[:3], labels)
+    write_parquet(tmp_path / "set", "validation", images[3:], labels[:2])
+    with tiny.user_error("--label-column", "hfds/", repr(next(n for n in labels if n not in (0, 1)))):
+        read(f"hfds/{tmp_path / 'set'}", tmp_path / "cache", num_classes=2)
+
+
+def test_whole_numbers_of_any_type_are_class_numbers(tmp_path):
+    for split, labels in (("train", [0.0, 2.0, 1.0]), ("validation", [1.0, 0.0])):
+        write_parquet(tmp_path / "set", split, [encoded(picture(n)) for n in range(len(labels))], labels)
+    assert read(f"hfds/{tmp_path / 'set'}", tmp_path / "cache")[0].targets.tolist() == [0, 2, 1]
+
+
+def test_evaluation_needs_no_training_split(tmp_path):
+    images = [encoded(picture(n)) for n in range(2)]
+    write_parquet(tmp_path / "set", "validation", images, [1, 0])
+    write_tree(tmp_path / "pets", parts=("val",))
+    parquet = DataOptions(f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"), num_classes=3)
+    folders = DataOptions("torch/folder", str(tmp_path / "pets"))
+    for options, expected in ((parquet, [1, 0]), (folders, [0, 0, 1, 1])):
+        train, val = build_sources(options, eval_only=True)
+        assert val.targets.tolist() == expected and len(train) == 0 and train.num_classes == val.num_classes
 
 
 def test_tfds_without_tensorflow_is_a_user_error(tmp_path, monkeypatch):
@@ -593,19 +732,22 @@ def test_tfds_without_tensorflow_is_a_user_error(tmp_path, monkeypatch):
         read("tfds/mnist", tmp_path)
 
 
-def write_shards(root, split, counts, contrast=10):
-    """WebDataset shards of one-colour images: the n-th of a split has brightness `contrast` · n and class n % 3."""
-    files, number = [f"set-{split}-{shard:04d}.tar" for shard in range(len(counts))], 0
-    for file, count in zip(files, counts, strict=True):
-        with tarfile.open(root / file, "w") as tar:
+def write_shards(root, split, counts, contrast=10, files=None):
+    """WebDataset shards of one-colour images: the n-th of a split has brightness `contrast` · n and class n % 3.
+
+    `files(number, image)` gives the files of a sample by suffix.
+    """
+    files = files or (lambda number, image: {"png": encoded(image), "cls": str(number % 3).encode()})
+    names, number = [f"set-{split}-{shard:04d}.tar" for shard in range(len(counts))], 0
+    for name, count in zip(names, counts, strict=True):
+        with tarfile.open(root / name, "w") as tar:
             for _ in range(count):
-                image = encoded(Image.new("RGB", (8, 8), (contrast * number,) * 3))
-                for extension, content in (("png", image), ("cls", str(number % 3).encode())):
-                    member = tarfile.TarInfo(f"{number:06d}.{extension}")
+                for suffix, content in files(number, Image.new("RGB", (8, 8), (contrast * number,) * 3)).items():
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 number += 1
-    return {"name": split, "num_samples": number, "filenames": files, "shard_lengths": counts}
+    return {"name": split, "num_samples": number, "filenames": names, "shard_lengths": counts}
 
 
 def write_stream(root, counts=(6, 6), **options):
@@ -624,6 +766,57 @@ def shards(tmp_path):
 def test_stream_needs_the_number_of_classes(shards):
     with tiny.user_error("--num-classes"):
         read("wds/", shards)
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "JPEG", "bmp", "webp", "tif"])
+def test_stream_reads_images_of_any_common_suffix(tmp_path, suffix):
+    kind = {"tif": "tiff"}.get(suffix, suffix)
+    path = write_stream(tmp_path, files=lambda n, image: {suffix: encoded(image, kind), "cls": str(n % 3).encode()})
+    _, val = read("wds/", path, num_classes=3)
+    assert [target for _, target in val.dataset] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_stream_reads_the_columns_of_the_flags(tmp_path):
+    def files(number, image):
+        about = {"fine": number % 3, "coarse": "animal", "none": None}
+        red = encoded(Image.new("RGB", (8, 8), "red"))
+        return {"jpg": encoded(image, "jpeg"), "mask.png": red, "json": json.dumps(about).encode()}
+
+    path = write_stream(tmp_path, files=files)
+    _, val = read("wds/", path, num_classes=3, image_column="mask.png", label_column="fine")
+    samples = list(val.dataset)
+    assert [target for _, target in samples] == [0, 1, 2, 0, 1, 2, 0]
+    assert all(image.getpixel((0, 0)) == (255, 0, 0) for image, _ in samples)
+    for columns, words in (
+        ({}, ("--label-column cls", "it has jpg, mask.png, json")),
+        ({"label_column": "medium"}, ("--label-column medium", "it has fine, coarse, none")),
+        ({"label_column": "coarse"}, ("--label-column coarse", "'animal'")),
+        ({"label_column": "none"}, ("--label-column none", "None")),
+        ({"label_column": "fine", "image_column": "png"}, ("--image-column png", "it has jpg, mask.png, json")),
+    ):
+        with tiny.user_error(*words):
+            read("wds/", path, num_classes=3, **columns)
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [
+        ({"heic": b"x", "cls": b"0"}, ("--image-column", "it has heic, cls")),
+        ({"jpg": b"x", "cls": b"cat"}, ("--label-column cls", "b'cat'")),
+        ({"jpg": b"x", "json": b"{"}, ("--label-column cls", "it has jpg, json")),
+        ({}, ("--image-column", "it has none")),
+    ],
+)
+def test_stream_without_images_or_labels_is_a_user_error(tmp_path, sample, words):
+    path = write_stream(tmp_path, files=lambda number, image: sample)
+    with tiny.user_error("wds/", *words):
+        read("wds/", path, num_classes=3)
+
+
+def test_stream_whose_shards_are_gone_is_a_user_error(shards, tmp_path):
+    (tmp_path / "set-validation-0000.tar").unlink()
+    with tiny.user_error("--data-set wds/", "'validation' cannot be read"):
+        read("wds/", shards, num_classes=3)
 
 
 def test_stream_has_no_fraction_and_stays_on_disk(shards):

@@ -423,8 +423,8 @@ def test_broken_image_is_named_in_one_line(tmp_path, how, num_workers):
 
 
 def test_broken_image_of_a_hugging_face_set_is_named_by_its_number(tmp_path):
-    for split in ("train", "validation"):
-        write_parquet(tmp_path / "set", split, [encoded(picture(0)), b"not an image"], [0, 1])
+    for number, split in enumerate(("train", "validation")):
+        write_parquet(tmp_path / "set", split, [encoded(picture(number)), b"not an image"], [0, 1])
     _, val = read(f"hfds/{tmp_path / 'set'}", tmp_path / "cache")
     with pytest.raises(RunError, match="number 1 of hfds/"):
         list(val_loader(val))
