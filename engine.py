@@ -474,7 +474,10 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Iterable[Batch], autocast: contextlib.AbstractContextManager
+    model: nn.Module,
+    loader: Iterable[Batch],
+    autocast: contextlib.AbstractContextManager,
+    is_over: Callable[[], int] = lambda: 0,
 ) -> dict[str, float]:
     """Exact loss and accuracies over all images of all ranks: sums over samples, nothing padded or averaged twice.
 
@@ -482,14 +485,18 @@ def evaluate(
         model: the bare module, whose forward involves no other process.
         loader: this rank's share of the images, on the device.
         autocast: the precision to use.
+        is_over: is asked before each batch whether the results are no longer wanted.
 
     Returns:
         `loss` (cross-entropy), `acc1` and `acc5` (per cent; top-k of k classes if there are fewer than 5), `images`.
+
+    Raises:
+        RunError: on all ranks, if a `DeviceLoader` yields fewer images than it promises.
     """
     model.eval()
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for batch in loader:
+    for batch in itertools.takewhile(lambda _: not is_over(), loader):
         with autocast:
             logits = model(batch.images)
         logits = logits.float()
@@ -497,8 +504,26 @@ def evaluate(
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
         totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(batch.targets))])
     loss, top1, top5, images = all_reduce_sum(totals).tolist()
-    images = max(images, 1)
-    return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images}
+    if isinstance(loader, DeviceLoader):
+        _compare_number(int(images), loader.num_images, is_over)
+    n = max(images, 1)
+    return {"loss": loss / n, "acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "images": int(images)}
+
+
+def _compare_number(images: int, promised: int, is_over: Callable[[], int]) -> None:
+    """Compare the images evaluated on all ranks with those that the data have, 0 if that is not known.
+
+    Raises:
+        RunError: on all ranks, if some are missing and no rank has ended early.
+    """
+    logger.info("evaluated %d images", images)
+    if images < max(promised, 1) and not any(agree(is_over())):
+        raise RunError(
+            f"only {images} of {promised or 'the'} validation images were evaluated: the others cannot be read, or are "
+            f"fewer than the data state; fix the data"
+        )
+    if images > promised > 0:
+        logger.warning("the validation data state %d images but have %d; all are evaluated", promised, images)
 
 
 def settle_buckets(model: DistributedDataParallel, example: torch.Tensor) -> None:
@@ -536,16 +561,15 @@ def evaluate_all(
 
     Args:
         modules: prefix and module, see `modules_of`.
-        is_over: is asked before each batch whether the results are no longer wanted.
+        is_over: see `evaluate`.
     """
     for prefix, module in modules:
-        wanted = itertools.takewhile(lambda _: not is_over(), loader)
-        stats = evaluate(module, wanted, autocast(module, amp_dtype))
+        stats = evaluate(module, loader, autocast(module, amp_dtype), is_over)
         yield {prefix + name: value for name, value in stats.items()}
 
 
 def describe(stats: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
+    return "  ".join(f"{name} {value:.{12 if name.endswith('images') else 4}g}" for name, value in stats.items())
 
 
 def _close_epoch(state: TrainState, world: World) -> None:

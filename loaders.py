@@ -28,7 +28,7 @@ from datasets import (
     build_train_transform,
 )
 from samplers import Batch, KeyedSampler, random_key, seed_generators, signed
-from utils import UserError, World, available_cpus, ignore_stop_signals, logger
+from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, logger
 
 MOST_PADDING = 4  # area of the padded buffer, relative to that of the average image
 MOST_WORKERS = 10
@@ -174,11 +174,13 @@ class DeviceLoader:
         loader: this rank's batches on the host.
         device: where the batches go.
         view: called with a batch's images, sizes and keys; None if the workers have made the views.
+        num_images: images of all ranks, each once; 0 if a stream does not say.
     """
 
     loader: DataLoader
     device: torch.device
     view: torch.nn.Module | None = None
+    num_images: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in copied_ahead(self.loader, self.device):
@@ -256,13 +258,19 @@ class EpochLoader(DeviceLoader):
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = itertools.islice(super().__iter__(), self.num_batches)
+        batches, done = itertools.islice(super().__iter__(), self.num_batches), self.first_step
         for step, batch in enumerate(batches, self.first_step):
             if self.mixup_fn is not None:
                 seed_generators(random_key(self.seed, "mix", self.epoch, step, self.rank))
                 images, targets = self.mixup_fn(batch.images, batch.targets)
                 batch = batch._replace(images=images, targets=targets)
+            done = step + 1
             yield batch
+        if self.is_stream and done < self.num_batches:
+            raise RunError(
+                f"the training stream ended after {done} of {self.num_batches} batches: its images cannot be read, or "
+                f"are fewer than it states; fix the data"
+            )
 
 
 def build_train_loader(
@@ -356,7 +364,7 @@ def build_val_loader(
     else:
         sampler = KeyedSampler(len(source), shuffle=False, rank=world.rank, world_size=world.size)
         loader = _view_loader(source, view, sampler, options, world)
-    return DeviceLoader(loader, world.device, _on_device(view, options, world))
+    return DeviceLoader(loader, world.device, _on_device(view, options, world), len(source))
 
 
 def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Module | None:

@@ -10,6 +10,7 @@ import tiny
 import torch
 from test_datasets import break_image, encoded, picture, read, save, targets_of, write_parquet, write_stream, write_tree
 
+import engine
 from augment import TrainAugmentation, ViewOptions
 from datasets import MemoryImages, Source, build_eval_transform, build_train_transform, keep_in_memory
 from loaders import (
@@ -337,6 +338,83 @@ def test_hugging_face_stream(tmp_path, num_workers):
     assert sorted(t for batch in batches for t in batch.targets.tolist()) == [0] * 4 + [1] * 4
     targets = [batch.targets.tolist() for batch in val_loader(val, batch_size=8, num_workers=2)]
     assert targets == [[0] * 4 + [1] * 4]
+
+
+def some_broken(*broken):
+    """Files of a sample, some of whose images are no images."""
+    return lambda number, image: {
+        "png": b"broken" if number in broken else encoded(image),
+        "cls": str(number % 3).encode(),
+    }
+
+
+def evaluated(loader):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3))
+    return engine.evaluate(model, loader, contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_that_ends_early_ends_the_run(tmp_path, num_workers):
+    path = write_stream(tmp_path, files=some_broken(*range(12)))
+    loader = train_loader(read("wds/", path, num_classes=3)[0], whole_image(), num_workers=num_workers)
+    loader.set_epoch(0)
+    with pytest.raises(RunError, match="after 0 of 6 batches"):
+        list(loader)
+
+
+def test_stream_with_fewer_validation_images_than_promised_ends_the_run(tmp_path):
+    _, val = read("wds/", write_stream(tmp_path, files=some_broken(1, 5)), num_classes=3)
+    with pytest.raises(RunError, match="only 5 of 7 validation images"):
+        evaluated(val_loader(val))
+
+
+def test_stream_without_validation_images_ends_the_run(tmp_path):
+    path = write_stream(tmp_path, files=some_broken(*range(7)))
+    split = "set-validation-{0000..0001}.tar"  # which does not say how many there are
+    _, val = read("wds/", path, num_classes=3, val_split=split)
+    val.dataset.reader.num_samples = 0
+    with pytest.raises(RunError, match="only 0 of the validation images"):
+        evaluated(val_loader(val))
+
+
+def test_stream_with_more_validation_images_than_promised_is_evaluated_whole(shards, caplog):
+    _, val = read("wds/", shards, num_classes=3)
+    val.dataset.reader.num_samples = 5
+    assert evaluated(val_loader(val))["images"] == 7
+    assert "state 5 images but have 7" in caplog.text
+
+
+def test_images_evaluated_are_logged_and_may_be_fewer_after_a_signal(shards, caplog):
+    caplog.set_level("INFO", "deit")
+    loader = val_loader(read("wds/", shards, num_classes=3)[1])
+    assert evaluated(loader)["images"] == 7 and "evaluated 7 images" in caplog.text
+    asked = iter([0, 0])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3))
+    stats = list(engine.evaluate_all([("", model)], loader, None, lambda: next(asked, 15)))
+    assert [each["images"] for each in stats] == [4]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("part", [0, 1])
+def test_label_outside_the_classes_of_a_stream_ends_the_run(shards, part, num_workers):
+    source = read("wds/", shards, num_classes=2)[part]
+    loader = (train_loader(source, whole_image(), num_workers=num_workers), val_loader(source))[part]
+    if part == 0:
+        loader.set_epoch(0)
+    with pytest.raises(RunError) as info:
+        list(loader)
+    traceback.clear_frames(info.tb)
+    line = last_line(info.value)
+    assert line.startswith("--data-set wds/: has the label 2,") and "--num-classes" in line
+
+
+@pytest.mark.parametrize("labels", [[0, None, 1], ["cat", "dog", "cat"], [[0], [1], [1]]])
+def test_labels_of_a_hugging_face_stream_must_be_numbers(tmp_path, labels):
+    for split, count in (("train", 3), ("validation", 3)):
+        write_parquet(tmp_path / "set", split, [encoded(picture(n)) for n in range(count)], labels)
+    _, val = read(f"hfids/{tmp_path / 'set'}", tmp_path / "cache", num_classes=2)
+    with pytest.raises(RunError, match="--data-set hfids/"):
+        list(val_loader(val))
 
 
 # -- batches and workers -----------------------------------------------------------------------------------------------

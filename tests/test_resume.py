@@ -180,7 +180,7 @@ def test_a_signal_ends_the_step_saves_and_says_so(name, workers, whole, tmp_path
 def test_an_evaluation_that_is_cut_short_is_made_again(whole, tmp_path, monkeypatch):
     evaluate = engine.evaluate
 
-    def interrupted(model, loader, autocast):
+    def interrupted(model, loader, *rest):
         seen = []
 
         def watch():
@@ -190,12 +190,12 @@ def test_an_evaluation_that_is_cut_short_is_made_again(whole, tmp_path, monkeypa
                 seen.append(batch)
                 yield batch
 
-        result = evaluate(model, watch(), autocast)
+        result = evaluate(model, watch(), *rest)
         assert len(seen) == 1  # of six
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "evaluate", lambda model, loader, autocast: interrupted(model, loader, autocast))
+        patch.setattr(engine, "evaluate", interrupted)
         patch.setattr(engine, "modules_of", lambda state: {"test_": state.module})
         run(tmp_path, status=75)
     saved = checkpoint(tmp_path)
