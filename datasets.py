@@ -36,7 +36,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets.folder import is_image_file
 
-from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions
+from augment import PADDING, SMALL_IMAGE, ImageError, Normalization, ViewOptions, as_rgb, decoding, open_rgb
 from packs import SPLITS, PackImages
 from samplers import Batch, random_key, random_keys, seed_generators, signed
 from utils import RunError, UserError, gather, logger, main_process_first, reason
@@ -143,8 +143,7 @@ class Source:
         index = self.order[place]
         try:
             return read(self.images, index), int(self.targets[index])
-        # What Pillow raises for broken files, and for sizes that only a broken header would claim.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except ImageError as error:
             if self.broken is not None and self.broken.add(index):
                 return self._sample((place + 1) % len(self), read)
             raise RunError(
@@ -177,8 +176,7 @@ class PathImages:
         self.paths = np.array([os.fsencode(path) for path in paths])
 
     def __getitem__(self, index: int) -> Image.Image:
-        with Image.open(os.fsdecode(self.paths[index])) as image:
-            return image.convert("RGB")
+        return open_rgb(os.fsdecode(self.paths[index]))
 
     def describe(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
@@ -217,13 +215,15 @@ class DatasetImages:
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
+        if hasattr(dataset, "loader"):  # torchvision's would make 16-bit images white
+            dataset.loader = open_rgb
 
     def __getitem__(self, index: int) -> Image.Image:
-        image = self.dataset[int(index)][0]
-        if not isinstance(image, Image.Image):
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                return opened.convert("RGB")
-        return image.convert("RGB")
+        with decoding():
+            image = self.dataset[int(index)][0]
+            if isinstance(image, Image.Image):
+                return as_rgb(image)
+            return open_rgb(io.BytesIO(image) if isinstance(image, bytes) else image)
 
     def describe(self, index: int) -> str:
         return f"number {index} of {self.name}"
@@ -708,8 +708,10 @@ def _read_split(options: DataOptions, split: str, training: bool, local_rank: in
         image = f"{image};jpg" if image else WDS_IMAGES
     try:
         with main_process_first(local_rank), _hugging_face_importable():
-            columns = {"input_key": image, "target_key": options.label_column}
-            dataset = create_dataset(name, root=root, split=split, is_training=training, download=True, **columns)
+            settings = {"input_key": image, "target_key": options.label_column, "download": True}
+            if not name.startswith("tfds/"):  # which needs a mode, and gives uint8
+                settings["input_img_mode"] = ""  # timm's conversion to RGB would make 16-bit images white
+            dataset = create_dataset(name, root=root, split=split, is_training=training, **settings)
         if not name.startswith("torch/"):
             _check_columns(dataset.reader, options)
     except UserError:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from augment import ImageError, open_rgb
 from utils import UserError
 
 VERSION = 1
@@ -137,22 +138,21 @@ class PackImages:
         """The RGB image.
 
         Raises:
-            OSError: if the record of a jpeg is damaged.
+            ImageError: if the record of a jpeg is damaged.
         """
         if self.kind == "uint8":
             return Image.fromarray(self.array(index))
         record = self.record(index)
         # Most damage would only change colours; this costs a hundredth of decoding.
         if zlib.crc32(record) != self.index["crc32"][index]:
-            raise OSError("wrong checksum")
-        with Image.open(io.BytesIO(record)) as image:
-            return image.convert("RGB")
+            raise ImageError("wrong checksum")
+        return open_rgb(io.BytesIO(record))
 
     def array(self, index: int) -> np.ndarray:
         """The pixels, uint8 [height, width, 3]: a read-only view of the file if they are stored as such, else decoded.
 
         Raises:
-            OSError: if the record of a jpeg is damaged. Pixels are not looked at; `verify` does.
+            ImageError: if the record of a jpeg is damaged. Pixels are not looked at; `verify` does.
         """
         if self.kind == "jpeg":
             return np.asarray(self[index])

@@ -9,6 +9,7 @@ Patches that are no longer tokens of their own are dimmed, whether they were dro
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
-from augment import ViewOptions
+from augment import ViewOptions, open_rgb
 from flags import fill, in_range
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
@@ -95,6 +96,13 @@ def draw(pixels: np.ndarray, reductions: Sequence[Reduction], grid: tuple[int, i
     return canvas
 
 
+class Photos(datasets.PathImages):
+    """Image files, turned upright."""
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return open_rgb(os.fsdecode(self.paths[index]), upright=True)
+
+
 def find_images(paths: Sequence[str]) -> datasets.Source:
     """The image files named, and those in the folders named, as a data set of one class.
 
@@ -109,7 +117,7 @@ def find_images(paths: Sequence[str]) -> datasets.Source:
     if not files:
         raise UserError(f"--images {' '.join(paths)}: holds no images ({', '.join(IMG_EXTENSIONS)})")
     count = len(files)
-    return datasets.Source(datasets.PathImages(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
+    return datasets.Source(Photos(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
 
 
 def validation_images(run: argparse.Namespace, world: World, number: int) -> datasets.Source:
@@ -128,7 +136,8 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> dat
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("visualize_tokens", __doc__)
-    parser.add_argument("--images", nargs="+", help="files and folders; default: the validation data")
+    parser.add_argument("--images", nargs="+", help="files and folders, turned upright by "
+        "their EXIF orientation; default: the validation data")  # fmt: skip
     parser.add_argument("--num-images", type=in_range(int, 1), default=8, help="how many validation images")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
     with command.errors_in_a_line("visualize_tokens"):
