@@ -415,20 +415,38 @@ def test_a_broken_image_ends_the_tool_and_names_its_file(tree, tmp_path, capsys)
 
 
 def test_broken_images_are_left_out_up_to_a_number(tree, tmp_path, capsys):
-    for name in ("train/dog/1.png", "val/cat/0.png"):
-        (tree / name).write_bytes(b"no image")
+    broken = [tree / name for name in ("train/cat/0.png", "train/dog/1.png")]
+    for path in broken:
+        path.write_bytes(b"no image")
     with pytest.raises(SystemExit):
         pack_tool(tmp_path / "pack", "--skip-broken-images", "1", data=tree)
     error = capsys.readouterr().err
-    assert f"left out: {tree / 'train/dog/1.png'}" in error
-    assert f"cannot read image {tree / 'val/cat/0.png'}" in error.splitlines()[-1]
+    assert f"left out: {broken[0]}" in error
+    assert f"cannot read image {broken[1]}" in error.splitlines()[-1]
     pack_tool(tmp_path / "pack", "--skip-broken-images", "2", data=tree)
     said = capsys.readouterr().err
-    assert all(f"left out: {tree / name}" in said for name in ("train/dog/1.png", "val/cat/0.png"))
+    assert all(f"left out: {path}" in said for path in broken)
     assert "packed 6 images" in said and "2 left out" in said
     train, val = sources_in(tmp_path / "pack")
-    assert train.targets.tolist() == [0, 0, 0, 1, 1] and val.targets.tolist() == [1] and val.num_classes == 2
-    np.testing.assert_array_equal(train.images.array(4), expected(Image.open(tree / "train/dog/2.png").convert("RGB")))
+    assert train.targets.tolist() == [0, 0, 1, 1] and val.targets.tolist() == [0, 1]
+    np.testing.assert_array_equal(train.images.array(3), expected(Image.open(tree / "train/dog/2.png").convert("RGB")))
+
+
+def test_a_broken_validation_image_is_never_left_out(tree, tmp_path, capsys):
+    (tree / "val/cat/0.png").write_bytes(b"no image")
+    error = line_of(capsys, tmp_path / "pack", "--skip-broken-images", "5", data=tree)
+    assert f"cannot read validation image {tree / 'val/cat/0.png'}" in error and "fix or remove it" in error
+    assert not holds_pack(tmp_path / "pack")
+
+
+@pytest.mark.parametrize(
+    ("photo", "packed"),
+    [((500, 375), (341, 256)), ((1500, 1000), (384, 256)), ((1920, 1080), (384, 216)), ((3000, 1000), (384, 128))],
+)
+def test_packed_sizes_are_those_of_the_documentation(photo, packed):
+    assert pack_dataset.reduced(Image.new("L", photo), 256).size == packed
+    assert f"| {photo[0]}×{photo[1]}" in (text := (tiny.REPOSITORY / "docs" / "data.md").read_text())
+    assert f"| {packed[0]}×{packed[1]} |" in text
 
 
 def test_only_a_fraction_of_the_training_images_is_packed_if_asked(tree, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 import main
 from models_evit import EViTBlock, evit_blocks, reduce_tokens
-from tools import command, export, tradeoff, visualize_tokens
+from tools import command, export, show_augmentation, summarize, tradeoff, visualize_tokens
 
 MODEL = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, "--drop-loc", "0", "--base-keep-rate", "0.5"]
 
@@ -152,6 +153,51 @@ def test_kept_patches_are_drawn_as_they_are_and_others_dimmed():
             assert (drawn == pixels[place]).all()
         else:
             assert (drawn > pixels[place]).all() and np.ptp(drawn) <= 0.2 * 200
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True, "dynamic_img_pad": True}])
+@pytest.mark.parametrize("size", [(47, 47), (33, 50)])
+def test_sizes_that_are_no_multiple_of_the_patch_are_drawn(size, options):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=size, depth=2, embed_dim=48, num_heads=3, block_fn=EViTBlock, **options
+    )
+    reduce_tokens(model.eval(), 0.5, drop_loc=(0,))
+    (reduction,) = visualize_tokens.follow(model, torch.randn(3, *size))
+    grid = [-(-side // 16) if "dynamic_img_pad" in options else side // 16 for side in size]
+    assert list(model.patch_embed.dynamic_feat_size(size)) == grid and len(reduction.kept) == grid[0] * grid[1]
+    pixels = np.random.default_rng(0).integers(0, 200, (*size, 3), dtype=np.uint8)
+    zoom = -(-visualize_tokens.SMALLEST_PANEL // size[1])
+    picture = np.asarray(visualize_tokens.draw(pixels, [reduction], grid, (16, 16)))
+    drawn = picture[visualize_tokens.HEADING :: zoom, size[1] * zoom + visualize_tokens.GAP :: zoom]
+    for row in range(size[0]):  # pixel by pixel
+        for column in range(size[1]):
+            place = (row // 16, column // 16)
+            inside = place[0] < grid[0] and place[1] < grid[1]
+            kept = inside and bool(reduction.kept[place[0] * grid[1] + place[1]])
+            assert (drawn[row, column] == pixels[row, column]).all() == kept
+
+
+def test_names_that_are_not_utf8_are_escaped(checkpoint, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / os.fsdecode(b"\xfe.png"))
+    flags = ["--resume", checkpoint, "--images", str(folder)]
+    visualize_tokens.main([*flags, "--output", str(folder / "out")])
+    assert r"\udcff/\udcfe.png, 16 patches" in capsys.readouterr().out
+    show_augmentation.main(["--images", str(folder), "--output", str(folder / "out.png"), "--input-size", "32",
+                            "--views", "0"])  # fmt: skip
+    assert r"\udcff/out.png: 2 images" in capsys.readouterr().out
+    for name in ("m.onnx", "m.pt2"):
+        export.main(["--resume", checkpoint, "--output", str(folder / name)])
+        assert rf"\udcff/{name}: " in capsys.readouterr().out
+    (folder / "log.txt").write_text('{"epoch": 0, "test_acc1": 50.0}\n')
+    sys.argv[1:], before = [str(folder)], sys.argv[1:]
+    try:
+        summarize.main()
+    finally:
+        sys.argv[1:] = before
+    assert r"\udcff: 1 epochs" in capsys.readouterr().out
 
 
 def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):

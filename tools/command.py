@@ -20,7 +20,12 @@ from utils import RunError, UserError
 
 @contextlib.contextmanager
 def errors_in_a_line(tool: str) -> Iterator[None]:
-    """A user's mistake, such as a file that cannot be written, ends the tool with status 2 and a line."""
+    """Exit with status 2 and a one-line error on a user's mistake, such as a file that cannot be written.
+
+    What is printed may hold file names that are not UTF-8: they are escaped.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does by default
     try:
         yield
     except (UserError, RunError, OSError) as error:

@@ -9,6 +9,7 @@ file is read back and compared with the model.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -43,8 +44,10 @@ def save(
     """
     names = json.dumps(list(class_names))
     if file.suffix == ".pt2":
-        torch.export.save(program, file, extra_files={"class_names": names})
-        return torch.export.load(file).module()
+        content = io.BytesIO()  # torch aborts on a path that is not UTF-8
+        torch.export.save(program, content, extra_files={"class_names": names})
+        file.write_bytes(content.getvalue())
+        return torch.export.load(io.BytesIO(file.read_bytes())).module()
     if file.suffix != ".onnx":
         raise UserError(f"--output {file}: name it .onnx or .pt2")
     try:
@@ -59,7 +62,8 @@ def save(
     written = onnx.load(file)
     onnx.helper.set_model_props(written, {"class_names": names})
     onnx.save(written, file)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    # From memory: as a path it takes no name that is not UTF-8.
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 

@@ -47,13 +47,14 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("pack").add_argument
     add("--output", type=Path, required=True, help="folder of the pack")
     add("--size", type=in_range(int, 1, 16384), default=256, metavar="PIXELS", help="short side of an image; "
-        "the long one is at most 1.5 times as long; smaller images stay as they are")  # fmt: skip
+        "its long side is at most 1.5 times this, even if that makes the short side shorter: 256 turns 16:9 into "
+        "384x216; smaller images stay as they are")  # fmt: skip
     add("--format", choices=packs.KINDS, default="uint8", help="uint8: pixels, which need no decoding; jpeg: about a "
         "seventh of their space")  # fmt: skip
     add("--quality", type=in_range(int, 1, 100), help="of --format jpeg; default: 90")
     add("--shard-mib", type=in_range(float, 0, open_low=True), default=1024, help="length of the files")
-    add("--skip-broken-images", type=in_range(int, 0), default=0, metavar="N", help="leave out up to so many "
-        "images that cannot be read")  # fmt: skip
+    add("--skip-broken-images", type=in_range(int, 0), default=0, metavar="N", help="drop up to N training "
+        "images that cannot be read; validation images are never dropped")  # fmt: skip
     add("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace a pack in --output")
     add("--verify", action="store_true", help="read the pack and compare its checksums, after packing, or without "
         "--data-set and --data-path only that")  # fmt: skip
@@ -87,9 +88,9 @@ class Record(NamedTuple):
 
 
 def reduced(image: Image.Image, size: int) -> Image.Image:
-    """An image whose short side is `size` and whose long side is at most 1.5 · `size` pixels; none is enlarged.
+    """Shrink an image until its short side is at most `size` and its long side at most 1.5 · `size` pixels.
 
-    The aspect is kept, so the short side of a very long image is shorter than `size`.
+    The aspect is kept, so beyond 3:2 the short side is shorter than `size`.
     """
     scale = min(size / min(image.size), LONGEST * size / max(image.size))
     if scale >= 1:
@@ -136,7 +137,7 @@ def write_pack(
 
     Args:
         folder: made if it does not exist.
-        splits: records of "train" and "val", which are taken one at a time.
+        splits: records of "train" and "val", which are taken one at a time and in this order.
         kind, size, quality: how the records were made by `encode`.
         num_classes: number of classes.
         class_names: their names, if they are known.
@@ -152,7 +153,7 @@ def write_pack(
         folder.mkdir(parents=True, exist_ok=True)
         for path in files_of(folder):  # pack.json first: from here on there is no pack
             path.unlink()
-        about["splits"] = {split: _write_split(folder, split, splits[split], shard_bytes) for split in packs.SPLITS}
+        about["splits"] = {split: _write_split(folder, split, splits[split], shard_bytes) for split in splits}
         write_whole(folder / packs.PACK, (json.dumps(about, indent=1) + "\n").encode())
     except OSError as error:
         raise RunError(f"cannot write to {folder} ({error.strerror or error}); it holds no pack yet") from error
@@ -213,10 +214,10 @@ class _Shards:
 
 
 class Reader:
-    """Makes records of a source's images, and leaves out a number of those that cannot be read.
+    """Makes records of a source's images, and drops up to a number of training images that cannot be read.
 
     Args:
-        limit: how many may be left out, over all sources.
+        limit: how many may be dropped.
         encode: image and target -> record.
     """
 
@@ -232,20 +233,25 @@ class Reader:
             return f"{source.images.describe(source.order[place])} ({error.__cause__})"
         return self.encode(image, target)
 
-    def records(self, source: Source, pool: ThreadPoolExecutor) -> Iterator[Record]:
+    def records(self, source: Source, split: str, pool: ThreadPoolExecutor) -> Iterator[Record]:
         """The records of a source in its order, few of which are in memory at a time.
 
         Raises:
-            RunError: if too many images cannot be read.
+            RunError: if a validation image or too many training images cannot be read.
         """
         for record in in_order(pool, partial(self.read, source), range(len(source)), 4 * available_cpus()):
             if isinstance(record, Record):
                 yield record
                 continue
+            if split != "train":
+                raise RunError(
+                    f"cannot read validation image {record}; fix or remove it: --skip-broken-images drops training "
+                    f"images only, because an accuracy is that of all validation images"
+                )
             if len(self.left_out) == self.limit:
                 raise RunError(
                     f"cannot read image {record}, and --skip-broken-images is {self.limit}; fix or remove it, or "
-                    f"leave more of them out"
+                    f"raise that number"
                 )
             self.left_out.append(record)
             logger.warning("left out: %s", record)
@@ -311,8 +317,10 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
     )
     start = time.perf_counter()
     with ThreadPoolExecutor(available_cpus()) as pool:  # decoding and reducing release the interpreter's lock
+        # Validation first: it is small, and one broken image ends the tool.
         splits = {
-            split: with_progress(reader.records(source, pool), split, len(source)) for split, source in sources.items()
+            split: with_progress(reader.records(sources[split], split, pool), split, len(sources[split]))
+            for split in reversed(packs.SPLITS)
         }
         classes = {name: getattr(sources["train"], name) for name in ("num_classes", "class_names")}
         about = write_pack(own.output, splits, **settings, **classes, shard_bytes=int(own.shard_mib * 2**20))

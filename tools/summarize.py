@@ -31,6 +31,8 @@ def summary(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of runs")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     for folder in parser.parse_args().folders:
         try:
             print(summary(folder))

@@ -9,6 +9,7 @@ Patches that are no longer tokens of their own are dimmed, whether they were dro
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -53,12 +54,14 @@ def follow(model: nn.Module, image: torch.Tensor) -> list[Reduction]:
     Each token is followed by its row of shares in the N patches: a patch starts with a one in its own column, and the
     layer mixes these rows as it mixes the tokens. Whatever was fused, and fused again, then has no one left.
     """
-    shares = torch.eye(model.patch_embed.num_patches)[None]  # (1, tokens, N)
+    shares: torch.Tensor | None = None  # (1, tokens, N)
     reductions: list[Reduction] = []
 
     def note(layer: int, args: tuple[Any, ...]) -> None:
         nonlocal shares
         _, attentiveness, num_keep, fuse = args
+        if shares is None:
+            shares = torch.eye(attentiveness.shape[1])[None]
         shares = keep_attentive(shares, attentiveness.float().cpu(), num_keep, fuse)
         reductions.append(Reduction(layer, (shares[0] == 1).any(dim=0)))
 
@@ -75,15 +78,27 @@ def follow(model: nn.Module, image: torch.Tensor) -> list[Reduction]:
     return reductions
 
 
-def draw(pixels: np.ndarray, reductions: Sequence[Reduction], grid: tuple[int, int]) -> Image.Image:
-    """The image, uint8 [H, W, 3], beside itself after each reduction, enlarged if it is small."""
+def draw(
+    pixels: np.ndarray,
+    reductions: Sequence[Reduction],
+    grid: tuple[int, int],
+    patch_size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """Draw the image, uint8 [H, W, 3], next to itself after each reduction, enlarged if it is small.
+
+    Args:
+        grid: rows and columns of patches.
+        patch_size: of a patch, in pixels; default: the grid covers the image. What it does not cover is dimmed.
+    """
     height, width, _ = pixels.shape
+    patch_size = patch_size or (height // grid[0], width // grid[1])
     zoom = max(1, -(-SMALLEST_PANEL // width))
     dimmed = (0.2 * pixels + 0.8 * 255).astype(np.uint8)
     panels = [("image", pixels)]
     for reduction in reductions:
-        kept = reduction.kept.reshape(*grid, 1).numpy()
-        kept = kept.repeat(height // grid[0], axis=0).repeat(width // grid[1], axis=1)  # (H, W, 1)
+        covered = np.kron(reduction.kept.reshape(grid).numpy(), np.ones(patch_size, bool))[:height, :width]
+        kept = np.zeros((height, width, 1), bool)
+        kept[: covered.shape[0], : covered.shape[1], 0] = covered
         heading = f"layer {reduction.layer}: {int(reduction.kept.sum())}/{reduction.kept.numel()}"
         panels.append((heading, np.where(kept, pixels, dimmed)))
     step = width * zoom + GAP
@@ -154,12 +169,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             view = transform(source[number][0])
             reductions = follow(model, view)
             pixels = (view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1) * 255
-            picture = draw(pixels.round().byte().permute(1, 2, 0).numpy(), reductions, model.patch_embed.grid_size)
+            patches = model.patch_embed
+            grid = patches.dynamic_feat_size(view.shape[1:])  # grid_size is that of the model's own image size
+            picture = draw(pixels.round().byte().permute(1, 2, 0).numpy(), reductions, grid, patches.patch_size)
             file = own.output / f"{number:04d}.png"
             picture.save(file)
             left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions) or "all kept"
             name = source.images.describe(source.order[number])
-            print(f"{file}: {name}, {model.patch_embed.num_patches} patches, {left}")
+            print(f"{file}: {name}, {math.prod(grid)} patches, {left}")
 
 
 if __name__ == "__main__":
