@@ -91,8 +91,9 @@ def soft_distillation(student: torch.Tensor, teacher: torch.Tensor, tau: float, 
 
 
 def hard_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy against the teacher's decision, DeiT equation 3; logits [B, C]."""
-    return F.cross_entropy(student.float(), teacher.argmax(dim=1))
+    """Cross-entropy against the teacher's decision, DeiT equation 3; logits [B, C]. NaN if a teacher logit is."""
+    loss = F.cross_entropy(student.float(), teacher.argmax(dim=1))  # the arg-max of NaN is a class like any other
+    return loss.masked_fill(teacher.isnan().any(), float("nan"))
 
 
 class DistillationLoss:

@@ -401,9 +401,10 @@ class CachedTeacher:
                     f"{FLAG}: predictions of epoch {self.epoch()} are missing; add --precompute-teacher first"
                 )
             logits = self.live(batch)
-            if logits.isnan().any():  # in a file it would look like a missing prediction
-                raise RunError(f"the teacher's logits in epoch {self.epoch()} are not numbers; try --amp off")
             rows = codec.encode(logits)
+            # In a file, NaN (of infinite logits as well) would look like a missing prediction.
+            if logits.isnan().any() or codec.missing(rows).any():
+                raise RunError(f"the teacher's logits in epoch {self.epoch()} are not numbers; try --amp off")
             self.cache.write(positions, rows)
         return codec.decode(rows, batch.images.device)
 

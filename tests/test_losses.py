@@ -206,6 +206,14 @@ def test_hard_distillation_is_cross_entropy_against_the_teacher_s_decision(logit
     assert float(hard_distillation(logits, teacher_logits)) == pytest.approx(sum(losses) / 6, rel=1e-6)
 
 
+def test_hard_distillation_from_a_teacher_of_nan_is_nan(logits, teacher_logits):
+    teacher_logits[2, 3] = float("inf")  # a decision like any other
+    before = hard_distillation(logits, teacher_logits)
+    assert before.isfinite() and torch.equal(before, nn.functional.cross_entropy(logits, teacher_logits.argmax(dim=1)))
+    teacher_logits[4, 1] = float("nan")
+    assert hard_distillation(logits, teacher_logits).isnan()
+
+
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 

@@ -185,9 +185,15 @@ def test_the_teacher_is_asked_once_about_each_view(tmp_path, codec):
         answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 6, None))
 
 
-@pytest.mark.parametrize("codec", [Labels(10), LogProbabilities(10, 10)])
-def test_an_answer_that_is_not_a_number_is_refused_and_not_stored(tmp_path, codec):
-    teacher = CachedTeacher(TeacherCache(tmp_path, codec, 3, 0, 1), lambda: 0, lambda _: torch.full((3, 10), torch.nan))
+@pytest.mark.parametrize(
+    ("codec", "value"),
+    [(codec, torch.nan) for codec in (Labels(10), LogProbabilities(10, 10), LogProbabilities(10, 4))]
+    + [(codec, torch.inf) for codec in (LogProbabilities(10, 10), LogProbabilities(10, 4))],
+)
+def test_an_answer_that_is_not_a_number_is_refused_and_not_stored(tmp_path, codec, value):
+    logits = torch.zeros(3, 10)
+    logits[1, 7] = value
+    teacher = CachedTeacher(TeacherCache(tmp_path, codec, 3, 0, 1), lambda: 0, lambda _: logits)
     with pytest.raises(RunError, match="not numbers; try --amp off"):
         teacher(Batch(torch.zeros(3, 1), None, torch.arange(3)))
     assert teacher.cache.next_missing() == 0 and not teacher.cache.is_whole(0)

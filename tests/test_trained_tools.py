@@ -329,6 +329,31 @@ def test_the_keep_rate_of_the_file_is_that_of_the_flags(checkpoint, tmp_path, ra
         assert torch.allclose(found, reduce_tokens(model, rate, drop_loc=(0,))(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("which", [1, 3])  # images in the batch
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_do_not_agree(which, value):
+    def damaged(images):
+        logits = images.mean(dim=(2, 3))
+        return torch.where(torch.tensor(len(images) == which), value, logits)
+
+    def sound(images):
+        return images.mean(dim=(2, 3))
+
+    for pair in ((sound, damaged), (damaged, sound), (damaged, damaged)):
+        assert not export.difference(*pair, (8, 8)) <= export.TOLERANCE
+    assert export.difference(sound, sound, (8, 8)) == 0
+    assert export.difference(lambda images: 0 * sound(images), lambda images: 0 * sound(images), (8, 8)) == 0
+
+
+@pytest.mark.parametrize("tool", [export, tradeoff, visualize_tokens])
+def test_weights_that_are_not_finite_are_a_line(checkpoint, tmp_path, capsys, tool):
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["model"]["norm.weight"][3] = float("nan")
+    torch.save(saved, file := tmp_path / "nan.pth")
+    output = ["--output", tmp_path / "out.pt2"]
+    assert f"{file}: norm.weight is not finite" in line_of(capsys, tool, "--resume", file, *output)
+
+
 def test_what_cannot_be_exported_is_a_line(checkpoint, tmp_path, capsys, monkeypatch):
     assert "name it .onnx or .pt2" in line_of(
         capsys, export, "--resume", checkpoint, "--output", tmp_path / "model.bin"

@@ -88,10 +88,13 @@ def load_model(
     """The trained model, to be evaluated.
 
     Raises:
-        UserError: if the weights are not those of the model that the flags describe.
+        UserError: if the weights are not those of the model that the flags describe, or not finite.
     """
     model = build_model(flags.fill(ModelOptions, run), _num_classes(run.model, weights))
     load_exactly(model, weights, path)
+    bad = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"--resume {path}: {bad} is not finite (NaN or infinity); use an earlier checkpoint")
     return place(model, device).eval()
 
 
