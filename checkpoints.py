@@ -11,9 +11,10 @@ import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from utils import RunError, UserError, agree, logger, reason, temporary_name, whole_file, write_whole
@@ -102,6 +103,44 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
     return str(previous) if choice == 2 else resume
 
 
+class _DType:
+    """A NumPy dtype as it is pickled: its code such as `f8`, then a state that begins with version and byte order."""
+
+    def __init__(self, code: str, *_: bool) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def _number(dtype: _DType, data: bytes) -> bool | int | float | complex | str | bytes:
+    """A NumPy scalar as Python's own; of an object, which could be anything, there is none."""
+    if not re.fullmatch(r"[biufc]\d+|[SU]\d+", dtype.code):
+        raise ValueError(f"a NumPy scalar of type {dtype.code}")
+    return np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order)).item()
+
+
+def _posix_path(*parts: str) -> str:
+    return str(PurePosixPath(*parts))
+
+
+def _windows_path(*parts: str) -> str:
+    return str(PureWindowsPath(*parts))
+
+
+_PATHS = {"PosixPath": _posix_path, "PurePosixPath": _posix_path}
+_PATHS |= {"WindowsPath": _windows_path, "PureWindowsPath": _windows_path}
+# Values that other programs put into a checkpoint's `args`, by their names in a pickle. None runs code. Paths become
+# strings: those of another system cannot be built.
+_VALUES = [
+    argparse.Namespace,
+    (_DType, "numpy.dtype"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((read, f"pathlib.{name}") for name, read in _PATHS.items()),
+    *((read, f"pathlib._local.{name}") for name, read in _PATHS.items()),  # Python 3.13
+]
+
+
 def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
     """Read a file (or https address) of tensors, numbers and strings; nothing in it is executed.
 
@@ -126,8 +165,7 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"model": load_file(path)}
-        # The original code put its flags into its checkpoints: a bag of values, which runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_VALUES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except Exception as error:
         raise UserError(

@@ -11,8 +11,10 @@ import resource
 import threading
 import tracemalloc
 import urllib.request
-from pathlib import Path
+import zipfile
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -227,6 +229,92 @@ def test_a_checkpoint_of_the_original_code_with_its_flags_in_a_namespace_is_read
     torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(model="x")}, tmp_path / "original.pth")
     checkpoint = read_checkpoint(str(tmp_path / "original.pth"), "--finetune")
     assert torch.equal(checkpoint["model"]["w"], torch.ones(2))
+
+
+def rename_globals(path, old, new):
+    """Give the classes in a checkpoint's pickle the names that another version or system has for them."""
+    with zipfile.ZipFile(path) as file:
+        contents = {name: file.read(name) for name in file.namelist()}
+    assert any(old in content for name, content in contents.items() if name.endswith("data.pkl"))
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in contents.items():
+            file.writestr(name, content.replace(old, new) if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"pathlib", b"pathlib"),
+        (b"pathlib\n", b"pathlib._local\n"),  # Python 3.13
+        (b"pathlib\nPosixPath", b"pathlib\nPurePosixPath"),
+        (b"pathlib\nPureWindowsPath", b"pathlib\nWindowsPath"),
+    ],
+)
+@pytest.mark.parametrize("nested", [dict, lambda values: argparse.Namespace(**values)])
+def test_paths_of_any_system_are_read_as_strings(tmp_path, old, new, nested):
+    args = {"output_dir": Path("/data/run"), "relative": Path("a/b"), "data": PureWindowsPath("C:\\data\\x")}
+    torch.save({"model": {"w": torch.ones(2)}, "args": nested(args)}, tmp_path / "x.pth")
+    rename_globals(tmp_path / "x.pth", old, new)
+    read = read_checkpoint(str(tmp_path / "x.pth"), "--resume")["args"]
+    assert nested({"output_dir": "/data/run", "relative": "a/b", "data": "C:\\data\\x"}) == read
+
+
+NUMBERS = {
+    "lr": np.float64(0.1),
+    "half": np.float16(0.5),
+    "step": np.int64(-7),
+    "level": np.uint8(200),
+    "done": np.bool_(True),
+    "root": np.complex64(1 + 2j),
+    "name": np.str_("größer"),
+    "big": np.array(1.5, dtype=">f4")[()],
+}
+
+
+@pytest.mark.parametrize("core", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numpy_scalars_are_read_as_python_values(tmp_path, core, legacy):
+    torch.save({"args": NUMBERS}, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    here = np.float64.__reduce__(np.float64(1))[0].__module__.encode()
+    if legacy:
+        (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes().replace(here, core))
+    else:
+        rename_globals(tmp_path / "x.pth", here, core)
+    read = read_checkpoint(str(tmp_path / "x.pth"), "--resume")["args"]
+    assert read == {name: value.item() for name, value in NUMBERS.items()}
+    assert {type(value) for value in read.values()} == {float, int, bool, complex, str}
+
+
+class Smuggler:
+    """Pickled as a NumPy scalar of a dtype that it chooses, around any value."""
+
+    def __init__(self, code, value):
+        self.code, self.value = code, value
+
+    def __reduce__(self):
+        return np.float64(1).__reduce__()[0], (np.dtype(self.code), self.value)
+
+
+@pytest.mark.parametrize("code", ["O", "f8,O", "M8[s]", "V8", "f8"])
+def test_numpy_scalars_smuggle_nothing(tmp_path, code):
+    for value in (Malicious(tmp_path / "marker"), b"too short", [1], b""):
+        torch.save({"args": Smuggler(code, value)}, tmp_path / "x.pth")
+        with pytest.raises(UserError, match="--resume .*never run"):
+            read_checkpoint(str(tmp_path / "x.pth"), "--resume")
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("cls", [argparse.Namespace, Path, np.float64])
+def test_values_in_a_file_do_not_let_code_in_beside_them(tmp_path, cls):
+    value = cls(1) if cls is np.float64 else cls()
+    torch.save({"args": [value, Malicious(tmp_path / "marker")]}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="--resume .*never run"):
+        read_checkpoint(str(tmp_path / "x.pth"), "--resume")
+    assert not (tmp_path / "marker").exists()
+    torch.save({"args": value}, tmp_path / "x.pth")
+    read_checkpoint(str(tmp_path / "x.pth"), "--resume")
+    with pytest.raises(pickle.UnpicklingError):  # and afterwards torch knows no more than before
+        torch.load(tmp_path / "x.pth", weights_only=True)
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
