@@ -142,6 +142,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 def try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
     """Show the model one image, so that a size it cannot take is found before training starts."""
+    _check_patches(model, flag, input_size)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *input_size))
@@ -153,6 +154,22 @@ def try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
             f"drop the --*model-kwargs that say otherwise"
         ) from error
     model.train()
+
+
+def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
+    """Refuse a size that is no multiple of the patch: timm's patch embedding would ignore the rest of each image."""
+    for embed in model.children():
+        conv = getattr(embed, "proj", None)
+        is_patches = hasattr(embed, "patch_size") and isinstance(conv, nn.Conv2d) and conv.in_channels == 3
+        if not is_patches or conv.kernel_size != conv.stride or getattr(embed, "dynamic_img_pad", False):
+            continue
+        for side, patch in zip(input_size, conv.stride, strict=True):
+            near = " or ".join(str(size) for size in (side // patch * patch, -(-side // patch) * patch) if size)
+            if side % patch:
+                size = " ".join(map(str, input_size))
+                raise UserError(
+                    f"--input-size {size}: {side} is not a multiple of the {patch} px patch of {flag}; use {near}"
+                )
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

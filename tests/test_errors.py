@@ -239,8 +239,9 @@ CASES = {
     "patch size above the input": (
         f"{DEIT} --patch-size 64",
         "--model deit_tiny",
-        "change --input-size or --patch-size",
+        "use 64",
     ),
+    "input size no multiple of the patch": (f"{DEIT} --input-size 47", "--input-size 47 47: 47 is", "use 40 or 48"),
     "model kwargs unknown": (f"{DEIT} --model-kwargs embed_dimm=48", "--model-kwargs embed_dimm=48", "change or drop"),
     "model kwargs indivisible": (
         f"{DEIT} --model-kwargs embed_dim=50",

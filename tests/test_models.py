@@ -397,6 +397,45 @@ def test_exact_loading_refuses_another_model(other, at):
     assert_same(model.state_dict(), build(seed=2).state_dict())
 
 
+# -- image sizes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("input_size", "words"),
+    [
+        ((47, 47), "--input-size 47 47: 47 is not a multiple of the 16 px patch"),
+        ((32, 50), "--input-size 32 50: 50 is not"),
+        ((50, 32), "use 48 or 64"),
+        ((5, 5), "use 16"),
+    ],
+)
+@pytest.mark.parametrize("name", [PLAIN, "resmlp_12_224", "evit_tiny_patch16_224"])
+def test_size_that_is_no_multiple_of_the_patch_is_refused_with_the_nearest(tmp_path, name, input_size, words):
+    if name == "resmlp_12_224" and input_size == (5, 5):
+        pytest.skip("timm builds none of this size")
+    kwargs = {} if "mlp" in name else {"depth": 1, "drop_loc": ()} if "evit" in name else {"depth": 1}
+    with tiny.user_error(words, f"patch of --model {name}"):
+        build_model(ModelOptions(name, input_size=input_size, drop_path=0, model_kwargs=kwargs), num_classes=5)
+
+
+def test_teacher_of_a_patch_that_does_not_fit_is_refused(tmp_path):
+    source = build(input_size=(48, 48), patch_size=6)
+    path = save(tmp_path / "t.pth", {"model": source.state_dict()})
+    with tiny.user_error("--input-size 32 32", f"6 px patch of --teacher-model {PLAIN}; use 30 or 36"):
+        teach(path=path, patch_size=6)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "pvt_v2_b0"])
+def test_size_of_models_without_a_grid_of_patches_is_free(name):
+    model = build_model(ModelOptions(name, input_size=(47, 53), drop_path=0), num_classes=5)
+    assert model(images(47, 53)).shape == (2, 5)
+
+
+def test_size_of_a_model_that_pads_is_free():
+    kwargs = TINY | {"dynamic_img_pad": True, "dynamic_img_size": True}
+    assert build(input_size=(47, 53), model_kwargs=kwargs)(images(47, 53)).shape == (2, 5)
+
+
 # -- teachers ----------------------------------------------------------------------------------------------------------
 
 
