@@ -50,6 +50,8 @@ def create_model(
         config = timm.get_pretrained_cfg(name)
         if config is not None and config.fixed_input_size:
             options = {"img_size": input_size} | options
+        if pretrained:
+            _check_published(name, flag, {key: value for key, value in options.items() if value is not None})
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError, OSError) as error:
         why = reason(error)
@@ -60,6 +62,19 @@ def create_model(
         given = " ".join(_as_flag(key, value, flag) for key, value in options.items() if value is not None)
         remedy = "add --drop-path 0" if "drop_path_rate" in why else "change or drop that"
         raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({why}); {remedy}") from error
+
+
+def _check_published(name: str, flag: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that add or remove tensors: for other classes, timm loads a part of its weights silently."""
+    changed = [key for key in options if key not in ("img_size", "patch_size", "drop_rate", "drop_path_rate")]
+    if not changed:
+        return
+    with torch.random.fork_rng(devices=[]):
+        published, built = (set(timm.create_model(name, **given).state_dict()) for given in ({}, options))
+    if published != built:
+        given = " ".join(_as_flag(key, options[key], flag) for key in changed)
+        names = ", ".join(sorted(published ^ built)[:3])
+        raise UserError(f"{flag} {name}: the pretrained weights do not fit {given} ({names}); drop these options")
 
 
 def _as_flag(option: str, value: Any, model_flag: str) -> str:

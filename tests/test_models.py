@@ -397,6 +397,14 @@ def test_exact_loading_refuses_another_model(other, at):
     assert_same(model.state_dict(), build(seed=2).state_dict())
 
 
+@pytest.mark.parametrize("depth", [1, 14])
+def test_pretrained_weights_are_not_loaded_in_part(monkeypatch, depth):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: pytest.fail("they were downloaded"))
+    name = "vit_tiny_patch16_224"
+    with tiny.user_error(f"--model {name}: the pretrained weights do not fit", f"depth={depth}", "blocks."):
+        build_model(ModelOptions(name, pretrained=True, model_kwargs={"depth": depth}), num_classes=5)
+
+
 # -- image sizes -------------------------------------------------------------------------------------------------------
 
 
