@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
+import inspect
 import json
 import os
 import re
+import sys
 import urllib.parse
 import zipfile
 import zlib
@@ -16,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from timm.models import clean_state_dict, is_model, model_entrypoint
 
 from utils import RunError, UserError, agree, logger, reason, temporary_name, whole_file, write_whole
 
@@ -175,6 +179,88 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint; give a checkpoint.pth")
     return checkpoint
+
+
+def weights_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, torch.Tensor]:
+    """The model's tensors in a checkpoint: its `model` (ours, the original code's) or `state_dict` (timm's), or it all.
+
+    Of DINO's student and teacher it is the `teacher`, as in its own evaluation.
+
+    Raises:
+        UserError: if there are none.
+    """
+    nested = (checkpoint.get(key) for key in ("model", "state_dict", "teacher"))
+    inner = next((value for value in nested if isinstance(value, Mapping)), checkpoint)
+    named = all(isinstance(key, str) for key in inner)
+    weights = clean_state_dict(inner) if named else {}  # names carry no module. or _orig_mod.
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{flag} {path}: not a checkpoint of a model; give a file such as checkpoint.pth or best.pth")
+    return dict(weights)
+
+
+def ema_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, torch.Tensor] | None:
+    """The EMA weights in a checkpoint of ours or the original code (`model_ema`) or of timm (`state_dict_ema`).
+
+    Raises:
+        UserError: if what it has is no weights.
+    """
+    average = checkpoint.get("model_ema") or checkpoint.get("state_dict_ema")
+    return weights_of({"model": average}, flag, path) if average else None
+
+
+def unwrapped(
+    weights: Mapping[str, torch.Tensor], names: Collection[str], flag: str, path: str
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights without the prefix of a module around the model, such as Lightning's `model.` or DINO's `backbone.`.
+
+    Args:
+        names: those of the model that is to load them.
+
+    Returns:
+        The model's tensors, and the names of the others.
+
+    Raises:
+        UserError: if several prefixes hold the model.
+    """
+    found = collections.Counter()
+    for key in weights:
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
+        found.update(key[:start] for start in starts if key[start:] in names)
+    prefixes = sorted(prefix for prefix, count in found.items() if count > len(names) / 2)
+    if len(prefixes) > 1 and "" not in prefixes:
+        raise UserError(f"{flag} {path}: holds several models ({', '.join(prefixes)}); save the one to load by itself")
+    prefix = prefixes[0] if prefixes else os.path.commonprefix(list(weights)).rpartition(".")[0] + "."
+    if not prefixes and (prefix == "." or any(name.startswith(prefix) for name in names)):
+        prefix = ""  # part of a model, or another
+    inner = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    return inner, [key for key in weights if not key.startswith(prefix)]
+
+
+def translated(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of another layout in timm's names, by the model's own `checkpoint_filter_fn`, if that can read them."""
+    name = model.pretrained_cfg.get("architecture") or ""
+    module = model_entrypoint(name).__module__ if is_model(name) else type(model).__module__
+    translate = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    if translate is None:
+        return dict(weights)
+    options = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(translate).parameters else {}
+    # Its caller resizes it, and knows of distillation tokens. In DINOv2 the class token is a part of it.
+    own = {key: weights[key] for key in ("pos_embed",) if key in weights and "mask_token" not in weights}
+    try:
+        found = translate({key: value for key, value in weights.items() if key not in own}, model, **options) | own
+    except Exception:  # whatever a layout that it does not know leads to
+        return dict(weights)
+    for key in found.keys() & weights.keys():
+        if "pos" not in key and found[key].numel() != weights[key].numel():
+            found[key] = weights[key]  # it resizes patch embeddings too, which are then of another model
+    return found
+
+
+def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Size of the images that a checkpoint was trained with, if its flags say so."""
+    size = flags_of(checkpoint).get("input_size")
+    size = [size] if isinstance(size, int) else size  # so in the original code; in timm, channels come first
+    return (size[-2:][0], size[-1]) if isinstance(size, list | tuple) and size else None
 
 
 def file_hash(path: str) -> str | None:

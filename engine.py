@@ -24,7 +24,7 @@ from checkpoints import save_checkpoint
 from datasets import BrokenImages
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
-from models import load_exactly, set_train_mode, weights_of
+from models import load_weights, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
 from utils import (
@@ -320,12 +320,12 @@ class TrainState:
             UserError: if it is for another model or holds weights only.
         """
         weights = weights_of(checkpoint, "--resume", path)
-        load_exactly(self.module, weights, path)
+        load_weights(self.module, weights, "--resume", path)
         if self.ema is not None:
             if not checkpoint.get("model_ema"):
                 logger.warning("%s has no averaged weights; the average starts from its weights", path)
             average = {"model": checkpoint.get("model_ema") or weights}
-            load_exactly(self.ema.module, weights_of(average, "--resume", path), path)
+            load_weights(self.ema.module, weights_of(average, "--resume", path), "--resume", path)
         try:
             options = set(self.optimizer.defaults)  # taken before loading, which adds to them
             self.optimizer.load_state_dict(_implemented_as(self.optimizer, checkpoint["optimizer"]))

@@ -102,7 +102,7 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
         if getattr(args, name):
             val = compare_file(args, name, train, val)
     distilled = args.distillation_type != "none" and not args.distill_on_class_token
-    model = models.build_model(fill(models.ModelOptions, args), val.num_classes, distilled)
+    model = models.build_model(fill(models.ModelOptions, args), val.num_classes, distilled, eval_only=args.eval)
     model = models.place(model, world.device)
     views, loading = fill(ViewOptions, args), fill(loaders.LoaderOptions, args)
     val_loader = loaders.build_val_loader(val, views, models.normalization(model), loading, world)
@@ -292,13 +292,14 @@ def evaluate_only(run: Run) -> None:
         checkpoint = checkpoints.read_checkpoint(path, "--resume")
         for change in checkpoints.changes(checkpoint, {"args": vars(run.args), "run": {}}, TRAINED):
             logger.info("evaluated on purpose with another setting than trained: %s", change)
-        weights = {"test_": models.weights_of(checkpoint, "--resume", path)}
-        if checkpoint.get("model_ema"):
-            weights["test_ema_"] = checkpoint["model_ema"]
+        weights = {"test_": checkpoints.weights_of(checkpoint, "--resume", path)}
+        average = checkpoints.ema_of(checkpoint, "--resume", path)
+        weights |= {"test_ema_": average} if average else {}
+        size = checkpoints.trained_size(checkpoint) or run.views.input_size
 
     def loaded(state_dict: dict[str, torch.Tensor] | None) -> torch.nn.Module:
         if state_dict is not None:
-            models.load_exactly(run.model, state_dict, path)
+            models.load_weights(run.model, state_dict, "--resume", path, models.EVALUATION, size)
         return run.model
 
     modules = ((prefix, loaded(state_dict)) for prefix, state_dict in weights.items())

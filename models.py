@@ -5,18 +5,17 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import clean_state_dict
 from torch import nn
 
 import models_evit
-from checkpoints import read_checkpoint
+from checkpoints import read_checkpoint, trained_size, translated, unwrapped, weights_of
 from samplers import random_key, seed_generators
 from utils import UserError, logger, reason
 
@@ -73,7 +72,7 @@ def _check_published(name: str, flag: str, options: Mapping[str, Any]) -> None:
         published, built = (set(timm.create_model(name, **given).state_dict()) for given in ({}, options))
     if published != built:
         given = " ".join(_as_flag(key, options[key], flag) for key in changed)
-        names = ", ".join(sorted(published ^ built)[:3])
+        names = _listed(sorted(published ^ built), 3)
         raise UserError(f"{flag} {name}: the pretrained weights do not fit {given} ({names}); drop these options")
 
 
@@ -106,11 +105,12 @@ class ModelOptions:
     seed: int = 0  # of the initial weights
 
 
-def build_model(options: ModelOptions, num_classes: int, distilled: bool = False) -> nn.Module:
+def build_model(options: ModelOptions, num_classes: int, distilled: bool = False, eval_only: bool = False) -> nn.Module:
     """Build the model to train with its first weights, on the CPU.
 
     Args:
         distilled: in training mode the model returns the pair (class logits, distillation logits).
+        eval_only: refuse weights that leave a tensor, such as the head for other classes, as it was initialized.
 
     Raises:
         UserError: unknown model or option, no distillation head where one is needed, or weights of another model.
@@ -130,6 +130,11 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
         | {key: value for key, value in tokens.items() if value is not None}
         | dict(options.model_kwargs),
     )
+    if eval_only and options.pretrained and model.pretrained_cfg["num_classes"] != num_classes:
+        raise UserError(
+            f"--eval --pretrained: the weights of {name} know {model.pretrained_cfg['num_classes']} classes, the data "
+            f"have {num_classes}; train the head with --pretrained and without --eval first"
+        )
     if distilled:
         if not hasattr(model, "set_distilled_training"):
             raise UserError(
@@ -144,7 +149,7 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
     try_out(model, f"--model {name}", options.input_size)
     if options.finetune:
-        load_finetune_weights(model, options.finetune)
+        load_finetune_weights(model, options.finetune, COMPLETE if eval_only else FINETUNING)
     freeze(model, options.train_scope)
     return model
 
@@ -195,39 +200,32 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
+# How a model may differ from the weights that it loads, in the words of `LoadReport`.
+EVALUATION = ("resized",)
+COMPLETE = ("resized", "dropped")
+FINETUNING = ("resized", "dropped", "missing")
+
 
 @dataclass
 class LoadReport:
-    """What became of each tensor when weights were fitted to a model."""
+    """What became of each tensor when weights were fitted to a model, by name."""
 
     kept: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)  # position embeddings
+    dropped: list[str] = field(default_factory=list)  # heads and distillation token of the file
+    missing: list[str] = field(default_factory=list)  # heads and distillation token of the model
+    ignored: list[str] = field(default_factory=list)  # not of a classifier: a decoder, a projection head, a loss
+    misfits: list[str] = field(default_factory=list)  # any other difference: the weights are of another model
 
     def __str__(self) -> str:
-        def names(keys: list[str]) -> str:
-            return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "") if keys else "none"
-
         return (
-            f"kept {len(self.kept)} tensors; resized: {names(self.resized)}; dropped: {names(self.dropped)}; "
-            f"missing, left as initialised: {names(self.missing)}"
+            f"kept {len(self.kept)} tensors; resized: {_listed(self.resized)}; dropped: {_listed(self.dropped)}; "
+            f"missing, left as initialized: {_listed(self.missing)}; ignored: {_listed(self.ignored)}"
         )
 
 
-def weights_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, torch.Tensor]:
-    """The model's tensors in a checkpoint of ours, of the original code (`model`), of timm (`state_dict`), or bare.
-
-    Raises:
-        UserError: if there are none.
-    """
-    inner = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    if not isinstance(inner, Mapping) or not all(isinstance(key, str) for key in inner):
-        raise UserError(f"{flag} {path}: not a checkpoint of a model; give a file such as checkpoint.pth or best.pth")
-    weights = clean_state_dict(inner)  # names carry no module. or _orig_mod.
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{flag} {path}: not a checkpoint of a model; give a file such as checkpoint.pth or best.pth")
-    return dict(weights)
+def _listed(names: list[str], most: int = 6) -> str:
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -240,36 +238,98 @@ def belongs_to(key: str, modules: tuple[str, ...]) -> bool:
     return key.rpartition(".")[0] in modules
 
 
-def fit_state_dict(
-    weights: Mapping[str, torch.Tensor], model: nn.Module, trained_size: tuple[int, int] | None = None
-) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """Adapt weights to a model: resize the position embedding, drop what cannot be used.
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    flag: str,
+    path: str,
+    allowed: Collection[str] = (),
+    size: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Load weights by name, all or nothing, and say in the log what differs.
 
-    A classification layer for another number of classes, a distillation token and head that the model has not, and
-    whatever else the model does not know are dropped. Tensors of a wrong shape elsewhere are kept for the caller to
-    refuse.
+    Args:
+        weights: as `weights_of` gives them; if anything is allowed, also in a layout that timm translates.
+        flag, path: where they are from, for messages.
+        allowed: how they may differ from the model's, such as `FINETUNING`.
+        size: (height, width) in pixels of the images that they were trained with, if that is known.
+
+    Raises:
+        UserError: if they differ in any other way, or a tensor is not finite.
+    """
+    source, outside = unwrapped(weights, set(model.state_dict()), flag, path)
+    fitted, report = fit_state_dict(source, model, size)
+    if report.misfits and allowed:
+        renamed = translated(source, model)
+        again, second = fit_state_dict(renamed, model, size)
+        if len(second.misfits) < len(report.misfits):
+            second.resized += [key for key in second.kept if again[key].numel() != source.get(key, again[key]).numel()]
+            source, fitted, report = renamed, again, second
+    report.ignored += outside
+    refused = report.misfits + [key for kind in FINETUNING if kind not in allowed for key in getattr(report, kind)]
+    if refused:
+        shapes = [{key: str(list(own[key].shape)) for key in own} for own in (source, model.state_dict())]
+        words = [f"{key}: {' there, '.join(own.get(key, 'nothing') for own in shapes)} here" for key in refused]
+        differences = _listed(list(dict.fromkeys(words)), 3)
+        model_flag = "--teacher-model" if flag == "--teacher-path" else "--model"
+        raise UserError(f"{flag} {path}: does not fit {model_flag} ({differences}); {_remedy(flag, report, allowed)}")
+    broken = next((key for key, value in fitted.items() if not value.float().isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"{flag} {path}: {broken} is not finite (NaN or infinity); give an earlier checkpoint")
+    model.load_state_dict(fitted, strict=False)
+    if flag == "--finetune" or report.resized + report.dropped + report.missing + report.ignored:
+        logger.info("%s %s: %s", flag, path, report)
+    return report
+
+
+def _remedy(flag: str, report: LoadReport, allowed: Collection[str]) -> str:
+    """What the user can do about weights that differ; `--finetune` only where it would take them."""
+    if flag == "--resume":
+        may_finetune = not report.misfits and not allowed
+        return "pass the model, data set and input size it is from" + (", or --finetune it" if may_finetune else "")
+    if flag == "--teacher-path" and report.dropped and not report.misfits:
+        return "train a teacher on this data set first, with python main.py --model NAME"
+    if flag == "--teacher-path":
+        return "pass the --teacher-model (and --teacher-model-kwargs) that these weights are from"
+    if report.misfits:
+        return "pass the --model (and --patch-size, --model-kwargs) that these weights are from"
+    return "--eval needs a file with these tensors; train them with --finetune and without --eval first"
+
+
+def fit_state_dict(
+    weights: Mapping[str, torch.Tensor], model: nn.Module, size: tuple[int, int] | None = None
+) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """Fit weights to a model by name: resize the position embedding, find what differs.
 
     Args:
         weights: named tensors with the official DeiT or timm names.
         model: the model that is to load them.
-        trained_size: (height, width) in pixels of the images that the weights were trained with, if that is known.
+        size: (height, width) in pixels of the images that the weights were trained with, if that is known.
 
     Returns:
         The tensors to load, and what became of each.
     """
     fitted, report, target = {}, LoadReport(), model.state_dict()
-    heads = (*classifier_names(model), "head", "head_dist")
+    heads = (*classifier_names(model), "head")
+
+    def may_differ(key: str) -> bool:
+        return belongs_to(key, heads) or key == "dist_token" or key.startswith("head_dist.")
+
     for key, value in weights.items():
-        if key == "pos_embed" and key in target:
-            resized = _fit_pos_embed(value, weights, model, trained_size)
-            (report.kept if resized is value else report.resized).append(key)
-            fitted[key] = resized
-        elif key not in target or (belongs_to(key, heads) and value.shape != target[key].shape):
+        own = target.get(key)
+        new = _fit_pos_embed(value, weights, model, size) if key == "pos_embed" and own is not None else value
+        if own is not None and new.shape == own.shape and new.is_floating_point() >= own.is_floating_point():
+            (report.kept if new is value else report.resized).append(key)
+            fitted[key] = new
+        elif may_differ(key):
             report.dropped.append(key)
+        elif own is None and (key == "mask_token" or key.startswith("decoder_")):  # of a masked autoencoder
+            report.ignored.append(key)
         else:
-            report.kept.append(key)
-            fitted[key] = value
-    report.missing = [key for key in target if key not in fitted]
+            report.misfits.append(key)
+    for key in target:
+        if key not in fitted and key not in report.misfits:
+            (report.missing if may_differ(key) else report.misfits).append(key)
     return fitted, report
 
 
@@ -277,7 +337,7 @@ def _fit_pos_embed(
     pos_embed: torch.Tensor,
     weights: Mapping[str, torch.Tensor],
     model: nn.Module,
-    trained_size: tuple[int, int] | None,
+    size: tuple[int, int] | None,
 ) -> torch.Tensor:
     """Position embedding [1, prefix + h·w, D] -> [1, prefix' + h'·w', D] for the model's grid and prefix tokens.
 
@@ -296,7 +356,7 @@ def _fit_pos_embed(
         old_prefix = ("cls_token" in weights) + ("dist_token" in weights)
         old_prefix += weights["reg_token"].shape[1] if "reg_token" in weights else 0
     prefix, patches = pos_embed[:, :old_prefix], pos_embed[:, old_prefix:]
-    old_grid = _grid_of(patches.shape[1], weights, trained_size) or grid
+    old_grid = _grid_of(patches.shape[1], weights, size) or grid
     if old_grid == grid and old_prefix == new_prefix:
         return pos_embed
     if old_grid != grid:
@@ -306,49 +366,23 @@ def _fit_pos_embed(
 
 
 def _grid_of(
-    num_patches: int, weights: Mapping[str, torch.Tensor], trained_size: tuple[int, int] | None
+    num_patches: int, weights: Mapping[str, torch.Tensor], size: tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """Rows and columns of the patches: by the size of the images, else a square if it can be one, else unknown."""
     patch = weights.get("patch_embed.proj.weight")
-    if trained_size is not None and patch is not None and patch.ndim == 4:
-        grid = trained_size[0] // patch.shape[2], trained_size[1] // patch.shape[3]
+    if size is not None and patch is not None and patch.ndim == 4:
+        grid = size[0] // patch.shape[2], size[1] // patch.shape[3]
         if math.prod(grid) == num_patches:
             return grid
     side = math.isqrt(num_patches)
     return (side, side) if side * side == num_patches else None
 
 
-def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Size of the images that a checkpoint of ours was trained with."""
-    args = checkpoint.get("args")
-    size = args.get("input_size") if isinstance(args, Mapping) else None
-    return (size[0], size[-1]) if isinstance(size, list) and size else None
-
-
-def load_finetune_weights(model: nn.Module, path: str) -> LoadReport:
-    """Load `--finetune` weights into a model, say in the log what was kept, resized, dropped and missing.
-
-    Raises:
-        UserError: if the file is unreadable or the weights are those of another model.
-    """
-    flag = "--finetune"
-    checkpoint = read_checkpoint(path, flag)
-    fitted, report = fit_state_dict(weights_of(checkpoint, flag, path), model, trained_size(checkpoint))
-    target = model.state_dict()
-    misfit = next((key for key, value in fitted.items() if value.shape != target[key].shape), None)
-    if misfit is not None:
-        raise UserError(
-            f"{flag} {path}: {misfit} is {list(fitted[misfit].shape)} there and {list(target[misfit].shape)} in the "
-            f"model; pass the --model (and --patch-size, --model-kwargs) that these weights are from"
-        )
-    if len(report.kept) + len(report.resized) < len(target) / 2:
-        raise UserError(
-            f"{flag} {path}: weights of another model ({len(report.kept)} of {len(target)} tensors have the right "
-            f"name); pass the --model that they are from"
-        )
-    model.load_state_dict(fitted, strict=False)
-    logger.info("%s %s: %s", flag, path, report)
-    return report
+def load_finetune_weights(model: nn.Module, path: str, allowed: Collection[str] = FINETUNING) -> LoadReport:
+    """Load `--finetune` weights into a model, see `load_weights`."""
+    checkpoint = read_checkpoint(path, "--finetune")
+    weights = weights_of(checkpoint, "--finetune", path)
+    return load_weights(model, weights, "--finetune", path, allowed, trained_size(checkpoint))
 
 
 MODEL_FLAGS = ("model", "patch_size", "model_kwargs", "drop_loc", "fuse_token")
@@ -396,27 +430,6 @@ def _shown(value: Any) -> str:
     if value is None:
         return "(the model's own)"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str) -> None:
-    """Load `--resume` weights into the model they were trained with.
-
-    Raises:
-        UserError: if a tensor is missing, unknown or of another shape.
-    """
-    target = {key: value.shape for key, value in model.state_dict().items()}
-    given = {key: value.shape for key, value in weights.items()}
-    misfit = next((key for key in {**target, **given} if target.get(key) != given.get(key)), None)
-    if misfit is not None:
-        raise UserError(
-            f"--resume {path}: holds another model than --model (at {misfit}: {_shape(given, misfit)} there, "
-            f"{_shape(target, misfit)} here); pass the model, data set and input size it is from, or --finetune it"
-        )
-    model.load_state_dict(weights)
-
-
-def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
-    return str(list(shapes[key])) if key in shapes else "nothing"
 
 
 def linear_head(model: nn.Module, name: str) -> nn.Linear:

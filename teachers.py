@@ -26,7 +26,7 @@ from torch import nn
 
 import models
 from augment import Normalization
-from checkpoints import Classes, compare_classes, flags_of, read_checkpoint
+from checkpoints import Classes, compare_classes, flags_of, read_checkpoint, trained_size, weights_of
 from samplers import Batch
 from utils import RunError, UserError, World, check_space, logger, write_whole
 
@@ -88,10 +88,8 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
     )
     if path:
         _check_teacher_model(flags_of(checkpoint), options)
-        weights = models.weights_of(checkpoint, "--teacher-path", path)
-        state_dict, report = models.fit_state_dict(weights, teacher, models.trained_size(checkpoint))
-        _check_teacher_weights(state_dict, report, teacher, options)
-        teacher.load_state_dict(state_dict)
+        weights, size = weights_of(checkpoint, "--teacher-path", path), trained_size(checkpoint)
+        models.load_weights(teacher, weights, "--teacher-path", path, models.COMPLETE, size)
     elif teacher.num_classes != num_classes:
         raise UserError(
             f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
@@ -113,26 +111,6 @@ def _check_teacher_model(trained: Mapping[str, Any], options: TeacherOptions) ->
     there = {"model": trained["model"], "model_kwargs": kwargs}
     here = {"model": options.teacher_model, "model_kwargs": here}
     models.refuse_another_model(here, there, f"--teacher-path {options.teacher_path}", "--teacher-")
-
-
-def _check_teacher_weights(
-    state_dict: Mapping[str, torch.Tensor], report: models.LoadReport, teacher: nn.Module, options: TeacherOptions
-) -> None:
-    """Refuse weights that `fit_state_dict` could not fit to the teacher, heads included."""
-    name, path = options.teacher_model, options.teacher_path
-    heads, target = models.classifier_names(teacher), teacher.state_dict()
-    # A plain model may teach with the weights of a distilled one; anything else left over is of another model.
-    belongs = models.belongs_to
-    misfits = [key for key in report.dropped if key != "dist_token" and not belongs(key, (*heads, "head_dist"))]
-    misfits += [key for key in report.missing if not belongs(key, heads)]
-    misfits += [key for key, value in state_dict.items() if value.shape != target[key].shape]
-    if misfits:
-        raise UserError(f"--teacher-path {path}: does not fit --teacher-model {name} (at {misfits[0]}); name its model")
-    if report.missing:
-        raise UserError(
-            f"--teacher-path {path}: the teacher's head is not for {teacher.num_classes} classes; train a teacher on "
-            f"this data set first (python main.py --model {name} ...)"
-        )
 
 
 class FrozenTeacher:

@@ -934,9 +934,9 @@ def test_a_checkpoint_that_cannot_be_resumed_is_the_user_s_mistake(tmp_path):
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
     with pytest.raises(UserError, match="--resume here: .*--finetune"):  # weights only
         build_state().resume({"model": checkpoint["model"]}, "here", STEPS)
-    with pytest.raises(UserError, match="--resume here: holds another model"):
+    with pytest.raises(UserError, match="--resume here: does not fit --model"):
         build_state(build_resnet()).resume(checkpoint, "here", STEPS)
-    with pytest.raises(UserError, match="--resume here: holds another model .*head"):
+    with pytest.raises(UserError, match="--resume here: does not fit --model .*head"):
         build_state(build_deit(num_classes=11)).resume(checkpoint, "here", STEPS)
     model = build_deit()
     models.freeze(model, "head")

@@ -139,6 +139,8 @@ def workspace(tmp_path_factory):
         "no_optimizer": good | {"optimizer": None},
         "no_average": good | {"model_ema": 1},
         "three_classes": {"model": three},
+        "not_finite": good | {"model": good["model"] | {"norm.bias": torch.full((48,), torch.nan)}},
+        "not_finite_average": good | {"model_ema": good["model"] | {"norm.bias": torch.full((48,), torch.inf)}},
         "malicious": {"model": malicious},
     }.items():
         torch.save(thing, w / f"{name}.pth")
@@ -351,6 +353,21 @@ CASES = {
         f"{CONVOLUTIONAL} --eval --resume {{w}}/run/best.pth",
         "--resume {w}/run/best.pth",
         "was trained with --model deit_tiny_patch16_224, not test_resnet",
+    ),
+    "eval of a head for other classes": (
+        f"{DEIT} --eval --finetune {{w}}/three_classes.pth",
+        "--finetune {w}/three_classes.pth",
+        "train them with --finetune and without --eval",
+    ),
+    "eval of weights that are not finite": (
+        f"{DEIT} --eval --resume {{w}}/not_finite.pth",
+        "--resume {w}/not_finite.pth: norm.bias is not finite",
+        "give an earlier checkpoint",
+    ),
+    "resume of EMA weights that are not finite": (
+        f"{DEIT} --resume {{w}}/not_finite_average.pth --epochs 2",
+        "--resume {w}/not_finite_average.pth: norm.bias is not finite",
+        "give an earlier checkpoint",
     ),
     "finetune of a missing file": (
         f"{DEIT} --finetune {{w}}/nowhere.pth",

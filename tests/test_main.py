@@ -1,9 +1,12 @@
 """Whole runs in this process: what they write, and flags that work together."""
 
+import argparse
 import json
 import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import tiny
@@ -117,6 +120,18 @@ def test_flags_of_the_recipe_work_together(tmp_path):
     flags += ["--lr-scaling", "sqrt", "--drop", "0.1", "--amp", "bf16", "--opt", "lamb", "--mixup-mode", "elem"]
     (record,) = run(tmp_path, *flags)
     assert record["train_loss"] < 2  # binary cross-entropy of ten classes starts near log 2
+
+
+def test_weights_and_ema_weights_of_timm_are_evaluated(plain_run, tmp_path, capsys):
+    saved = torch.load(plain_run / "best.pth", weights_only=True)
+    theirs = {"arch": "deit_tiny_patch16_224", "state_dict": saved["model"], "state_dict_ema": saved["model_ema"]}
+    torch.save(theirs | {"args": argparse.Namespace(lr=np.float64(0.1), output=Path("a"))}, tmp_path / "timm.pth.tar")
+    results = []
+    for path in (plain_run / "best.pth", tmp_path / "timm.pth.tar"):
+        main.cli([*tiny.TINY, "--model", "deit_tiny_patch16_224", "--eval", "--resume", str(path)])
+        results.append(re.findall(r"test\w*_(?:loss|acc1) \S+", capsys.readouterr().err))
+    assert results[0] == results[1] and len(results[0]) == 4
+    assert results[0][0].split()[1] != results[0][2].split()[1]  # of the EMA weights
 
 
 def test_an_earlier_run_is_resumed_or_kept_and_never_written_over(plain_run, capsys):
@@ -344,7 +359,9 @@ def test_keep_rate_and_input_size_are_changed_on_purpose(named_run, capsys):
     main.cli(["--eval", "--resume", str(named_run / "best.pth"), *flags])
     output = capsys.readouterr().err
     assert "--base-keep-rate was None, is 0.5" in output and "test_acc1" in output
-    assert "--input-size" in refusal(capsys, "--eval", "--resume", named_run / "best.pth", "--input-size", "64")
+    main.cli(["--eval", "--resume", str(named_run / "best.pth"), "--input-size", "64"])
+    output = capsys.readouterr().err
+    assert "--input-size was [32], is [64]" in output and "resized: pos_embed" in output and "test_acc1" in output
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """Tiny real timm models: building them, fitting weights to them, teachers, partial training."""
 
+import argparse
+import contextlib
+import re
+
 import pytest
 import safetensors.torch
 import timm
@@ -8,17 +12,20 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+from checkpoints import ema_of, trained_size, weights_of
 from models import (
+    COMPLETE,
+    EVALUATION,
+    FINETUNING,
     ModelOptions,
     build_model,
     classifier_names,
     fit_state_dict,
     freeze,
-    load_exactly,
     load_finetune_weights,
+    load_weights,
     normalization,
     set_train_mode,
-    weights_of,
 )
 from teachers import TeacherOptions, load_teacher
 
@@ -26,12 +33,12 @@ PLAIN, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def build(name=PLAIN, seed=0, num_classes=5, distilled=False, **options):
+def build(name=PLAIN, seed=0, num_classes=5, distilled=False, eval_only=False, **options):
     """A model of ours without drop-path; transformers are tiny, with patches of 8 pixels."""
     if "deit" in name or "vit" in name:
         options = {"patch_size": 8} | options | {"model_kwargs": TINY | options.get("model_kwargs", {})}
     options = {"input_size": (32, 32), "drop_path": 0.0} | options
-    return build_model(ModelOptions(name, seed=seed, **options), num_classes, distilled)
+    return build_model(ModelOptions(name, seed=seed, **options), num_classes, distilled, eval_only)
 
 
 def build_cnn(**options):
@@ -357,11 +364,11 @@ def test_report_says_what_became_of_the_tensors():
     kept = len(build().state_dict()) - 3  # without the head's two and the position embedding
     assert str(report) == (
         f"kept {kept} tensors; resized: pos_embed; dropped: dist_token, head.weight, head.bias, head_dist.weight, "
-        f"head_dist.bias; missing, left as initialised: head.weight, head.bias"
+        f"head_dist.bias; missing, left as initialized: head.weight, head.bias; ignored: none"
     )
     _, report = fit_state_dict({}, build())
-    assert str(report).startswith("kept 0 tensors; resized: none; dropped: none; missing, left as initialised: ")
-    assert str(report).endswith(f" and {len(build().state_dict()) - 6} more")
+    assert str(report).startswith("kept 0 tensors; resized: none; dropped: none; missing, left as initialized: head.")
+    assert len(report.misfits) == len(build().state_dict()) - 2
 
 
 def test_fitting_changes_neither_the_weights_nor_the_model():
@@ -371,30 +378,102 @@ def test_fitting_changes_neither_the_weights_nor_the_model():
     assert_same(model.state_dict(), build(PLAIN, 2, input_size=(48, 48)).state_dict())
 
 
-# -- resuming ----------------------------------------------------------------------------------------------------------
+# -- all or nothing ----------------------------------------------------------------------------------------------------
 
 
 def test_exact_loading_takes_the_same_model():
     source, model = build(DISTILLED, 1), build(DISTILLED, 2)
-    load_exactly(model, source.state_dict(), "x.pth")
+    load_weights(model, source.state_dict(), "--resume", "x.pth")
     assert_same(model.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize(
-    ("other", "at"),
+    ("other", "at", "finetune_takes_it"),
     [
-        ({"num_classes": 7}, "head.weight: [7, 48] there, [5, 48] here"),
-        ({"input_size": (48, 48)}, "pos_embed: [1, 37, 48] there, [1, 17, 48] here"),
-        ({"name": DISTILLED}, "pos_embed: [1, 18, 48] there"),
-        ({"model_kwargs": {"depth": 1}}, "blocks.1.norm1.weight: nothing there, [48] here"),
-        ({"model_kwargs": {"depth": 3}}, "blocks.2.norm1.weight: [48] there, nothing here"),
+        ({"num_classes": 7}, "head.weight: [7, 48] there, [5, 48] here", True),
+        ({"input_size": (48, 48)}, "pos_embed: [1, 37, 48] there, [1, 17, 48] here", True),
+        ({"name": DISTILLED}, "dist_token: [1, 1, 48] there, nothing here", True),
+        ({"model_kwargs": {"depth": 1}}, "blocks.1.norm1.weight: nothing there, [48] here", False),
+        ({"model_kwargs": {"depth": 3}}, "blocks.2.norm1.weight: [48] there, nothing here", False),
+        ({"patch_size": 4, "input_size": (16, 16)}, "patch_embed.proj.weight: [48, 3, 4, 4] there", False),
     ],
 )
-def test_exact_loading_refuses_another_model(other, at):
-    model = build(seed=2)
-    with tiny.user_error("--resume x.pth", at, "--finetune"):
-        load_exactly(model, build(seed=1, **other).state_dict(), "x.pth")
+def test_resume_refuses_another_model_and_advises_finetune_only_where_it_works(tmp_path, other, at, finetune_takes_it):
+    weights, model = build(seed=1, **other).state_dict(), build(seed=2)
+    with tiny.user_error("--resume x.pth: does not fit --model", at) as caught:
+        load_weights(model, weights, "--resume", "x.pth")
+    assert ("--finetune" in str(caught.value)) == finetune_takes_it
+    with tiny.user_error("--resume x.pth") if other != {"input_size": (48, 48)} else contextlib.nullcontext() as caught:
+        load_weights(build(seed=2), weights, "--resume", "x.pth", EVALUATION)
+    assert caught is None or "--finetune" not in str(caught.value)
     assert_same(model.state_dict(), build(seed=2).state_dict())
+    with contextlib.nullcontext() if finetune_takes_it else tiny.user_error("--finetune", at):
+        load_finetune_weights(model, save(tmp_path / "x.pth", {"model": weights}))
+
+
+@pytest.mark.parametrize(("there", "here"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize("flag", ["--resume", "--finetune", "--teacher-path"])
+def test_weights_of_another_depth_are_refused_with_their_names(tmp_path, there, here, flag):
+    source, kwargs = build(model_kwargs={"depth": there}), {"depth": here}
+    path = save(tmp_path / "x.pth", {"model": source.state_dict()})
+    with tiny.user_error(f"{flag} {path}", "blocks.2.norm1.weight: ", ", blocks.2.norm1.bias: ", "and 21 more"):
+        if flag == "--teacher-path":
+            teach(path=path, **kwargs)
+        elif flag == "--finetune":
+            load_finetune_weights(build(model_kwargs=kwargs), path)
+        else:
+            load_weights(build(model_kwargs=kwargs), source.state_dict(), flag, path)
+
+
+@pytest.mark.parametrize("key", ["blocks.1.mlp.fc2.bias", "norm.weight", "cls_token", "pos_embed"])
+def test_one_missing_or_unknown_tensor_is_refused(key):
+    weights, model = build(seed=1).state_dict(), build(seed=2)
+    with tiny.user_error("--finetune x.pth", "extra: [2] there, nothing here"):
+        load_weights(model, weights | {"extra": torch.zeros(2)}, "--finetune", "x.pth", FINETUNING)
+    with tiny.user_error("--finetune x.pth", f"{key}: nothing there"):
+        load_weights(
+            model, {name: value for name, value in weights.items() if name != key}, "--finetune", "x.pth", FINETUNING
+        )
+    assert_same(model.state_dict(), build(seed=2).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(PLAIN, {"num_classes": 7}), (DISTILLED, {"num_classes": 7}), ("resnet10t", {"num_classes": 7}), (DISTILLED, {})],
+)
+def test_evaluation_refuses_weights_that_leave_a_tensor_as_it_was_initialized(tmp_path, name, options):
+    here = DISTILLED if not options else name
+    path = save(tmp_path / "x.pth", {"model": build(PLAIN if not options else name, 1, **options).state_dict()})
+    build(here, finetune=path)  # which is fine for training
+    with tiny.user_error(f"--finetune {path}: does not fit --model", "there, [5", "--eval needs"):
+        build(here, finetune=path, eval_only=True)
+
+
+def test_evaluation_takes_weights_that_leave_nothing_as_it_was_initialized(tmp_path):
+    source = build(DISTILLED, 1)
+    path = save(tmp_path / "x.pth", {"model": source.state_dict()})
+    assert_same(build(DISTILLED, 2, finetune=path, eval_only=True).state_dict(), source.state_dict())
+    model = build(PLAIN, 2, finetune=path, eval_only=True, input_size=(48, 48))  # with the position embedding resized
+    assert torch.equal(model.head.weight, source.head.weight)
+
+
+def test_evaluation_of_pretrained_weights_needs_their_head(monkeypatch):
+    create, published = timm.create_model, {}
+
+    def create_model(name, pretrained=False, **options):  # with a state dict for the download
+        overlay = {"state_dict": dict(published["weights"]), "num_classes": published["classes"]} if pretrained else {}
+        return create(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+
+    monkeypatch.setattr("timm.create_model", create_model)
+    for classes in (1000, 0):
+        published |= {"classes": classes, "weights": create(PLAIN, img_size=32, num_classes=classes).state_dict()}
+        options = ModelOptions(PLAIN, input_size=(32, 32), pretrained=True)
+        trained = build_model(options, num_classes=5)
+        assert_same(trained.state_dict(), published["weights"], but=parameters_of("head"))
+        if classes:
+            assert_same(build_model(options, classes, eval_only=True).state_dict(), published["weights"])
+        with tiny.user_error("--eval --pretrained", f"know {classes} classes, the data have 5"):
+            build_model(options, num_classes=5, eval_only=True)
 
 
 @pytest.mark.parametrize("depth", [1, 14])
@@ -403,6 +482,208 @@ def test_pretrained_weights_are_not_loaded_in_part(monkeypatch, depth):
     name = "vit_tiny_patch16_224"
     with tiny.user_error(f"--model {name}: the pretrained weights do not fit", f"depth={depth}", "blocks."):
         build_model(ModelOptions(name, pretrained=True, model_kwargs={"depth": depth}), num_classes=5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, dtype):
+    weights = {key: tensor.to(dtype) for key, tensor in build(seed=1).state_dict().items()}
+    load_weights(build(seed=2), weights, "--resume", "x.pth")
+    weights["blocks.1.attn.qkv.bias"][3] = value
+    path = save(tmp_path / "x.pth", {"model": weights})
+    with tiny.user_error(f"--finetune {path}: blocks.1.attn.qkv.bias is not finite"):
+        build(finetune=path)
+    with tiny.user_error(f"--teacher-path {path}: blocks.1.attn.qkv.bias is not finite"):
+        teach(path=path)
+    with tiny.user_error("--resume x.pth: blocks.1.attn.qkv.bias is not finite"):
+        load_weights(build(seed=2), weights, "--resume", "x.pth")
+
+
+def test_batch_statistics_that_are_not_finite_are_refused():
+    weights = build_cnn(seed=1).state_dict()
+    load_weights(build_cnn(seed=2), weights, "--resume", "x.pth")
+    name = next(key for key in weights if key.endswith("running_var"))
+    weights[name][0] = float("inf")
+    with tiny.user_error(f"{name} is not finite"):
+        load_weights(build_cnn(seed=2), weights, "--resume", "x.pth")
+
+
+def test_quantized_weights_are_refused():
+    weights = build(seed=1).state_dict()
+    weights["blocks.0.attn.qkv.weight"] = weights["blocks.0.attn.qkv.weight"].mul(100).to(torch.int8)
+    with tiny.user_error("blocks.0.attn.qkv.weight"):
+        load_weights(build(seed=2), weights, "--finetune", "x.pth", FINETUNING)
+
+
+# -- other layouts -----------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "deit3": ("deit3_small_patch16_224", TINY),
+    "resmlp": ("resmlp_12_224", {}),  # which has one size
+    "cait": ("cait_xxs24_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
+    "vit": ("vit_tiny_patch16_224", TINY),
+    "evit": ("evit_tiny_patch16_224", {"embed_dim": 48, "depth": 2, "num_heads": 3, "drop_loc": [1]}),
+}
+
+
+def family(name, seed=0, **options):
+    """A tiny model whose parameters, those that start as ones and zeros included, are all different."""
+    name, kwargs = FAMILIES[name]
+    model = build(name, seed, **{"patch_size": 8 if kwargs else None, "model_kwargs": kwargs} | options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def renamed(weights, *pairs):
+    for new, old in pairs:
+        weights = {re.sub(old, new, key): value for key, value in weights.items()}
+    return weights
+
+
+def deit3(weights):
+    return {"model": renamed(weights, (r"gamma_\1", r"ls([12])\.gamma"))}
+
+
+def resmlp(weights):
+    weights = renamed(weights, ("patch_embed.", r"^stem\."), ("attn.", r"linear_tokens\."), ("mlp.", r"mlp_channels\."))
+    weights = renamed(weights, (r"gamma_\1", r"ls([12])$"))
+    return {"model": {key: v.flatten() if key.endswith((".alpha", ".beta")) else v for key, v in weights.items()}}
+
+
+def cait(weights):
+    return {"model": {f"module.{key}": value for key, value in weights.items()}, "epoch": 399}
+
+
+def dino(weights):
+    """Student and teacher, each a backbone without a head of classes and a projection head."""
+    trunk = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    projection = {
+        "mlp.0.weight": torch.randn(8, 48),
+        "mlp.0.bias": torch.zeros(8),
+        "last_layer.weight_g": torch.ones(9, 1),
+    }
+    teacher = {f"backbone.{key}": value for key, value in trunk.items()} | {
+        f"head.{k}": v for k, v in projection.items()
+    }
+    student = {f"module.{key}": torch.randn_like(value) for key, value in teacher.items()}
+    return {"student": student, "teacher": teacher, "optimizer": {}, "epoch": 100, "dino_loss": {}}
+
+
+def mae(weights):
+    trunk = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    decoder = ["decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.norm1.weight", "decoder_pred.bias"]
+    return {"model": trunk | {"mask_token": torch.zeros(1, 1, 32)} | {key: torch.ones(32) for key in decoder}}
+
+
+def lightning(prefix):
+    def wrap(weights):
+        inner = {prefix + key: value for key, value in weights.items()}
+        return {"state_dict": inner | {"criterion.weight": torch.ones(5)}, "pytorch-lightning_version": "2.5.0"}
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("deit3", deit3),
+        ("resmlp", resmlp),
+        ("resmlp", lambda weights: {"state_dict": {f"model.{k}": v for k, v in resmlp(weights)["model"].items()}}),
+        ("cait", cait),
+        ("vit", lightning("model.")),
+        ("evit", lightning("net.")),
+        ("deit3", lambda weights: lightning("model._orig_mod.")(deit3(weights)["model"])),
+        ("vit", lambda weights: {"arch": "vit", "state_dict": weights, "state_dict_ema": {}, "version": 2}),
+        ("vit", lambda weights: {"state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}}),
+    ],
+)
+def test_classifiers_of_other_layouts_give_the_logits_of_the_original(tmp_path, name, layout):
+    source, model = family(name, 1), family(name, 2)
+    path = save(tmp_path / "x.pth", layout(source.state_dict()))
+    expected = source(images())
+    assert expected.std() > 0.01 and not torch.equal(model(images()), expected)
+    report = load_finetune_weights(model, path, COMPLETE)
+    assert torch.equal(model(images()), expected) and len(report.kept) == len(source.state_dict())
+    evaluated = family(name, 3)
+    load_weights(evaluated, weights_of(torch.load(path), "--resume", path), "--resume", path, EVALUATION)
+    assert torch.equal(evaluated(images()), expected)
+    if name == "deit3":
+        options = TeacherOptions(
+            teacher_model=FAMILIES[name][0],
+            teacher_model_kwargs={"patch_size": 8} | FAMILIES[name][1],
+            teacher_path=path,
+            input_size=(32, 32),
+        )
+        assert torch.equal(load_teacher(options, 5).eval()(images()), expected)
+
+
+@pytest.mark.parametrize(("layout", "ignored"), [(dino, "head.mlp.0.weight"), (mae, "decoder_pred.bias")])
+def test_self_supervised_weights_give_the_features_of_the_original(tmp_path, layout, ignored, caplog):
+    source, model = family("vit", 1), family("vit", 2)
+    head = model.head.weight.clone()
+    path = save(tmp_path / "x.pth", layout(source.state_dict()))
+    with caplog.at_level("INFO"):
+        report = load_finetune_weights(model, path)
+    assert torch.equal(model.forward_features(images()), source.forward_features(images()))
+    assert report.missing == parameters_of("head") and torch.equal(model.head.weight, head)
+    assert ignored in report.ignored and f"ignored: {report.ignored[0]}" in caplog.text
+    with tiny.user_error("--eval needs"):
+        family("vit", finetune=path, eval_only=True)
+
+
+def test_other_layouts_are_resized_and_checked_like_ours(tmp_path):
+    source = family("deit3", 1)
+    path = save(tmp_path / "x.pth", deit3(source.state_dict()))
+    model = family("deit3", 2, input_size=(48, 32))
+    report = load_finetune_weights(model, path)
+    expected = resample_abs_pos_embed(source.pos_embed, [6, 4], num_prefix_tokens=0)
+    assert report.resized == ["pos_embed"]
+    torch.testing.assert_close(model.pos_embed, expected)
+    with tiny.user_error("blocks.2.norm1.weight: nothing there"):
+        family("deit3", finetune=path, model_kwargs=TINY | {"depth": 3})
+    with tiny.user_error("patch_embed.proj.weight: [48, 3, 8, 8] there, [48, 3, 4, 4] here"):  # timm would resize it
+        family("deit3", finetune=path, patch_size=4)
+    with tiny.user_error("--resume x.pth", "gamma_1: [48] there, nothing here"):  # its optimizer would not fit
+        load_weights(model, deit3(source.state_dict())["model"], "--resume", "x.pth")
+
+
+def test_two_models_in_one_file_are_refused(tmp_path):
+    weights = family("vit", 1).state_dict()
+    both = {f"{name}.{key}": value for name in ("net", "teacher") for key, value in weights.items()}
+    with tiny.user_error("holds several models (net., teacher.)"):
+        family("vit", finetune=save(tmp_path / "x.pth", {"state_dict": both}))
+
+
+def test_ema_weights_of_timm_and_of_the_original_code_are_found():
+    one, two = build(seed=1).state_dict(), build(seed=2).state_dict()
+    for content in (
+        {"state_dict": one, "state_dict_ema": two},
+        {"model": one, "model_ema": two, "state_dict_ema": None},
+    ):
+        assert_same(weights_of(content, "--resume", "x.pth"), one)
+        assert_same(ema_of(content, "--resume", "x.pth"), two)
+    assert ema_of({"model": one, "model_ema": None}, "--resume", "x.pth") is None
+    with tiny.user_error("--resume x.pth: not a checkpoint"):
+        ema_of({"model": one, "model_ema": 1}, "--resume", "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("args", "size"),
+    [
+        ({"input_size": [32]}, (32, 32)),
+        ({"input_size": [16, 64]}, (16, 64)),
+        (argparse.Namespace(input_size=224), (224, 224)),  # the original code
+        (argparse.Namespace(input_size=[3, 16, 64]), (16, 64)),  # timm
+        (argparse.Namespace(input_size=None), None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_size_of_the_training_images_is_found(args, size):
+    assert trained_size({"args": args}) == size
 
 
 # -- image sizes -------------------------------------------------------------------------------------------------------
@@ -464,7 +745,7 @@ def test_distilled_weights_may_teach_in_a_plain_model_of_another_grid(tmp_path):
 @pytest.mark.parametrize("name", [PLAIN, DISTILLED, "resnet10t"])
 def test_teacher_of_other_classes_is_a_user_error(tmp_path, name):
     path = save(tmp_path / "t.pth", {"model": build(name, num_classes=7).state_dict()})
-    with tiny.user_error("--teacher-path", path, "not for 5 classes", f"python main.py --model {name}"):
+    with tiny.user_error(f"--teacher-path {path}", ": [7, ", "there, [5, ", "python main.py --model"):
         teach(name, path)
 
 
@@ -497,7 +778,7 @@ def test_teacher_without_weights_is_a_user_error():
 )
 def test_teacher_weights_of_another_model_are_a_user_error(tmp_path, name, make):
     path = save(tmp_path / "t.pth", {"model": make().state_dict()})
-    with tiny.user_error("--teacher-path", path, f"does not fit --teacher-model {name}"):
+    with tiny.user_error(f"--teacher-path {path}: does not fit --teacher-model", "pass the --teacher-model"):
         teach(name, path)
 
 

@@ -12,6 +12,7 @@ import timm
 import tiny
 import torch
 from PIL import Image
+from timm.layers import resample_abs_pos_embed
 
 import main
 from models_evit import EViTBlock, evit_blocks, reduce_tokens
@@ -83,6 +84,27 @@ def test_averaged_weights_are_taken_when_asked_for(checkpoint):
     for flags, name in (([], "model"), (["--ema"], "model_ema")):
         _, _, weights, _ = command.parse(command.get_parser("x", None), ["--resume", checkpoint, *flags])
         assert all(torch.equal(weights[key], value) for key, value in saved[name].items())
+
+
+def test_ema_weights_of_timm_and_weights_in_a_wrapper_are_read(checkpoint, tmp_path):
+    saved = torch.load(checkpoint, weights_only=True)
+    average = saved["model_ema"]
+    wrapped = {f"model.{key}": value for key, value in saved["model"].items()}
+    torch.save({"state_dict": wrapped, "state_dict_ema": average, "args": saved["args"]}, tmp_path / "x.pth")
+    for flags, expected in ((["--ema"], average), ([], saved["model"])):
+        own, run, weights, _ = command.parse(
+            command.get_parser("x", None), ["--resume", str(tmp_path / "x.pth"), *flags]
+        )
+        model = command.load_model(run, weights, own.resume, torch.device("cpu"))
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_is_evaluated_at_another_image_size(checkpoint):
+    flags = ["--resume", checkpoint, "--input-size", "16", "64"]  # as many patches
+    own, run, weights, _ = command.parse(command.get_parser("x", None), flags)
+    model, pos_embed = command.load_model(run, weights, own.resume, torch.device("cpu")), weights["pos_embed"]
+    expected = resample_abs_pos_embed(pos_embed, [2, 8], old_size=[4, 4], num_prefix_tokens=2)
+    torch.testing.assert_close(model.pos_embed, expected)
 
 
 def test_checkpoints_that_do_not_say_enough_are_a_line(checkpoint, tmp_path, capsys):

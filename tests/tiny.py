@@ -91,7 +91,7 @@ def log_of(folder):
 def user_error(*words):
     """Wants a UserError of one line which holds all these words."""
     with pytest.raises(UserError) as info:
-        yield
+        yield info
     message = str(info.value)
     assert "\n" not in message
     assert all(str(word) in message for word in words), message

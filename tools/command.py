@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import flags
-from checkpoints import read_checkpoint
-from models import ModelOptions, build_model, load_exactly, place, weights_of
+from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
+from models import EVALUATION, ModelOptions, build_model, load_weights, place
 from utils import RunError, UserError
 
 
@@ -70,11 +70,11 @@ def parse(parser: flags.Parser, argv: Sequence[str] | None) -> Trained:
     """
     own, rest = parser.parse_known_args(argv)
     checkpoint = read_checkpoint(own.resume, "--resume")
-    if own.ema and not checkpoint.get("model_ema"):
+    weights = (ema_of if own.ema else weights_of)(checkpoint, "--resume", own.resume)
+    if weights is None:
         raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
-    weights = weights_of({"model": checkpoint["model_ema"]} if own.ema else checkpoint, "--resume", own.resume)
     run_parser = flags.get_parser(prog=parser.prog)
-    run_parser.set_defaults(model=None)
+    run_parser.set_defaults(model=None, trained_size=trained_size(checkpoint))
     run = flags.parse_trained(run_parser, rest, checkpoint, own.resume)
     if run.model is None:
         raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
@@ -90,16 +90,15 @@ def load_model(
     Raises:
         UserError: if the weights are not those of the model that the flags describe, or not finite.
     """
-    model = build_model(flags.fill(ModelOptions, run), _num_classes(run.model, weights))
-    load_exactly(model, weights, path)
-    bad = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
-    if bad is not None:
-        raise UserError(f"--resume {path}: {bad} is not finite (NaN or infinity); use an earlier checkpoint")
+    options = flags.fill(ModelOptions, run)
+    model = build_model(options, _num_classes(run.model, weights))
+    load_weights(model, weights, "--resume", path, EVALUATION, run.trained_size or options.input_size)
     return place(model, device).eval()
 
 
 def _num_classes(model: str, weights: Mapping[str, torch.Tensor]) -> int:
     config = timm.get_pretrained_cfg(model)
     heads = config.classifier if config is not None else None
-    head = weights.get(f"{heads if isinstance(heads, str) else (heads or [''])[0]}.weight")
-    return 1000 if head is None else len(head)
+    name = f"{heads if isinstance(heads, str) else (heads or [''])[0]}.weight"
+    keys = [key for key in weights if f".{key}".endswith(f".{name}")]  # of a module around the model, perhaps
+    return len(weights[min(keys, key=len)]) if keys else 1000
