@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from test_datasets import encoded, write_stream
 
 import main
 import utils
@@ -82,6 +83,22 @@ def test_evaluation_is_exact_on_any_number_of_processes(two_ranks, capsys):
         assert f"test_acc1 {expected['test_acc1']:.4g}" in output
         assert f"test_loss {expected['test_loss']:.4g}" in output
         assert "test_images 355" in output
+
+
+@pytest.mark.process
+def test_missing_validation_images_end_all_ranks(tmp_path):
+    def files(number, image):
+        return {"png": b"broken" if number == 5 else encoded(image), "cls": str(number % 3).encode()}
+
+    model = ["--model", "deit_tiny_patch16_224", *tiny.MODEL, "--epochs", "1", "--batch-size", "2", "--output-dir", ""]
+    data = ["--data-set", "wds/", "--data-path", write_stream(tmp_path, files=files), "--num-classes", "3"]
+    # not by torchrun, which ends all ranks as soon as one has ended
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": tiny.free_port()}
+    ranks = [tiny.Process(["main.py", *model, *data, "--num-workers", "0"], RANK=rank, **shared) for rank in (0, 1)]
+    outputs = [rank.output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], outputs
+    for rank, output in enumerate(outputs):
+        assert f"main.py: rank {rank}: run ended: only 6 of 7 validation images" in output
 
 
 def test_same_flags_twice_give_the_same_bits(tmp_path):
