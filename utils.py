@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 logger = logging.getLogger("deit")
+LAUNCHERS = "torchrun, srun and run_with_submitit.py"  # set RANK, WORLD_SIZE, ...
+JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # for all processes of a run to start; torch's default
 
 
 class UserError(Exception):
@@ -75,7 +79,11 @@ def available_cpus() -> int:
 
 
 def _launcher_environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, ... as torchrun or submitit set them, or derived from the variables of a bare srun."""
+    """RANK, WORLD_SIZE, ... as torchrun or submitit set them, or derived from the variables of a bare srun.
+
+    Raises:
+        UserError: if variables are missing.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return {
@@ -84,18 +92,50 @@ def _launcher_environment() -> dict[str, str]:
             if key in env
         }
     # Only a job step has SLURM_STEP_NUM_TASKS: `python main.py` inside an sbatch script stays a single process.
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        tasks, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", "1"))
-        job, step = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", "0"))
+    tasks = _number(env, "SLURM_STEP_NUM_TASKS", 1, low=1)
+    if tasks > 1:
+        local_rank, nodes = _number(env, "SLURM_LOCALID", 0), _number(env, "SLURM_STEP_NUM_NODES", 1, low=1)
+        job, step = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID", 0)
         return {
-            "RANK": env["SLURM_PROCID"],
+            "RANK": _needed(env, "SLURM_PROCID"),
             "WORLD_SIZE": str(tasks),
-            "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
-            "LOCAL_WORLD_SIZE": str(math.ceil(tasks / nodes)),
-            "MASTER_ADDR": env.get("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"])),
-            "MASTER_PORT": env.get("MASTER_PORT", str(20000 + (job * 7 + step) % 40000)),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(max(math.ceil(tasks / nodes), local_rank + 1)),  # tasks may be unevenly spread
+            "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(_needed(env, "SLURM_STEP_NODELIST")),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + (job * 7 + step) % 40000),
         }
+    if "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
+        _needed(env, "RANK"), _needed(env, "WORLD_SIZE")
     return {}
+
+
+def _needed(variables: Mapping[str, str], name: str) -> str:
+    """A launcher's variable.
+
+    Raises:
+        UserError: if it is missing or empty.
+    """
+    if not variables.get(name):
+        raise UserError(f"{name}: is not set; {LAUNCHERS} set it, or unset RANK and WORLD_SIZE for a single process")
+    return variables[name]
+
+
+def _number(
+    variables: Mapping[str, str], name: str, default: int, low: int = 0, high: int = 2**63, bound: str = ""
+) -> int:
+    """A launcher's variable as a number from `low` to `high`; `bound` says what sets that.
+
+    Raises:
+        UserError: if it is none.
+    """
+    text = variables.get(name, str(default))
+    try:
+        value = int(text)
+    except ValueError:
+        raise UserError(f"{name}={text}: is not a whole number; {LAUNCHERS} set it right") from None
+    if not low <= value <= high:
+        raise UserError(f"{name}={text}: is not from {low} to {high}{bound}; {LAUNCHERS} set it right")
+    return value
 
 
 def _first_host(nodelist: str) -> str:
@@ -137,25 +177,96 @@ def init_distributed(device_name: str) -> World:
     """Join the other processes of the run, if there are any, and divide the CPU's threads among the local ones.
 
     Raises:
-        UserError: if the device is not there.
+        UserError: if the device is not there, the launcher's variables are wrong, or the others do not come.
     """
     launched = _launcher_environment()
-    rank, size = int(launched.get("RANK", 0)), int(launched.get("WORLD_SIZE", 1))
-    local_rank = int(launched.get("LOCAL_RANK", rank))
-    local_size = int(launched.get("LOCAL_WORLD_SIZE", size))
+    size = _number(launched, "WORLD_SIZE", 1, low=1)
+    rank = _number(launched, "RANK", 0, high=size - 1, bound=f" (WORLD_SIZE={size})")
+    local_size = _number(launched, "LOCAL_WORLD_SIZE", size, low=1, high=size, bound=f" (WORLD_SIZE={size})")
+    bound = f" (LOCAL_WORLD_SIZE={local_size})"
+    local_rank = _number(launched, "LOCAL_RANK", rank % local_size, high=local_size - 1, bound=bound)
+    if size > 1:
+        _needed(launched, "MASTER_ADDR"), _needed(launched, "MASTER_PORT")
+        _number(launched, "MASTER_PORT", 0, low=1, high=65535)
     world = World(rank, size, local_rank, local_size, select_device(device_name, local_rank))
+    _check_gpus(world)
     # torchrun sets OMP_NUM_THREADS=1 by itself; every other launcher would give each rank all the cores.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cpus() // local_size))
     if size > 1:
         os.environ.update(launched)
-        store, _, _ = next(dist.rendezvous("env://", rank, size))
+        _join(world, launched["MASTER_ADDR"], int(launched["MASTER_PORT"]))
+    return world
+
+
+def _check_gpus(world: World) -> None:
+    """Make sure that no two processes of a machine share a GPU, as far as one process can tell.
+
+    Raises:
+        UserError: if there are fewer GPUs than processes.
+    """
+    count = torch.cuda.device_count() if world.device.type == "cuda" else 1
+    # A launcher may show each process its own GPU alone. `_join` compares these.
+    chosen = any(os.environ.get(f"{vendor}_VISIBLE_DEVICES") for vendor in ("CUDA", "HIP", "ROCR"))
+    if world.device.type != "cpu" and world.local_rank >= count and not chosen:
+        raise UserError(
+            f"LOCAL_RANK={world.local_rank}: there is no GPU for it, this machine has {count}; start at most {count} "
+            f"processes per machine (torchrun --nproc-per-node {count}), or add --device cpu"
+        )
+
+
+def _join(world: World, address: str, port: int) -> None:
+    """Set up the process group.
+
+    Raises:
+        UserError: if the port is in use, not all processes come, or two share a GPU.
+    """
+    if world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _check_port(port)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=JOIN_TIMEOUT))
         # torchrun's restarts share one store; a prefix keeps a new attempt from reading the keys of the old one.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if world.device.type == "cuda":
+            _compare_gpus(store, world, torch.cuda.get_device_properties(world.device))
         # gloo beside NCCL, for what stays on the CPU (log values, an average of the weights kept there)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return world
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"MASTER_ADDR={address} MASTER_PORT={port}: rank {world.rank} cannot meet the others of WORLD_SIZE="
+            f"{world.size} there ({reason(error)}); start all of them, with the same address and a free port"
+        ) from error
+
+
+def _check_port(port: int) -> None:
+    """Make sure that rank 0 can listen there. torch would say it in many lines.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(f"MASTER_PORT={port}: cannot listen there ({error.strerror}); pass another port") from None
+
+
+def _compare_gpus(store: dist.Store, world: World, gpu: Any) -> None:
+    """Make sure that every process has a GPU of its own, told by its UUID.
+
+    Raises:
+        UserError: on all ranks, if two have the same.
+    """
+    store.set(f"gpu{world.rank}", str(gpu.uuid))
+    found = [store.get(f"gpu{rank}") for rank in range(world.size)]
+    shared = [rank for rank in range(world.size) if found.count(found[rank]) > 1]
+    if shared:
+        raise UserError(
+            f"--device: ranks {', '.join(map(str, shared))} would share a GPU ({gpu.name}); start as many processes "
+            f"per machine as it has GPUs in CUDA_VISIBLE_DEVICES, or pass --device cuda without a number"
+        )
 
 
 def shut_down_distributed() -> None:

@@ -1,5 +1,7 @@
 """Whole runs, most in real processes: launchers, exact evaluation, runs that are functions of their flags."""
 
+import socket
+
 import pytest
 import tiny
 import torch
@@ -125,6 +127,15 @@ def test_a_mistake_ends_all_ranks_with_a_line():
     output = tiny.torchrun(2, "main.py", *tiny.TINY, "--batch-size", "4096", status=1)  # torchrun's own status is 1
     assert "main.py: error: --batch-size 4096" in output
     assert "exitcode  : 2" in output
+
+
+@pytest.mark.process
+def test_a_busy_port_ends_with_status_2_and_one_line():
+    with socket.create_server(("", 0)) as busy:
+        port = busy.getsockname()[1]
+        launched = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        output = tiny.run("main.py", *tiny.TINY, "--output-dir", "", status=2, **launched)
+    assert output.startswith(f"main.py: error: MASTER_PORT={port}: ") and output.count("\n") == 1
 
 
 @pytest.mark.process

@@ -1,13 +1,16 @@
 """Devices, launchers, the progress of long work, and the step log."""
 
+import datetime
 import io
 import json
 import logging
 import os
+import socket
 import time
 import types
 
 import pytest
+import tiny
 import torch
 
 import utils
@@ -147,6 +150,118 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
     with utils.main_process_first():
         utils.barrier()
     utils.shut_down_distributed()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Start this process as a launcher with these variables would."""
+
+    def start(device="cpu", **variables):
+        for name in list(os.environ):
+            if name.startswith("SLURM_") or name in TORCHRUN or name.endswith("_VISIBLE_DEVICES"):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        return init_distributed(device)
+
+    return start
+
+
+TWO = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"MASTER_ADDR": None}, "MASTER_ADDR: is not set"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR: is not set"),
+        ({"MASTER_PORT": None}, "MASTER_PORT: is not set"),
+        ({"MASTER_PORT": "auto"}, "MASTER_PORT=auto: is not a whole number"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0: is not from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: is not from 1 to 65535"),
+        ({"RANK": None}, "RANK: is not set"),
+        ({"RANK": "first"}, "RANK=first: is not a whole number"),
+        ({"RANK": "2"}, "RANK=2: is not from 0 to 1 (WORLD_SIZE=2)"),
+        ({"RANK": "-1"}, "RANK=-1: is not from 0 to 1"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE: is not set"),
+        ({"WORLD_SIZE": "1.5"}, "WORLD_SIZE=1.5: is not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: is not from 1"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: is not a whole number"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2: is not from 0 to 1 (LOCAL_WORLD_SIZE=2)"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1: is not from 0 to 0 (LOCAL_WORLD_SIZE=1)"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3: is not from 1 to 2 (WORLD_SIZE=2)"),
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_named(started, changes, words):
+    with pytest.raises(UserError) as caught:
+        started(**{name: value for name, value in (TWO | changes).items() if value is not None})
+    assert str(caught.value).startswith(words) and "torchrun" in str(caught.value) and "\n" not in str(caught.value)
+    assert not utils.is_distributed()
+
+
+@pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_STEP_NODELIST"])
+def test_a_slurm_step_that_lacks_a_variable_is_named(launched, missing):
+    with pytest.raises(UserError, match=f"^{missing}: is not set"):
+        launched(**{name: value for name, value in SRUN.items() if name != missing})
+    with pytest.raises(UserError, match="^SLURM_STEP_NUM_TASKS=many: is not a whole number"):
+        launched(SLURM_STEP_NUM_TASKS="many")
+
+
+def test_unevenly_spread_tasks_of_a_step_are_understood(launched):
+    # 6 tasks on 3 machines, 4 of them on the first
+    found = launched(**SRUN | {"SLURM_PROCID": "3", "SLURM_LOCALID": "3"})
+    assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("3", "4")
+
+
+def test_a_busy_port_is_the_user_s_mistake(started):
+    with socket.create_server(("", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(UserError, match=f"^MASTER_PORT={port}: .*already in use.*another port$"):
+            started(**TWO | {"MASTER_PORT": port})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_arrives_is_a_line(started, monkeypatch, rank):
+    monkeypatch.setattr(utils, "JOIN_TIMEOUT", datetime.timedelta(seconds=1))
+    port = tiny.free_port()
+    with pytest.raises(
+        UserError, match=rf"^MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank {rank} .*WORLD_SIZE=2 [^\n]*$"
+    ):
+        started(**TWO | {"RANK": rank, "MASTER_PORT": port})
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_the_user_s_mistake(started, one_gpu, device):
+    with pytest.raises(UserError, match=r"^LOCAL_RANK=1: there is no GPU .* has 1; .*--nproc-per-node 1\), .*cpu$"):
+        started(device, **TWO | {"RANK": 1, "LOCAL_RANK": 1})
+
+
+def test_a_launcher_may_show_each_process_its_own_gpu(started, one_gpu, monkeypatch):
+    joined = []
+    monkeypatch.setattr(utils, "_join", lambda world, *_: joined.append(world))
+    world = started("cuda", **TWO | {"RANK": 1, "LOCAL_RANK": 1, "CUDA_VISIBLE_DEVICES": "1"})
+    assert joined == [world] and world.device == torch.device("cuda", 0)
+
+
+def test_processes_that_share_a_gpu_are_told_by_its_uuid():
+    def compare(*uuids):
+        store = torch.distributed.HashStore()
+        for rank, uuid in enumerate(uuids):
+            store.set(f"gpu{rank}", uuid)
+        world = World(rank=1, size=len(uuids), local_rank=1, local_size=2, device=torch.device("cuda", 0))
+        utils._compare_gpus(store, world, types.SimpleNamespace(uuid=uuids[1], name="H100"))
+
+    compare("a", "b", "c")
+    with pytest.raises(UserError, match=r"^--device: ranks 0, 2 would share a GPU"):
+        compare("a", "b", "a")
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------
