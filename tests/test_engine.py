@@ -7,6 +7,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -963,6 +964,49 @@ def test_the_log_has_the_original_keys_once_per_epoch(tmp_path):
     averaged = {"test_ema_loss", "test_ema_acc1", "test_ema_acc5"}
     assert all(set(record) == published | averaged | {"images_per_second"} for record in records)
     assert records[0]["n_parameters"] == sum(parameter.numel() for parameter in build_deit().parameters())
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_rates_average_and_log_of_a_run_are_those_computed_by_hand(tmp_path, accum_steps):
+    epochs, updates, rates, weights, steps = 3, STEPS // accum_steps, [], [], []
+    state = build_state(accum_steps=accum_steps)
+    state.optimizer.register_step_pre_hook(lambda opt, *_: rates.append([group["lr"] for group in opt.param_groups]))
+    state.optimizer.register_step_post_hook(lambda *_: weights.append(weights_in(state.module)))
+
+    def criterion(outputs, batch):
+        loss, _ = CRITERION(outputs, batch)
+        steps.append(loss.item())
+        return loss, {"loss_base": 2 * loss.detach()}
+
+    loader = train_loader(accum_steps)
+    fit(
+        state,
+        loader,
+        val_loader(),
+        criterion,
+        build_schedules(state, epochs),
+        RunOptions(epochs),
+        WORLD,
+        Output(tmp_path),
+    )
+    # warm-up for an epoch from 1e-4 to 2e-3, the rest of a cosine from 2e-3 to 1e-5 over all updates
+    update = np.arange(epochs * updates)
+    cosine = 1e-5 + (2e-3 - 1e-5) * (1 + np.cos(np.pi * update / len(update))) / 2
+    expected = np.where(update < updates, 1e-4 + (2e-3 - 1e-4) * update / updates, cosine)
+    np.testing.assert_allclose(rates, np.stack([expected] * 2, axis=1), rtol=1e-12)
+    average = {name: value.double() for name, value in weights[0].items()}
+    for now in weights[1:]:
+        average = {name: 0.9 * value + 0.1 * now[name].double() for name, value in average.items()}
+    saved = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    for name, value in average.items():
+        torch.testing.assert_close(saved["model_ema"][name].double(), value, rtol=1e-5, atol=1e-7)
+        assert torch.equal(saved["model"][name], weights[-1][name])
+    for record, losses, lr in zip(
+        records_in(tmp_path), np.reshape(steps, (epochs, STEPS)), expected.reshape(epochs, updates), strict=True
+    ):
+        assert record["train_loss"] == pytest.approx(losses.mean(), rel=1e-6)
+        assert record["train_loss_base"] == pytest.approx(2 * losses.mean(), rel=1e-6)
+        assert record["train_lr"] == pytest.approx(lr.mean(), rel=1e-9)
 
 
 def test_every_epoch_sees_new_views_in_a_new_order():

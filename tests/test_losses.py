@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +16,7 @@ from losses import (
     LossOptions,
     SupervisedLoss,
     build_base_criterion,
+    build_criterion,
     hard_distillation,
     soft_distillation,
 )
@@ -237,6 +239,44 @@ def test_distillation_weights_its_two_losses(logits, teacher_logits, kind, alpha
     torch.testing.assert_close(loss, (1 - alpha) * base_loss + alpha * distilled)
     torch.testing.assert_close(terms["loss_base"], base_loss)
     torch.testing.assert_close(terms["loss_distillation"], distilled)
+
+
+def softmax(logits):
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+@pytest.mark.parametrize("bce", [False, True])
+@pytest.mark.parametrize("kind", ["none", "soft", "hard"])
+def test_every_loss_of_a_batch_is_that_of_numpy(kind, bce, mixes):
+    smoothing, alpha, tau, classes = 0.1, 0.3, 3.0, 10
+    seed_generators(1)
+    class_logits, distillation_logits, teacher_logits = 3 * torch.randn(3, 8, classes)
+    labels = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+    images = torch.rand(8, 3, 8, 8)
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=classes)
+    batch = batch_of((mixup(images, labels) if mixes else (images, labels))[1])
+    options = LossOptions(bce, smoothing, kind, alpha, tau)
+    heads = class_logits if kind == "none" else (class_logits, distillation_logits)
+    loss, _ = build_criterion(options, None if kind == "none" else lambda _: teacher_logits)(heads, batch)
+
+    ours, heard, said = (x.double().numpy() for x in (class_logits, distillation_logits, teacher_logits))
+    targets = batch.targets.double().numpy() if mixes else np.eye(classes)[labels]
+    if bce:  # both mixed classes are there
+        targets = (targets > 0) * (1 - smoothing) + smoothing / classes
+        share = 1 / (1 + np.exp(-ours))
+        expected = -(targets * np.log(share) + (1 - targets) * np.log(1 - share)).mean()
+    else:
+        targets = (1 - smoothing) * targets + smoothing / classes
+        expected = -(targets * np.log(softmax(ours))).sum(axis=1).mean()
+    if kind == "hard":
+        distilled = -np.log(softmax(heard))[np.arange(8), said.argmax(axis=1)].mean()
+    else:
+        p, q = softmax(said / tau), softmax(heard / tau)
+        distilled = tau**2 * (p * np.log(p / q)).sum(axis=1).mean()
+    expected = expected if kind == "none" else (1 - alpha) * expected + alpha * distilled
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_head_learns_from_its_own_teacher(logits, teacher_logits):
