@@ -142,7 +142,8 @@ class Source:
     def _sample(self, place: int, read: Callable[[Any, int], Any]) -> tuple[Any, int]:
         index = self.order[place]
         try:
-            return read(self.images, index), int(self.targets[index])
+            with decoding():
+                return read(self.images, index), int(self.targets[index])
         except ImageError as error:
             if self.broken is not None and self.broken.add(index):
                 return self._sample((place + 1) % len(self), read)
@@ -219,11 +220,10 @@ class DatasetImages:
             dataset.loader = open_rgb
 
     def __getitem__(self, index: int) -> Image.Image:
-        with decoding():
-            image = self.dataset[int(index)][0]
-            if isinstance(image, Image.Image):
-                return as_rgb(image)
-            return open_rgb(io.BytesIO(image) if isinstance(image, bytes) else image)
+        image = self.dataset[int(index)][0]
+        if isinstance(image, Image.Image):
+            return as_rgb(image)
+        return open_rgb(io.BytesIO(image) if isinstance(image, bytes) else image)
 
     def describe(self, index: int) -> str:
         return f"number {index} of {self.name}"
@@ -856,7 +856,13 @@ class StreamingImages(IterableDataset):
                 continue
             key = random_key(self.seed, "view", self.epoch.value, position)
             seed_generators(key)
-            yield Batch(self.transform(image.convert("RGB")), target, position, keys=signed(key))
+            try:
+                view = self.transform(as_rgb(image))
+            except ImageError as error:
+                raise RunError(
+                    f"cannot read image number {position} of the stream ({error}); fix or remove it"
+                ) from error
+            yield Batch(view, target, position, keys=signed(key))
 
     def _samples(self) -> Iterator[tuple[Image.Image, int]]:
         """Images and classes.
