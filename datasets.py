@@ -860,7 +860,7 @@ class StreamingImages(IterableDataset):
                 view = self.transform(as_rgb(image))
             except ImageError as error:
                 raise RunError(
-                    f"cannot read image number {position} of the stream ({error}); fix or remove it"
+                    f"--data-set {self.name}: cannot read image number {position} ({error}); fix or remove it"
                 ) from error
             yield Batch(view, target, position, keys=signed(key))
 

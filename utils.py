@@ -92,10 +92,10 @@ def _launcher_environment() -> dict[str, str]:
             if key in env
         }
     # Only a job step has SLURM_STEP_NUM_TASKS: `python main.py` inside an sbatch script stays a single process.
-    tasks = _number(env, "SLURM_STEP_NUM_TASKS", 1, low=1)
+    tasks = _whole_number(env, "SLURM_STEP_NUM_TASKS", 1, low=1)
     if tasks > 1:
-        local_rank, nodes = _number(env, "SLURM_LOCALID", 0), _number(env, "SLURM_STEP_NUM_NODES", 1, low=1)
-        job, step = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID", 0)
+        local_rank, nodes = _whole_number(env, "SLURM_LOCALID", 0), _number(env, "SLURM_STEP_NUM_NODES", 1, low=1)
+        job, step = _whole_number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID", 0)
         return {
             "RANK": _needed(env, "SLURM_PROCID"),
             "WORLD_SIZE": str(tasks),
@@ -120,7 +120,7 @@ def _needed(variables: Mapping[str, str], name: str) -> str:
     return variables[name]
 
 
-def _number(
+def _whole_number(
     variables: Mapping[str, str], name: str, default: int, low: int = 0, high: int = 2**63, bound: str = ""
 ) -> int:
     """A launcher's variable as a number from `low` to `high`; `bound` says what sets that.
@@ -180,14 +180,14 @@ def init_distributed(device_name: str) -> World:
         UserError: if the device is not there, the launcher's variables are wrong, or the others do not come.
     """
     launched = _launcher_environment()
-    size = _number(launched, "WORLD_SIZE", 1, low=1)
-    rank = _number(launched, "RANK", 0, high=size - 1, bound=f" (WORLD_SIZE={size})")
-    local_size = _number(launched, "LOCAL_WORLD_SIZE", size, low=1, high=size, bound=f" (WORLD_SIZE={size})")
+    size = _whole_number(launched, "WORLD_SIZE", 1, low=1)
+    rank = _whole_number(launched, "RANK", 0, high=size - 1, bound=f" (WORLD_SIZE={size})")
+    local_size = _whole_number(launched, "LOCAL_WORLD_SIZE", size, low=1, high=size, bound=f" (WORLD_SIZE={size})")
     bound = f" (LOCAL_WORLD_SIZE={local_size})"
-    local_rank = _number(launched, "LOCAL_RANK", rank % local_size, high=local_size - 1, bound=bound)
+    local_rank = _whole_number(launched, "LOCAL_RANK", rank % local_size, high=local_size - 1, bound=bound)
     if size > 1:
         _needed(launched, "MASTER_ADDR"), _needed(launched, "MASTER_PORT")
-        _number(launched, "MASTER_PORT", 0, low=1, high=65535)
+        _whole_number(launched, "MASTER_PORT", 0, low=1, high=65535)
     world = World(rank, size, local_rank, local_size, select_device(device_name, local_rank))
     _check_gpus(world)
     # torchrun sets OMP_NUM_THREADS=1 by itself; every other launcher would give each rank all the cores.
