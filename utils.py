@@ -94,8 +94,8 @@ def _launcher_environment() -> dict[str, str]:
     # Only a job step has SLURM_STEP_NUM_TASKS: `python main.py` inside an sbatch script stays a single process.
     tasks = _whole_number(env, "SLURM_STEP_NUM_TASKS", 1, low=1)
     if tasks > 1:
-        local_rank, nodes = _whole_number(env, "SLURM_LOCALID", 0), _number(env, "SLURM_STEP_NUM_NODES", 1, low=1)
-        job, step = _whole_number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID", 0)
+        local_rank, nodes = _whole_number(env, "SLURM_LOCALID", 0), _whole_number(env, "SLURM_STEP_NUM_NODES", 1, low=1)
+        job, step = _whole_number(env, "SLURM_JOB_ID", 0), _whole_number(env, "SLURM_STEP_ID", 0)
         return {
             "RANK": _needed(env, "SLURM_PROCID"),
             "WORLD_SIZE": str(tasks),
