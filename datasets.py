@@ -1,13 +1,9 @@
-"""The data sets: reading them, and the transforms of the host.
-
-A data set is a `Source`: a sequence of (RGB image, class) whose classes are known without decoding.
-"""
+"""The data sets: finding and reading them as sources, and the transforms of the host."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -20,26 +16,36 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
 import torchvision
-from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.readers.reader_wds import ReaderWds
 from timm.data.readers.reader_wds import wds as webdataset
-from timm.data.readers.shared_count import SharedCount
 from timm.data.readers.targets import get_field, has_field
 from timm.data.transforms import str_to_interp_mode
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 from torchvision import transforms
 from torchvision.datasets.folder import is_image_file
 
-from augment import PADDING, SMALL_IMAGE, ImageError, Normalization, ViewOptions, as_rgb, decoding, open_rgb
+from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions
 from packs import SPLITS, PackImages
-from samplers import Batch, random_key, random_keys, seed_generators, signed
-from utils import RunError, UserError, gather, logger, main_process_first, reason
+from sources import (
+    BrokenImages,
+    Data,
+    DatasetImages,
+    HostView,
+    MemoryImages,
+    PathImages,
+    Source,
+    StreamingImages,
+    class_index,
+    keep_in_memory,
+    take_fraction,
+    whole_source,
+)
+from utils import RunError, UserError, logger, main_process_first, reason
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
@@ -48,250 +54,13 @@ KNOWN_NAMES = f"{', '.join(NAMES)}, or a timm name that starts with {', '.join(S
 TORCH_SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "eval", "evaluation", "test")}
 TRAIN_OR_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # timm: all but "train" is test
 WDS_IMAGES = "jpg;png;webp;jpeg;jfif;bmp;tif;tiff;gif;ppm;pgm;avif"  # timm's three first
-HostView = Callable[[Image.Image], torch.Tensor]
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
-
-# -- sources -----------------------------------------------------------------------------------------------------------
-
-
-class Images(Protocol):
-    """Images that are decoded when asked for."""
-
-    def __getitem__(self, index: int) -> Image.Image: ...
-
-    def describe(self, index: int) -> str:
-        """What to call this image in an error message."""
-
-
-class BrokenImages:
-    """The images that could not be read, up to a number, known to all loader processes of this process."""
-
-    def __init__(self, images: Images, limit: int) -> None:
-        """Args: images: to name them by; limit: how many different ones are tolerated, over all ranks."""
-        self.images, self.limit = images, limit
-        self.found = torch.full((limit + 1,), -1).share_memory_()  # indices, then -1
-        self.lock = torch.multiprocessing.Lock()
-        self.reported = 0
-
-    def add(self, index: int) -> bool:
-        """Whether one more broken image, or a known one, is within the limit."""
-        with self.lock:
-            known = self.found.tolist()
-            if index not in known and -1 in known:
-                self.found[known.index(-1)] = int(index)
-            return int(self.found[-1]) == -1
-
-    def all_found(self) -> list[int]:
-        """Indices over all ranks, which all must call alike."""
-        return sorted({int(index) for row in gather(self.found.tolist()) for index in row if index >= 0})
-
-    def restore(self, indices: Sequence[int]) -> None:
-        """Take over what a resumed run had found."""
-        for index in indices[: self.limit]:
-            self.add(index)
-
-    def report(self) -> int:
-        """Name those that are new to the log; how many there are so far, over all ranks, which all must call alike.
-
-        Raises:
-            RunError: on all ranks, if they are too many.
-        """
-        found = self.all_found()
-        if len(found) > self.reported:
-            names = ", ".join(self.images.describe(index) for index in found)
-            logger.warning("%d images cannot be read, others take their places: %s", len(found), names)
-        self.reported = len(found)
-        if len(found) > self.limit:
-            raise RunError(f"{len(found)} images cannot be read, --skip-broken-images is {self.limit}: fix or remove")
-        return len(found)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images with their classes: the samples `order[0]`, `order[1]`, ... of `images`.
-
-    Attributes:
-        images: decodes an image.
-        targets: class index of each sample of `images`.
-        num_classes: number of classes.
-        order: which samples of `images` belong to this source.
-        class_names: name of each class, or () if the data do not say.
-        class_samples: CRC-32 of the first image file of each class, or (): it shows classes that exchanged their names.
-        broken: takes note of images that cannot be read, in whose place the next ones come; or None.
-    """
-
-    images: Images
-    targets: np.ndarray  # [N] int64
-    num_classes: int
-    order: np.ndarray  # [n] int64
-    broken: BrokenImages | None = None
-    class_names: tuple[str, ...] = ()
-    class_samples: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, place: int) -> tuple[Image.Image, int]:
-        return self._sample(place, lambda images, index: images[index])
-
-    def array(self, place: int) -> tuple[np.ndarray, int]:
-        """The sample as uint8 [H, W, 3], of images that are in memory or packed."""
-        return self._sample(place, lambda images, index: images.array(index))
-
-    def _sample(self, place: int, read: Callable[[Any, int], Any]) -> tuple[Any, int]:
-        index = self.order[place]
-        try:
-            with decoding():
-                return read(self.images, index), int(self.targets[index])
-        except ImageError as error:
-            if self.broken is not None and self.broken.add(index):
-                return self._sample((place + 1) % len(self), read)
-            raise RunError(
-                f"cannot read image {self.images.describe(index)} ({error}); fix or remove it, then --resume, or "
-                f"tolerate some with --skip-broken-images"
-            ) from error
-
-    def label_checksum(self) -> int:
-        """CRC-32 of the classes in order."""
-        return zlib.crc32(self.targets[self.order].tobytes())
-
-    def file_names(self) -> bytes:
-        """Names of the image files in order, without folders, which may have been moved; b"" if there are none."""
-        return self.images.file_names(self.order) if hasattr(self.images, "file_names") else b""
-
-
-def _source(
-    images: Images, targets: Sequence[int], class_names: Sequence[str], num_classes: int | None = None
-) -> Source:
-    """All of `images`; `num_classes` if the classes have no names."""
-    targets = np.asarray(targets, dtype=np.int64)
-    names = tuple(map(str, class_names))
-    return Source(images, targets, len(names) or num_classes, np.arange(len(targets)), class_names=names)
-
-
-class PathImages:
-    """Image files. The paths are one array: a list of a million strings would be copied into every loader process."""
-
-    def __init__(self, paths: Sequence[str | Path]) -> None:
-        self.paths = np.array([os.fsencode(path) for path in paths])
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return open_rgb(os.fsdecode(self.paths[index]))
-
-    def describe(self, index: int) -> str:
-        return os.fsdecode(self.paths[index])
-
-    def file_names(self, order: np.ndarray) -> bytes:
-        return b"\0".join(path.rpartition(b"/")[2] for path in self.paths[order].tolist())
-
-
-class MemoryImages:
-    """Decoded images in one uint8 buffer, shared with forked loader processes."""
-
-    def __init__(self, arrays: Sequence[np.ndarray], names: bytes = b"") -> None:
-        """Args: arrays: uint8, [H, W, 3] each, of any sizes; names: of the files that they are from."""
-        self.names = names
-        self.shapes = np.array([array.shape for array in arrays])
-        self.ends = np.cumsum(self.shapes.prod(axis=1))
-        self.pixels = np.concatenate([array.ravel() for array in arrays])
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.array(index))
-
-    def array(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3], not a copy."""
-        end, shape = self.ends[index], self.shapes[index]
-        return self.pixels[end - shape.prod() : end].reshape(shape)
-
-    def describe(self, index: int) -> str:
-        return f"number {index} in memory"
-
-    def file_names(self, order: np.ndarray) -> bytes:
-        return self.names
-
-
-class DatasetImages:
-    """Images of a torchvision data set, or of a timm reader (which gives encoded files)."""
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset, self.name = dataset, name
-        if hasattr(dataset, "loader"):  # torchvision's would make 16-bit images white
-            dataset.loader = open_rgb
-
-    def __getitem__(self, index: int) -> Image.Image:
-        image = self.dataset[int(index)][0]
-        if isinstance(image, Image.Image):
-            return as_rgb(image)
-        return open_rgb(io.BytesIO(image) if isinstance(image, bytes) else image)
-
-    def describe(self, index: int) -> str:
-        return f"number {index} of {self.name}"
-
-
-def with_classes(source: Source | StreamingImages, class_names: Sequence[str]) -> Source | StreamingImages:
-    """The same images with the indices that their classes have among `class_names`, which name them all.
-
-    Raises:
-        UserError: if it is a stream.
-    """
-    if isinstance(source, StreamingImages):
-        raise UserError("--eval: a stream of some of the checkpoint's classes is not supported; pack it first")
-    index = np.array([class_names.index(name) for name in source.class_names])
-    names = tuple(class_names)
-    return replace(source, targets=index[source.targets], num_classes=len(names), class_names=names, class_samples=())
-
-
-def take_fraction(source: Source | StreamingImages, fraction: float) -> Source | StreamingImages:
-    """A fixed, class-balanced part: of each class the nearest whole number to fraction · n, and at least one.
-
-    It does not depend on the run's seed, and a larger fraction contains a smaller one.
-    """
-    if fraction >= 1:
-        return source
-    if isinstance(source, StreamingImages):
-        raise UserError("--train-fraction: a stream cannot be divided by class; drop the flag")
-    keys = random_keys(0, "train-fraction", source.order)
-    chosen = []
-    for label in range(source.num_classes):
-        members = np.flatnonzero(source.targets[source.order] == label)
-        count = max(1, round(fraction * len(members))) if len(members) else 0
-        chosen.append(members[np.argsort(keys[members], kind="stable")[:count]])
-    return replace(source, order=source.order[np.sort(np.concatenate(chosen))])
-
-
-def keep_in_memory(source: Source | StreamingImages, limit_mb: float) -> Source | StreamingImages:
-    """Decode all images once if they fit in `limit_mb` MiB (judged by 16 of them); otherwise return the source."""
-    if isinstance(source, StreamingImages) or isinstance(source.images, MemoryImages) or limit_mb <= 0:
-        return source
-    probes = np.linspace(0, len(source) - 1, 16).astype(int)
-    sizes = [np.prod((*source[probe][0].size, 3)) for probe in probes]
-    if np.mean(sizes) * len(source) > limit_mb * 2**20:
-        return source
-
-    def read(places: range) -> list[tuple[np.ndarray, int]]:
-        return [_decoded(source, place) for place in places]
-
-    blocks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-        samples = itertools.chain.from_iterable(pool.map(read, blocks))
-        arrays, targets = zip(*samples, strict=True)
-    targets = np.asarray(targets, dtype=np.int64)
-    images, order = MemoryImages(arrays, source.file_names()), np.arange(len(targets))
-    return replace(source, images=images, targets=targets, order=order)
-
-
-def _decoded(source: Source, place: int) -> tuple[np.ndarray, int]:
-    if hasattr(source.images, "array"):
-        return source.array(place)
-    image, target = source[place]
-    return np.asarray(image), target
 
 
 # -- reading the data sets ---------------------------------------------------------------------------------------------
 
 
-TrainAndVal = tuple["Source | StreamingImages", "Source | StreamingImages"]
+TrainAndVal = tuple[Data, Data]
 
 
 @dataclass(frozen=True)
@@ -383,7 +152,7 @@ def _digits() -> tuple[Source, Source]:
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)
     grey = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # ink 0 to 16
-    source = _source(MemoryImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, range(10))
+    source = whole_source(MemoryImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, range(10))
     number_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
         number_in_class[labels == label] = np.arange((labels == label).sum())
@@ -502,7 +271,7 @@ def _folder_part(
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         logger.warning("--data-path %s: %d files in %s/ are not read: %s", *(root, skipped.total(), folder.name, kinds))
-    source = _source(PathImages(paths), targets, class_names)
+    source = whole_source(PathImages(paths), targets, class_names)
     return replace(source, class_samples=_class_samples(source))
 
 
@@ -545,7 +314,7 @@ def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Sou
         return _folder_tree(root / "train", held_out, eval_only)
     with main_process_first(local_rank):
         parts = [_fetch(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
-    train, val = (_source(MemoryImages(part.data), part.targets, part.classes) for part in parts)
+    train, val = (whole_source(MemoryImages(part.data), part.targets, part.classes) for part in parts)
     return train, val
 
 
@@ -560,8 +329,8 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
     paths, labels = train._image_files + val._image_files, train._labels + val._labels
     names = getattr(train, "classes", ())  # torchvision has them since 0.22
     return (
-        _source(PathImages(paths), labels, names, 102),
-        _source(PathImages(test._image_files), test._labels, names, 102),
+        whole_source(PathImages(paths), labels, names, 102),
+        whole_source(PathImages(test._image_files), test._labels, names, 102),
     )
 
 
@@ -577,7 +346,7 @@ def _cars(root: Path) -> tuple[Source, Source]:
                 f"cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
             ) from None
         paths, labels = zip(*part._samples, strict=True)
-        parts.append(_source(PathImages(paths), labels, part.classes))
+        parts.append(whole_source(PathImages(paths), labels, part.classes))
     return parts[0], parts[1]
 
 
@@ -585,8 +354,8 @@ def _packed(root: Path) -> tuple[Source, Source]:
     """What `tools/pack_dataset.py` has written."""
     train, val = (PackImages(root, split) for split in SPLITS)
     return (
-        _source(train, train.targets, train.class_names, train.num_classes),
-        _source(val, val.targets, val.class_names, val.num_classes),
+        whole_source(train, train.targets, train.class_names, train.num_classes),
+        whole_source(val, val.targets, val.class_names, val.num_classes),
     )
 
 
@@ -636,7 +405,7 @@ def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int], class
     if not paths:
         raise LookupError("no annotations")
     labels = [class_of[note["category_id"]] for note in part["annotations"]]
-    return _source(PathImages(paths), labels, class_names)
+    return whole_source(PathImages(paths), labels, class_names)
 
 
 def _timm_sources(options: DataOptions, local_rank: int, eval_only: bool) -> TrainAndVal:
@@ -682,7 +451,7 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
     return replace(train, num_classes=num_classes), replace(val, num_classes=num_classes)
 
 
-def _share_images(train: Source | StreamingImages, val: Source | StreamingImages, options: DataOptions) -> bool:
+def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
     """Whether both are the same split: timm takes some names for others."""
     if isinstance(train, StreamingImages):
         readers = [part.dataset.reader for part in (train, val)]
@@ -751,14 +520,6 @@ def _check_columns(reader: Any, options: DataOptions) -> None:
         raise UserError(f"--label-column {label}: {name} has the label {get_field(labels, label)!r}, not a number")
 
 
-def class_index(label: Any) -> int | None:
-    """A label as an integer, or None if it is none, such as None, text or a list."""
-    try:
-        return int(label) if int(label) == float(label) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
 _hugging_face: dict[str, Any] = {}
 
 
@@ -783,7 +544,7 @@ def _class_names(dataset: Any) -> list[str]:
     return sorted(index, key=index.get) if index else list(getattr(dataset, "classes", None) or ())
 
 
-def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None) -> Source | StreamingImages:
+def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None) -> Data:
     reader, names = getattr(dataset, "reader", None), _class_names(dataset)
     if isinstance(dataset, IterableDataset):
         if num_classes is None:
@@ -813,79 +574,7 @@ def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None)
             f"--num-classes, --train-split and --val-split"
         )
     images = DatasetImages(reader if reader is not None else dataset, name)
-    return _source(images, targets, names if len(names) == num_classes else (), num_classes)
-
-
-# -- streams ----------------------------------------------------------------------------------------------------------
-
-
-class StreamingImages(IterableDataset):
-    """A timm stream, whose own shuffling decides the order; views are keyed by the position in it.
-
-    For training, timm deals the shards out among ranks and loader processes, so the order depends on their numbers. For
-    evaluation every rank reads the whole stream and keeps its share: exact, at the cost of decoding it all.
-    """
-
-    def __init__(
-        self, dataset: Any, num_classes: int, training: bool, name: str, class_names: tuple[str, ...] = ()
-    ) -> None:
-        self.dataset, self.num_classes, self.training, self.name = dataset, num_classes, training, name
-        self.class_names = class_names  # or () if the stream does not name them
-        self.class_samples: tuple[int, ...] = ()
-        self.transform: HostView | None = None
-        self.seed, self.rank, self.world_size = 0, 0, 1
-        self.epoch = SharedCount(0)  # persistent loader processes must see it change
-        if not training:
-            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-
-    def __len__(self) -> int:
-        return self.dataset.reader.num_samples  # of all ranks; timm's own length is one rank's
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.value = epoch
-        self.dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for count, (image, target) in enumerate(self._samples()):
-            position = count * workers + number
-            if self.training:
-                position = position * self.world_size + self.rank
-            elif position % self.world_size != self.rank:
-                continue
-            key = random_key(self.seed, "view", self.epoch.value, position)
-            seed_generators(key)
-            try:
-                view = self.transform(as_rgb(image))
-            except ImageError as error:
-                raise RunError(
-                    f"--data-set {self.name}: cannot read image number {position} ({error}); fix or remove it"
-                ) from error
-            yield Batch(view, target, position, keys=signed(key))
-
-    def _samples(self) -> Iterator[tuple[Image.Image, int]]:
-        """Images and classes.
-
-        Raises:
-            RunError: if the stream cannot be read, or a label is none of the classes.
-        """
-        try:
-            for image, label in self.dataset:
-                target = class_index(label)
-                if target is None or not 0 <= target < self.num_classes:
-                    raise RunError(
-                        f"--data-set {self.name}: has the label {label!r}, which is none of the {self.num_classes} "
-                        f"classes; check --num-classes and --label-column"
-                    )
-                yield image, target
-        except RunError:
-            raise
-        except Exception as error:  # each backend has errors of its own
-            raise RunError(
-                f"--data-set {self.name}: the stream cannot be read ({type(error).__name__}: {reason(error)}); check "
-                f"the data, --image-column and --label-column"
-            ) from error
+    return whole_source(images, targets, names if len(names) == num_classes else (), num_classes)
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------

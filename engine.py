@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import save_checkpoint
-from datasets import BrokenImages
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
 from models import load_weights, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
+from sources import BrokenImages
 from utils import (
     Preempted,
     RunError,

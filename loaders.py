@@ -19,15 +19,15 @@ from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from augment import EvalTransform, Normalization, TrainAugmentation, ViewOptions, is_supported
-from datasets import (
+from datasets import build_eval_transform, build_train_transform
+from samplers import Batch, KeyedSampler, random_key, seed_generators, signed
+from sources import (
     BrokenImages,
+    Data,
     MemoryImages,
     Source,
     StreamingImages,
-    build_eval_transform,
-    build_train_transform,
 )
-from samplers import Batch, KeyedSampler, random_key, seed_generators, signed
 from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, logger
 
 MOST_PADDING = 4  # area of the padded buffer, relative to that of the average image
@@ -135,7 +135,7 @@ def padded_size(source: Source) -> tuple[int, int]:
     return height, width
 
 
-def can_pad(source: Source | StreamingImages) -> bool:
+def can_pad(source: Data) -> bool:
     """Whether images can be augmented on the device: in memory or packed, and of similar sizes."""
     if not isinstance(source, Source) or not hasattr(source.images, "shapes"):
         return False
@@ -143,7 +143,7 @@ def can_pad(source: Source | StreamingImages) -> bool:
     return np.prod(padded_size(source)) <= MOST_PADDING * areas.mean()
 
 
-def augments_on_device(source: Source | StreamingImages, where: str, policy: str, device: torch.device) -> bool:
+def augments_on_device(source: Data, where: str, policy: str, device: torch.device) -> bool:
     """Decide whether this source's images become views in batches on the device.
 
     Args:
@@ -274,7 +274,7 @@ class EpochLoader(DeviceLoader):
 
 
 def build_train_loader(
-    source: Source | StreamingImages,
+    source: Data,
     views: ViewOptions,
     normalization: Normalization,
     mixup: MixupOptions,
@@ -296,7 +296,7 @@ def build_train_loader(
 
 
 def build_epoch_loader(
-    source: Source | StreamingImages, view: View, mixup: MixupOptions, options: LoaderOptions, world: World
+    source: Data, view: View, mixup: MixupOptions, options: LoaderOptions, world: World
 ) -> EpochLoader:
     """Batches of any views, in whole optimizer updates.
 
@@ -342,7 +342,7 @@ def build_epoch_loader(
 
 
 def build_val_loader(
-    source: Source | StreamingImages,
+    source: Data,
     views: ViewOptions,
     normalization: Normalization,
     options: LoaderOptions,

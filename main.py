@@ -26,14 +26,14 @@ import engine
 import loaders
 import losses
 import models
+import sources
 import teachers
 import utils
 from augment import Normalization, ViewOptions
 from flags import FREE_ON_RESUME, TRAINED, check_flags, fill, parse_args, parse_command, shaping, spelled
 from samplers import Batch
+from sources import Data
 from utils import Preempted, RunError, UserError, World, logger
-
-Data = datasets.Source | datasets.StreamingImages
 
 
 def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
@@ -123,7 +123,7 @@ def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) ->
     names = checkpoints.class_names_of(about)
     if args.eval and set(val.class_names) < set(names):
         logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
-        return datasets.with_classes(val, names)
+        return sources.with_classes(val, names)
     parts = {"val": val} if args.eval else {"train": train, "val": val}
     checkpoints.compare_classes(about, parts, what, args.allow_class_mismatch)
     return val
@@ -140,7 +140,7 @@ def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
 
 
 @torch.no_grad()
-def cache_features(run: Run) -> tuple[datasets.Source, torch.nn.Linear]:
+def cache_features(run: Run) -> tuple[sources.Source, torch.nn.Linear]:
     """The inputs of the classification layer as a data set, and the layer. The images have their evaluation views.
 
     Every process computes them all.
@@ -148,7 +148,7 @@ def cache_features(run: Run) -> tuple[datasets.Source, torch.nn.Linear]:
     Raises:
         UserError: if the data are a stream, or the model does not end in one linear layer.
     """
-    if not isinstance(run.train, datasets.Source):
+    if not isinstance(run.train, sources.Source):
         raise UserError(f"--cache-features: {run.args.data_set} is a stream, whose images have no index; drop the flag")
     head, start = models.linear_head(run.model, run.args.model), time.perf_counter()
     alone = dataclasses.replace(run.world, rank=0, size=1)
@@ -161,7 +161,7 @@ def cache_features(run: Run) -> tuple[datasets.Source, torch.nn.Linear]:
             rows.append(run.model.forward_head(maps, pre_logits=True).float().cpu())
     features, order = torch.cat(rows), np.arange(len(run.train))
     logger.info("features of %d images in %.0f s", len(features), time.perf_counter() - start)
-    return datasets.Source(features, torch.cat(targets).numpy(), run.train.num_classes, order, run.train.broken), head
+    return sources.Source(features, torch.cat(targets).numpy(), run.train.num_classes, order, run.train.broken), head
 
 
 def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], torch.Tensor] | None:
@@ -196,7 +196,7 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
 
 def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
     """What a checkpoint says of its run: the flags, what else its bits depend on, and what its classes are."""
-    indexed, device = isinstance(run.train, datasets.Source), run.world.device
+    indexed, device = isinstance(run.train, sources.Source), run.world.device
     name = f"{device.type} ({torch.get_num_threads()})"
     return {
         "args": vars(run.args),

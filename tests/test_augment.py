@@ -36,7 +36,12 @@ from augment.policy import (
     splitmix64,
 )
 from augment.views import random_resized_crop
-from datasets import DataOptions, build_eval_transform, build_train_transform, read_sources
+from datasets import (
+    DataOptions,
+    build_eval_transform,
+    build_train_transform,
+    read_sources,
+)
 from tools import show_augmentation
 
 # Differences from PIL in grey levels: their mean, their 99th percentile, the largest 4 pixels or more from an edge.

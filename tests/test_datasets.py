@@ -29,18 +29,20 @@ from augment import ViewOptions
 from datasets import (
     DIGITS_FILE,
     DataOptions,
+    build_eval_transform,
+    build_sources,
+    build_train_transform,
+    read_sources,
+)
+from samplers import seed_generators
+from sources import (
     MemoryImages,
     PathImages,
     Source,
     StreamingImages,
-    build_eval_transform,
-    build_sources,
-    build_train_transform,
     keep_in_memory,
-    read_sources,
     take_fraction,
 )
-from samplers import seed_generators
 from utils import RunError
 
 NORMALIZATION = MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

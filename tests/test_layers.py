@@ -15,6 +15,7 @@ FLOORS = {
     "loaders": 5,
     "teachers": 4,
     "datasets": 4,
+    "sources": 3,
     "models": 3,
     "packs": 3,
     "checkpoints": 2,

@@ -12,7 +12,7 @@ from test_datasets import break_image, encoded, picture, read, save, targets_of,
 
 import engine
 from augment import TrainAugmentation, ViewOptions
-from datasets import MemoryImages, Source, build_eval_transform, build_train_transform, keep_in_memory
+from datasets import build_eval_transform, build_train_transform
 from loaders import (
     DeviceImages,
     EpochLoader,
@@ -28,6 +28,11 @@ from loaders import (
     padded_size,
 )
 from samplers import Batch, KeyedSampler, seed_generators, signed
+from sources import (
+    MemoryImages,
+    Source,
+    keep_in_memory,
+)
 from utils import RunError, World, last_line
 
 CPU = torch.device("cpu")

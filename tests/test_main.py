@@ -18,6 +18,7 @@ import datasets
 import loaders
 import main
 import models
+import sources
 import utils
 from flags import fill, parse_args
 
@@ -189,7 +190,7 @@ def test_image_files_are_augmented_on_the_host(tmp_path):
     assert not loaders.augments_on_device(source, "auto", policy, gpu)
     with tiny.user_error("--augment device", "tools.pack_dataset"):
         loaders.augments_on_device(source, "device", policy, gpu)
-    in_memory = datasets.keep_in_memory(source, 1)
+    in_memory = sources.keep_in_memory(source, 1)
     assert loaders.augments_on_device(in_memory, "auto", policy, gpu)
 
 

@@ -20,16 +20,18 @@ import packs
 from augment import ViewOptions
 from datasets import (
     DataOptions,
-    MemoryImages,
-    Source,
     build_train_transform,
-    keep_in_memory,
     read_sources,
-    take_fraction,
 )
 from loaders import KeyedImages, LoaderOptions, MixupOptions, build_train_loader, build_val_loader
 from packs import PackImages, verify
 from samplers import KeyedSampler
+from sources import (
+    MemoryImages,
+    Source,
+    keep_in_memory,
+    take_fraction,
+)
 from tools import pack_dataset
 from tools.pack_dataset import Record, encode, files_of, holds_pack, write_pack
 from utils import RunError, World

@@ -23,6 +23,7 @@ import engine
 import loaders
 import main
 import samplers
+import sources
 import utils
 from tools import chaos
 
@@ -138,8 +139,8 @@ def test_a_run_is_resumed_after_any_update(flags, tmp_path):
 
 
 def test_skipped_images_are_not_read(tmp_path, monkeypatch):
-    read, get = [], datasets.Source.__getitem__
-    monkeypatch.setattr(datasets.Source, "__getitem__", lambda self, place: (read.append(place), get(self, place))[1])
+    read, get = [], sources.Source.__getitem__
+    monkeypatch.setattr(sources.Source, "__getitem__", lambda self, place: (read.append(place), get(self, place))[1])
     with at_update(UPDATES + 15, send(signal.SIGTERM)):
         run(tmp_path, "--eval-interval", "9", status=75)
     read.clear()
@@ -497,14 +498,14 @@ def test_broken_images_are_replaced_counted_and_named(workers, ram, folder_of_im
 def test_the_next_image_takes_a_broken_one_s_place_with_its_own_label(folder_of_images):
     data, _ = folder_of_images
     source, _ = datasets.read_sources(datasets.DataOptions("IMNET", str(data)))
-    tolerant = datasets.replace(source, broken=datasets.BrokenImages(source.images, 2))
+    tolerant = datasets.replace(source, broken=sources.BrokenImages(source.images, 2))
     assert [tolerant[place][0].getpixel((0, 0))[0] for place in range(12, 18)] == [0, 20, 80, 80, 80, 100]
     assert tolerant.broken.all_found() == [14, 15]
-    kept = datasets.keep_in_memory(tolerant, 64)
+    kept = sources.keep_in_memory(tolerant, 64)
     assert [kept[place][0].getpixel((0, 0))[0] for place in range(12, 18)] == [0, 20, 80, 80, 80, 100]
     (data / "train" / "dog" / "11.png").write_bytes(b"")  # the very last: the first takes its place, and its class
-    tolerant = datasets.replace(source, broken=datasets.BrokenImages(source.images, 3))
-    assert tolerant[23][1] == 0 and datasets.keep_in_memory(tolerant, 64)[23][1] == 0
+    tolerant = datasets.replace(source, broken=sources.BrokenImages(source.images, 3))
+    assert tolerant[23][1] == 0 and sources.keep_in_memory(tolerant, 64)[23][1] == 0
 
 
 # -- other circumstances -----------------------------------------------------------------------------------------------

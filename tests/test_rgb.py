@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from test_datasets import encoded, picture, pixels_of, read, save, write_parquet, write_stream
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import datasets
+import sources
 from augment import ImageError, as_rgb, open_rgb
 from tools import pack_dataset
 from tools.visualize_tokens import find_images
@@ -103,7 +103,7 @@ def test_pixels_without_a_range_are_refused(tmp_path):
     floats.write_bytes(tiff(SIXTEEN / 65535, 32, sample_format=3))
     negative.write_bytes(tiff(SIXTEEN.astype(np.int64) // 4 - 9000, 16, sample_format=2))
     for path, word in ((floats, "float pixels"), (negative, "negative pixels (down to -9000)")):
-        source = datasets.Source(datasets.PathImages([path]), np.zeros(1, np.int64), 1, np.arange(1))
+        source = sources.Source(sources.PathImages([path]), np.zeros(1, np.int64), 1, np.arange(1))
         with pytest.raises(RunError) as caught:
             source[0]
         assert str(path) in str(caught.value) and word in str(caught.value) and "8 or 16 bits" in str(caught.value)
@@ -190,11 +190,11 @@ def test_whatever_a_decoder_raises_is_a_broken_image(tmp_path, monkeypatch, erro
         return picture(0)
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.convert", convert)
-    images = datasets.PathImages([tmp_path / "0.png", tmp_path / "1.png"])
-    source = datasets.Source(images, np.array([0, 1]), 2, np.arange(2))
+    images = sources.PathImages([tmp_path / "0.png", tmp_path / "1.png"])
+    source = sources.Source(images, np.array([0, 1]), 2, np.arange(2))
     with pytest.raises(RunError, match=r"^cannot read image .*0\.png \(.+\); fix or remove it[^\n]*$"):
         source[0]
-    tolerant = datasets.Source(images, np.array([0, 1]), 2, np.arange(2), datasets.BrokenImages(images, 1))
+    tolerant = sources.Source(images, np.array([0, 1]), 2, np.arange(2), sources.BrokenImages(images, 1))
     assert tolerant[0][1] == 1 and tolerant.broken.all_found() == [0]
 
 
@@ -203,7 +203,7 @@ def test_an_error_of_a_reader_names_the_image():
         def __getitem__(self, index):
             return {}["image"], 0
 
-    source = datasets.Source(datasets.DatasetImages(Reader(), "hfds/x"), np.zeros(2, np.int64), 1, np.arange(2))
+    source = sources.Source(sources.DatasetImages(Reader(), "hfds/x"), np.zeros(2, np.int64), 1, np.arange(2))
     with pytest.raises(RunError, match="cannot read image number 1 of hfds/x .KeyError"):
         source[1]
 
@@ -277,7 +277,7 @@ def test_only_photos_of_tools_are_turned_upright(tmp_path, orientation):
         1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.swapaxes(0, 1),
         6: np.rot90(stored, -1), 7: stored[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(stored)}[orientation]  # fmt: skip
     np.testing.assert_array_equal(np.asarray(find_images([str(tmp_path)])[0][0]), expected)
-    np.testing.assert_array_equal(np.asarray(datasets.PathImages([path])[0]), stored)
+    np.testing.assert_array_equal(np.asarray(sources.PathImages([path])[0]), stored)
 
 
 def test_tiff_orientation_is_applied_once():

@@ -43,6 +43,7 @@ import engine
 import loaders
 import losses
 import models
+import sources
 from flags import fill, parse_args
 from samplers import Batch
 from tools import distillation_cost, speed_test
@@ -97,7 +98,7 @@ def _readers(
     images = np.random.default_rng(0).integers(0, 256, (DISTINCT, stored, stored, 3), np.uint8)
     batches = 2 * workers or 4 * args.steps  # all processes are busy to the end
     order = np.arange(batches * args.batch_size) % DISTINCT
-    source = datasets.Source(datasets.MemoryImages(list(images)), np.zeros(DISTINCT, np.int64), CLASSES, order)
+    source = sources.Source(sources.MemoryImages(list(images)), np.zeros(DISTINCT, np.int64), CLASSES, order)
     normalization = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     views, mixup = augment.ViewOptions((size, size)), loaders.MixupOptions(mixup=0, cutmix=0)
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 import datasets
 import engine
 import loaders
+import sources
 from augment import ViewOptions
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
@@ -65,7 +66,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
 class UnkeyedImages(Dataset):
     """The same views without a key: generators run on from image to image."""
 
-    def __init__(self, source: datasets.Source, transform: Callable) -> None:
+    def __init__(self, source: sources.Source, transform: Callable) -> None:
         self.source, self.transform = source, transform
 
     def __len__(self) -> int:
@@ -79,7 +80,7 @@ class UnkeyedImages(Dataset):
 def measure_loader(input_size: int, views: int, rounds: int) -> dict:
     """Keyed against unkeyed reading of the bundled digits with DeiT's full augmentation, in this process."""
     source, _ = datasets.read_sources(datasets.DataOptions("DIGITS"))
-    source = datasets.take_fraction(source, min(1.0, views / len(source)))
+    source = sources.take_fraction(source, min(1.0, views / len(source)))
     transform = datasets.build_train_transform(ViewOptions((input_size, input_size)), ((0.5,) * 3, (0.25,) * 3))
     sampler = KeyedSampler(len(source))
     options = {"batch_size": 32, "collate_fn": loaders.collate}

@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 
 import packs
-from datasets import DataOptions, Source, build_sources
+from datasets import DataOptions, build_sources
 from flags import Parser, add_data_arguments, fill, in_range
+from sources import Source
 from tools import command
 from utils import Progress, RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
 

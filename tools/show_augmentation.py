@@ -23,9 +23,14 @@ from timm.data.auto_augment import AugmentOp
 from augment import Policy, TrainAugmentation, ViewOptions
 from augment.image_ops import Resampler, paint
 from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolour
-from datasets import DataOptions, Source, build_sources, build_train_transform
+from datasets import (
+    DataOptions,
+    build_sources,
+    build_train_transform,
+)
 from flags import Parser, add_data_arguments, fill, in_range
 from samplers import random_keys, seed_generators
+from sources import Source
 from tools import command
 from tools.visualize_tokens import find_images
 from utils import UserError, World, set_up_logging

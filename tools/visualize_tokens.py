@@ -24,6 +24,7 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
+import sources
 from augment import ViewOptions, open_rgb
 from flags import fill, in_range
 from models import normalization
@@ -111,14 +112,14 @@ def draw(
     return canvas
 
 
-class Photos(datasets.PathImages):
+class Photos(sources.PathImages):
     """Image files, turned upright."""
 
     def __getitem__(self, index: int) -> Image.Image:
         return open_rgb(os.fsdecode(self.paths[index]), upright=True)
 
 
-def find_images(paths: Sequence[str]) -> datasets.Source:
+def find_images(paths: Sequence[str]) -> sources.Source:
     """The image files named, and those in the folders named, as a data set of one class.
 
     Raises:
@@ -132,10 +133,10 @@ def find_images(paths: Sequence[str]) -> datasets.Source:
     if not files:
         raise UserError(f"--images {' '.join(paths)}: holds no images ({', '.join(IMG_EXTENSIONS)})")
     count = len(files)
-    return datasets.Source(Photos(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
+    return sources.Source(Photos(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
 
 
-def validation_images(run: argparse.Namespace, world: World, number: int) -> datasets.Source:
+def validation_images(run: argparse.Namespace, world: World, number: int) -> sources.Source:
     """`number` images spread evenly over the validation data.
 
     Raises:
@@ -143,7 +144,7 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> dat
     """
     options = replace(fill(datasets.DataOptions, run), ram_cache=0)  # the whole data are not needed
     _, source = datasets.build_sources(options, world.local_rank, eval_only=True)
-    if not isinstance(source, datasets.Source):
+    if not isinstance(source, sources.Source):
         raise UserError(f"--data-set {run.data_set}: a stream has no single images; pass files with --images")
     chosen = np.linspace(0, len(source) - 1, min(number, len(source))).astype(int)
     return replace(source, order=source.order[chosen])
