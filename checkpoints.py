@@ -313,7 +313,7 @@ class Classes(Protocol):
     """What a class index means in some data, as far as they say it."""
 
     class_names: tuple[str, ...]  # by index; () if they are not known
-    class_samples: tuple[int, ...]  # checksum of an image of each class, by index; () if they are not known
+    class_samples: tuple[int, ...]  # checksum of an image of each class, by index; -1 or () if they are not known
 
 
 def compare_classes(
@@ -360,7 +360,7 @@ def _exchanged(data: Classes, expected: Sequence[int], part: str) -> str:
     if len(data.class_samples) != len(expected):
         return ""
     for index, sample in enumerate(data.class_samples):
-        if sample != expected[index] and expected.count(sample) == 1:
+        if sample not in (-1, expected[index]) and expected.count(sample) == 1:
             names = data.class_names[index], data.class_names[expected.index(sample)]
             return f"class {names[0]!r} of {part}/ has the images that {names[1]!r} had when the file was written"
     return ""

@@ -277,16 +277,18 @@ def _folder_part(
 
 def _class_samples(source: Source) -> tuple[int, ...]:
     """CRC-32 of the first image file of each class; -1 for a class that has none or one that cannot be read."""
+    samples = np.full(source.num_classes, -1, dtype=np.int64)
+    labels, first = np.unique(source.targets, return_index=True)
 
-    def checksum(label: int) -> int:
-        found = np.flatnonzero(source.targets == label)[:1]
+    def checksum(index: int) -> int:
         try:
-            return zlib.crc32(Path(source.images.describe(found[0])).read_bytes()) if len(found) else -1
+            return zlib.crc32(Path(source.images.describe(index)).read_bytes())
         except OSError:
             return -1
 
     with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
-        return tuple(pool.map(checksum, range(source.num_classes)))
+        samples[labels] = list(pool.map(checksum, first))
+    return tuple(samples.tolist())
 
 
 def _fetch(name: str, root: Path, make: Callable[[], Any]) -> Any:

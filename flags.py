@@ -443,7 +443,7 @@ def _words(name: str, value: Any, path: str) -> list[str]:
     if name == "model" and (":" in str(value) or "/" in str(value)):
         raise UserError(f"--resume {path}: names a model to fetch ({value}), which a checkpoint may not choose")
     if name == "input_size":  # one number in the original implementation's checkpoints
-        sizes = value if isinstance(value, (list, tuple)) else [value]
+        sizes = value[-2:] if isinstance(value, (list, tuple)) else [value]  # in timm, channels come first
         return [spelled(name), *(str(size) for size in sizes if isinstance(size, int))]
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return [f"{spelled(name)}={text}"]

@@ -291,7 +291,7 @@ def evaluate_only(run: Run) -> None:
     if path:
         checkpoint = checkpoints.read_checkpoint(path, "--resume")
         for change in checkpoints.changes(checkpoint, {"args": vars(run.args), "run": {}}, TRAINED):
-            logger.info("evaluated on purpose with another setting than trained: %s", change)
+            logger.info("evaluated with another setting than in training: %s", change)
         weights = {"test_": checkpoints.weights_of(checkpoint, "--resume", path)}
         average = checkpoints.ema_of(checkpoint, "--resume", path)
         weights |= {"test_ema_": average} if average else {}

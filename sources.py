@@ -38,7 +38,7 @@ class Images(Protocol):
 
 
 class BrokenImages:
-    """The images that could not be read, up to a number, known to all loader processes of this process."""
+    """The images that could not be read, up to a number, known to all data-loader workers of this process."""
 
     def __init__(self, images: Images, limit: int) -> None:
         """Args: images: to name them by; limit: how many different ones are tolerated, over all ranks."""
@@ -144,7 +144,7 @@ def whole_source(
 
 
 class PathImages:
-    """Image files. The paths are one array: a list of a million strings would be copied into every loader process."""
+    """Image files. The paths are one array: every data-loader worker would copy a list of a million strings."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self.paths = np.array([os.fsencode(path) for path in paths])
@@ -160,7 +160,7 @@ class PathImages:
 
 
 class MemoryImages:
-    """Decoded images in one uint8 buffer, shared with forked loader processes."""
+    """Decoded images in one uint8 buffer, shared with forked data-loader workers."""
 
     def __init__(self, arrays: Sequence[np.ndarray], names: bytes = b"") -> None:
         """Args: arrays: uint8, [H, W, 3] each, of any sizes; names: of the files that they are from."""
@@ -267,8 +267,8 @@ def _decoded(source: Source, place: int) -> tuple[np.ndarray, int]:
 class StreamingImages(IterableDataset):
     """A timm stream, whose own shuffling decides the order; views are keyed by the position in it.
 
-    For training, timm deals the shards out among ranks and loader processes, so the order depends on their numbers. For
-    evaluation every rank reads the whole stream and keeps its share: exact, at the cost of decoding it all.
+    For training, timm deals the shards out among ranks and data-loader workers, so the order depends on their numbers.
+    For evaluation every rank reads the whole stream and keeps its share: exact, at the cost of decoding it all.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class StreamingImages(IterableDataset):
         self.class_samples: tuple[int, ...] = ()
         self.transform: HostView | None = None
         self.seed, self.rank, self.world_size = 0, 0, 1
-        self.epoch = SharedCount(0)  # persistent loader processes must see it change
+        self.epoch = SharedCount(0)  # persistent workers must see it change
         if not training:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
 

@@ -10,16 +10,18 @@ import pickle
 import resource
 import threading
 import tracemalloc
+import types
 import urllib.request
 import zipfile
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import file_hash, read_checkpoint, save_checkpoint
+from checkpoints import compare_classes, file_hash, read_checkpoint, save_checkpoint
 from utils import RunError, UserError
 
 # -- writing checkpoints -----------------------------------------------------------------------------------------------
@@ -407,3 +409,48 @@ def test_the_hash_of_a_large_file_takes_little_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert found == expected.hexdigest() and peak < 2 * 2**20
+
+
+# -- what a class index means ------------------------------------------------------------------------------------------
+
+
+def classes(names, samples=()):
+    return types.SimpleNamespace(class_names=tuple(names), class_samples=tuple(samples))
+
+
+@pytest.mark.parametrize(
+    ("names", "samples"),
+    [
+        ("abc", (1, 2, 3)),
+        ("abc", (1, 9, 3)),  # another image came first: it shows nothing
+        ("abc", (1, -1, 3)),  # a class without images in this part
+        ("abc", ()),
+        ("", ()),
+        ("abcd", (1, 2, 3, 4)),  # another number of classes is another error
+    ],
+)
+def test_classes_that_may_be_the_same_are_accepted(names, samples):
+    checkpoint = {"class_names": list("abc"), "class_samples": {"val": [1, 2, 3]}}
+    compare_classes(checkpoint, {"val": classes(names, samples)}, "--resume x")
+    compare_classes({}, {"val": classes(names, samples)}, "--resume x")
+    empty = {"class_names": list("abc"), "class_samples": {"val": [1, 2, -1]}}
+    compare_classes(empty, {"val": classes("abc", (1, -1, 3))}, "--resume x")
+
+
+@pytest.mark.parametrize(
+    ("names", "samples", "found"),
+    [
+        ("abd", (), "class 2 is 'c' there and 'd' in the data (1 of 3 classes differ)"),
+        (
+            "acb",
+            (),
+            "class 1 is 'b' there and 'c' in the data (2 of 3 classes differ, the same names in another order)",
+        ),
+        ("abc", (2, 1, 3), "class 'a' of val/ has the images that 'b' had when the file was written"),
+    ],
+)
+def test_classes_that_differ_are_named(names, samples, found):
+    checkpoint = {"class_names": list("abc"), "class_samples": {"val": [1, 2, 3]}}
+    with tiny.user_error("--resume x: " + found, "--allow-class-mismatch"):
+        compare_classes(checkpoint, {"val": classes(names, samples)}, "--resume x")
+    compare_classes(checkpoint, {"val": classes(names, samples)}, "--resume x", allow_mismatch=True)

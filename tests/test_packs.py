@@ -367,7 +367,7 @@ def test_the_tool_packs_a_tree_for_training(tree, tmp_path, capsys):
     output = tmp_path / "pack"
     pack_tool(output, "--shard-mib", "0.001", "--verify", data=tree)
     said = capsys.readouterr().err
-    assert "packed 8 images into 6 files" in said and "0 left out" in said and f"{output} is sound" in said
+    assert "packed 8 images into 6 files" in said and "0 skipped" in said and f"{output} is sound" in said
     for ours, theirs in zip(sources_in(output), read_sources(DataOptions("IMNET", str(tree))), strict=True):
         assert len(ours) == len(theirs) and ours.num_classes == theirs.num_classes == 2
         for index in range(len(ours)):
@@ -416,25 +416,25 @@ def test_a_broken_image_ends_the_tool_and_names_its_file(tree, tmp_path, capsys)
     assert not holds_pack(tmp_path / "pack")
 
 
-def test_broken_images_are_left_out_up_to_a_number(tree, tmp_path, capsys):
+def test_broken_images_are_skipped_up_to_a_number(tree, tmp_path, capsys):
     broken = [tree / name for name in ("train/cat/0.png", "train/dog/1.png")]
     for path in broken:
         path.write_bytes(b"no image")
     with pytest.raises(SystemExit):
         pack_tool(tmp_path / "pack", "--skip-broken-images", "1", data=tree)
     error = capsys.readouterr().err
-    assert f"left out: {broken[0]}" in error
+    assert f"skipped: {broken[0]}" in error
     assert f"cannot read image {broken[1]}" in error.splitlines()[-1]
     pack_tool(tmp_path / "pack", "--skip-broken-images", "2", data=tree)
     said = capsys.readouterr().err
-    assert all(f"left out: {path}" in said for path in broken)
-    assert "packed 6 images" in said and "2 left out" in said
+    assert all(f"skipped: {path}" in said for path in broken)
+    assert "packed 6 images" in said and "2 skipped" in said
     train, val = sources_in(tmp_path / "pack")
     assert train.targets.tolist() == [0, 0, 1, 1] and val.targets.tolist() == [0, 1]
     np.testing.assert_array_equal(train.images.array(3), expected(Image.open(tree / "train/dog/2.png").convert("RGB")))
 
 
-def test_a_broken_validation_image_is_never_left_out(tree, tmp_path, capsys):
+def test_a_broken_validation_image_is_never_skipped(tree, tmp_path, capsys):
     (tree / "val/cat/0.png").write_bytes(b"no image")
     error = line_of(capsys, tmp_path / "pack", "--skip-broken-images", "5", data=tree)
     assert f"cannot read validation image {tree / 'val/cat/0.png'}" in error and "fix or remove it" in error

@@ -224,7 +224,7 @@ class Reader:
 
     def __init__(self, limit: int, encode: Callable[..., Record]) -> None:
         self.limit, self.encode = limit, encode
-        self.left_out: list[str] = []
+        self.skipped: list[str] = []
 
     def read(self, source: Source, place: int) -> Record | str:
         """The record of one image, or what is wrong with it."""
@@ -249,13 +249,13 @@ class Reader:
                     f"cannot read validation image {record}; fix or remove it: --skip-broken-images drops training "
                     f"images only, because an accuracy is that of all validation images"
                 )
-            if len(self.left_out) == self.limit:
+            if len(self.skipped) == self.limit:
                 raise RunError(
                     f"cannot read image {record}, and --skip-broken-images is {self.limit}; fix or remove it, or "
                     f"raise that number"
                 )
-            self.left_out.append(record)
-            logger.warning("left out: %s", record)
+            self.skipped.append(record)
+            logger.warning("skipped: %s", record)
 
     def length(self, sources: Iterable[Source]) -> float:
         """About how many bytes all records will take, judged by a few."""
@@ -329,9 +329,9 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
     images = sum(part["images"] for part in about["splits"].values())
     shards = [shard for part in about["splits"].values() for shard in part["shards"]]
     logger.info(
-        "packed %d images into %d files, %.1f MiB, in %.1f s (%.0f images/s), %d left out",
+        "packed %d images into %d files, %.1f MiB, in %.1f s (%.0f images/s), %d skipped",
         *(images, len(shards), sum(shard["bytes"] for shard in shards) / 2**20, seconds, images / seconds),
-        len(reader.left_out),
+        len(reader.skipped),
     )
     return about
 
