@@ -452,7 +452,7 @@ def test_the_malicious_files_would_run_if_they_were_trusted(workspace):
 @pytest.mark.process
 def test_a_mistake_as_a_process_without_network(tmp_path):
     """A real process: its exit status, and the weights that no network brings."""
-    words = shlex.split(f"main.py {RUN} {DEIT} --pretrained".replace("{w}", str(tmp_path)))
+    words = shlex.split(f"main.py {RUN} --model deit_tiny_patch16_224 --pretrained".replace("{w}", str(tmp_path)))
     output = tiny.run(*words, status=2, HF_HUB_OFFLINE="1", HF_HOME=tmp_path)
     (line,) = output.splitlines()
     assert line.startswith("main.py: error: --model deit_tiny_patch16_224: pretrained weights cannot be had")
