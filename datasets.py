@@ -89,10 +89,11 @@ def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = F
         UserError: see `read_sources`, or a flag that a stream does not support.
     """
     train, val = read_sources(options, local_rank, eval_only)
-    if options.skip_broken_images:
-        if isinstance(train, StreamingImages):
-            raise UserError("--skip-broken-images: a stream skips them by itself; drop the flag")
-        train = replace(train, broken=BrokenImages(train.images, options.skip_broken_images))
+    if isinstance(train, Source):
+        broken = BrokenImages(train.images, options.skip_broken_images) if options.skip_broken_images else None
+        train = replace(train, broken=broken, is_training=True)
+    elif options.skip_broken_images:
+        raise UserError("--skip-broken-images: a stream skips them by itself; drop the flag")
     if not eval_only:
         train = keep_in_memory(take_fraction(train, options.train_fraction), options.ram_cache)
     return train, keep_in_memory(val, options.ram_cache)

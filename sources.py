@@ -92,6 +92,7 @@ class Source:
         class_names: name of each class, or () if the data do not say.
         class_samples: CRC-32 of the first image file of each class, or (): it shows classes that exchanged their names.
         broken: takes note of images that cannot be read, in whose place the next ones come; or None.
+        is_training: whether --skip-broken-images applies to the images.
     """
 
     images: Images
@@ -101,6 +102,7 @@ class Source:
     broken: BrokenImages | None = None
     class_names: tuple[str, ...] = ()
     class_samples: tuple[int, ...] = ()
+    is_training: bool = False
 
     def __len__(self) -> int:
         return len(self.order)
@@ -120,9 +122,10 @@ class Source:
         except ImageError as error:
             if self.broken is not None and self.broken.add(index):
                 return self._sample((place + 1) % len(self), read)
+            remedy = ", then --resume auto, or skip some with --skip-broken-images" if self.is_training else ""
+            what = "image" if self.is_training else "validation image"
             raise RunError(
-                f"cannot read image {self.images.describe(index)} ({error}); fix or remove it, then --resume, or "
-                f"tolerate some with --skip-broken-images"
+                f"cannot read {what} {self.images.describe(index)} ({error}); fix or remove it{remedy}"
             ) from error
 
     def label_checksum(self) -> int:
