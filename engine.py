@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +57,18 @@ class Schedule(Protocol):
         """What it is now, for the log."""
         ...
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether an accuracy measured now may be compared with those of later epochs."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
 
 class LearningRate:
     """The learning rate as a function of the number of updates: one of timm's schedulers."""
 
-    name = "lr"
+    name, is_comparable = "lr", True
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -221,7 +226,7 @@ class TrainState:
             each update waits for the device.
         ema: moving average of the module's weights, or None.
         num_updates: optimiser updates made, or left out.
-        best_acc1: best top-1 accuracy so far, in per cent; -1 before the first evaluation.
+        best_acc1: best top-1 accuracy so far, in per cent, of an EViT at its final keep rate; -1 if there is none.
         epoch: the epoch to train next, or to resume.
         totals: of a resumed epoch, what each rank's `StepLog` had collected.
     """
@@ -491,19 +496,22 @@ def evaluate(
         `loss` (cross-entropy), `acc1` and `acc5` (per cent; top-k of k classes if there are fewer than 5), `images`.
 
     Raises:
-        RunError: on all ranks, if a `DeviceLoader` yields fewer images than it promises.
+        RunError: on all ranks, if logits are not finite, or a `DeviceLoader` yields fewer images than it promises.
     """
     model.eval()
     device = next(model.parameters()).device
-    totals = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    totals = torch.zeros(5, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for batch in itertools.takewhile(lambda _: not is_over(), loader):
         with autocast:
             logits = model(batch.images)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]  # [B, k]
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
-        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(batch.targets))])
-    loss, top1, top5, images = all_reduce_sum(totals).tolist()
+        bad = (~logits.isfinite()).any(dim=1)
+        totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), bad.sum(), loss.new_full((), len(batch.targets))])
+    loss, top1, top5, bad, images = all_reduce_sum(totals).tolist()
+    if bad:
+        raise RunError(f"the logits of {bad:.0f} of {images:.0f} validation images are not finite; try --amp off")
     if isinstance(loader, DeviceLoader):
         _compare_number(int(images), loader.num_images, is_over)
     n = max(images, 1)
@@ -589,16 +597,24 @@ class Output:
         folder: of the checkpoints and log.txt, or None for nowhere.
         writer: a TensorBoard writer on rank 0, or None.
         about: what else a checkpoint holds: the run's flags and data, as JSON values.
+        lock: on rank 0, the file that keeps other runs out of the folder while it is open, or None.
     """
 
     folder: Path | None = None
     writer: TensorBoard | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    lock: TextIO | None = None
+
+    def close(self) -> None:
+        """Close the files; another run may have the folder then."""
+        for file in (self.writer, self.lock):
+            if file is not None:
+                file.close()
 
 
 @dataclass
 class Saver:
-    """What is saved of a run, and when: after each epoch, every so many minutes within one, and when it is to stop.
+    """What is saved of a run, and when: before and after each evaluation, every few minutes, and when it is to stop.
 
     All ranks must call it alike; only rank 0 writes.
 
@@ -656,9 +672,10 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def end_epoch(self, record: dict[str, Any]) -> None:
-        """Log a finished epoch and save."""
+        """Log a finished epoch and save. An accuracy at a keep rate that is not the final one is never the best."""
         epoch, state = self.state.epoch, self.state
-        is_best = record.get("test_acc1", -1.0) > state.best_acc1
+        is_comparable = all(schedule.is_comparable for schedule in self.schedules)
+        is_best = is_comparable and record.get("test_acc1", -1.0) > state.best_acc1
         state.best_acc1 = record["test_acc1"] if is_best else state.best_acc1
         state.epoch += 1
         trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
@@ -736,7 +753,7 @@ def fit(
     world: World,
     output: Output,
 ) -> None:
-    """Train from where `state` is to the last epoch: one line of log.txt, one evaluation, one checkpoint per epoch.
+    """Train from where `state` is to the last epoch: one line of log.txt, one evaluation and a checkpoint per epoch.
 
     Raises:
         Preempted: on all ranks, if any was sent SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the run is saved.
@@ -762,6 +779,7 @@ def fit(
             _close_epoch(state, world)
             record = _described(trained, schedules)
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
+                saver.save(log)  # an evaluation can fail
                 tested = _test(state, val_loader, stop)
                 saver.check(log)  # before anything believes an evaluation that was cut short
                 logger.info(describe(tested))
@@ -769,7 +787,12 @@ def fit(
             if broken is not None:
                 record["broken_images"] = broken.report()
             saver.end_epoch(record)
-    logger.info("%d epochs in %.0f s, best top-1 %.2f %%", options.epochs, time.time() - start, state.best_acc1)
+    best = (
+        f"best top-1 {state.best_acc1:.2f} %"
+        if state.best_acc1 >= 0
+        else "no epoch at the final keep rate, so no best.pth"
+    )
+    logger.info("%d epochs in %.0f s, %s", options.epochs, time.time() - start, best)
 
 
 def _test(state: TrainState, loader: Iterable[Batch], stop: StopSignals) -> dict[str, float]:

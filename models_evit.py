@@ -209,6 +209,11 @@ class KeepRate:
         """The lowest rate of any layer."""
         return min(block.keep_rate for block, _ in self.blocks)
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether every layer has its final rate: with others, the model computes another function."""
+        return all(block.keep_rate == final for block, final in self.blocks)
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

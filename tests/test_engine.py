@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import types
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from checkpoints import read_checkpoint
 from engine import (
     Output,
     RunOptions,
+    Saver,
     TrainState,
     build_lr_schedule,
     build_optimizer,
@@ -35,7 +37,7 @@ from loaders import DeviceLoader, EpochLoader, collate
 from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
 from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache, TeacherOptions, build_teacher
-from utils import RunError, StepLog, UserError, World
+from utils import RunError, StepLog, StopSignals, UserError, World
 
 CPU = torch.device("cpu")
 WORLD = World.alone(CPU)
@@ -806,7 +808,8 @@ def test_a_non_finite_loss_ends_the_run_and_leaves_the_files_alone(tmp_path):
 
     with pytest.raises(RunError, match="not finite in epoch 1"):
         run(tmp_path, watch=poison)
-    assert files_in(tmp_path) == files and files.keys() == {"checkpoint.pth", "best.pth", "log.txt"}
+    assert files_in(tmp_path) == files
+    assert files.keys() == {"checkpoint.pth", "checkpoint_previous.pth", "best.pth", "log.txt"}
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
@@ -871,7 +874,8 @@ def test_a_model_with_batch_statistics_resumes_to_the_same_bits(tmp_path):
 
     run(tmp_path, epochs=2, build=build)
     at_the_end = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
-    again = run(None, epochs=2, build=build, resume=tmp_path / "checkpoint_previous.pth")
+    run(tmp_path, epochs=1, build=build)
+    again = run(None, epochs=2, build=build, resume=tmp_path / "checkpoint.pth")
     assert_same_bits(at_the_end["model"], dict(again.module.state_dict()))
     assert_same_bits(at_the_end["model_ema"], dict(again.ema.module.state_dict()))
 
@@ -913,6 +917,16 @@ def test_best_pth_holds_the_epoch_of_the_best_accuracy(tmp_path):
     best = read_checkpoint(str(tmp_path / "best.pth"), "--resume")
     assert best["best_acc1"] == state.best_acc1 == max(accuracies)
     assert best["epoch"] == accuracies.index(max(accuracies)) + 1
+
+
+def test_an_accuracy_at_another_keep_rate_is_never_the_best(tmp_path):
+    schedule = types.SimpleNamespace(name="keep_rate", is_comparable=False, state_dict=dict)
+    saver = Saver(build_state(), [schedule], WORLD, StopSignals(), Output(tmp_path))
+    for accuracy, is_comparable, best in ((90.0, False, -1.0), (20.0, True, 20.0), (80.0, False, 20.0)):
+        schedule.is_comparable = is_comparable
+        saver.end_epoch({"test_acc1": accuracy})
+        assert saver.state.best_acc1 == best
+    assert read_checkpoint(str(tmp_path / "best.pth"), "--resume")["epoch"] == 2
 
 
 def test_an_average_that_the_checkpoint_lacks_starts_from_its_weights(tmp_path):
@@ -1034,6 +1048,33 @@ def test_the_logged_accuracy_is_that_of_the_saved_weights(tmp_path):
         assert {prefix + name: result[name] for name in ("loss", "acc1", "acc5")}.items() <= records_in(tmp_path)[
             0
         ].items()
+
+
+def test_logits_that_are_not_finite_are_not_evaluated():
+    model = build_deit()
+    with torch.no_grad():
+        model.head.bias[3] = torch.inf
+    with pytest.raises(RunError, match="logits of 21 of 21 validation images are not finite"):
+        evaluate(model, val_loader(), contextlib.nullcontext())
+
+
+def test_an_epoch_is_saved_before_its_evaluation(tmp_path, monkeypatch):
+    whole, failed = tmp_path / "whole", tmp_path / "failed"
+    whole.mkdir()
+    failed.mkdir()
+    run(whole, epochs=2)
+    original = engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda model, *rest: original(model.to("meta"), *rest))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        run(failed, epochs=2)
+    saved = read_checkpoint(str(failed / "checkpoint.pth"), "--resume")
+    assert (saved["epoch"], saved["step"], saved["best_acc1"]) == (0, STEPS, -1)
+    monkeypatch.setattr(engine, "evaluate", original)
+    seen = []
+    run(failed, epochs=2, resume=failed / "checkpoint.pth", watch=lambda state, batch: seen.append(batch) or batch)
+    assert len(seen) == STEPS  # of the second epoch alone
+    assert_same_bits(*(read_checkpoint(str(folder / "checkpoint.pth"), "--resume") for folder in (whole, failed)))
+    assert records_in(whole) == records_in(failed)
 
 
 def test_epochs_may_go_unevaluated_but_not_the_last(tmp_path):

@@ -70,7 +70,7 @@ def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict
 class _Still:
     """A learning rate that stays."""
 
-    name, value = "lr", 1e-5
+    name, value, is_comparable = "lr", 1e-5, True
 
     def step_update(self, num_updates: int) -> None:
         pass
