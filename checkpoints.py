@@ -21,12 +21,22 @@ import numpy as np
 import torch
 from timm.models import clean_state_dict, is_model, model_entrypoint
 
-from utils import RunError, UserError, agree, logger, reason, temporary_name, whole_file, write_whole
+from utils import (
+    RunError,
+    UserError,
+    agree,
+    logger,
+    open_log,
+    reason,
+    temporary_name,
+    whole_file,
+    write_whole,
+)
 
 LATEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "best.pth"
 
 
-def remove_temporary_files(folder: Path) -> None:
+def _remove_temporary_files(folder: Path) -> None:
     """What killed processes have left half written."""
     for name in (LATEST, PREVIOUS, BEST, "log.txt", "config.json"):
         for path in folder.glob(f".{name}.*.tmp"):
@@ -76,8 +86,64 @@ def is_whole(path: Path) -> bool:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a run in this folder has been saved."""
+    """Whether `--resume auto` finds a run in this folder."""
     return any((folder / name).exists() for name in (LATEST, PREVIOUS))
+
+
+def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
+    """Make sure that a run may write into an output folder.
+
+    Args:
+        resume: the checkpoint that is resumed, or ''.
+
+    Raises:
+        UserError: if the folder holds another run, which would be lost.
+    """
+    if overwrite or _is_in(resume, folder) or not (holds_checkpoint(folder) or (folder / BEST).exists()):
+        return
+    of = f"another run than --resume {resume}" if resume else "an earlier run"
+    remedy = "resume it with --resume auto, " if holds_checkpoint(folder) and not resume else ""
+    raise UserError(f"--output-dir {folder}: holds {of}; {remedy}name another folder, or add --overwrite")
+
+
+def _is_in(path: str, folder: Path) -> bool:
+    """Whether a file (not an address, nor '') is in a folder."""
+    return bool(path) and "://" not in path and Path(path).parent.resolve() == folder.resolve()
+
+
+def start_folder(folder: Path, resume: str, first_epoch: int, best_acc1: float) -> None:
+    """Prepare the output folder of a run: remove another run, and keep what belongs to the run that is resumed.
+
+    If that was in another folder, its log and its `best.pth` come along.
+
+    Args:
+        resume: the checkpoint that is resumed, or ''.
+        first_epoch: the first epoch that this run will log.
+        best_acc1: of the run so far, in per cent; below 0 if there is none.
+    """
+    if _is_in(resume, folder):
+        _remove_temporary_files(folder)
+        return open_log(folder, first_epoch)
+    for name in (LATEST, PREVIOUS, BEST):
+        (folder / name).unlink(missing_ok=True)
+    _remove_temporary_files(folder)
+    earlier = Path(resume).parent if resume and "://" not in resume else folder
+    open_log(folder, first_epoch if resume else 0, earlier)
+    if resume and best_acc1 >= 0:
+        _bring_best(earlier / BEST, folder, best_acc1)
+
+
+def _bring_best(best: Path, folder: Path, best_acc1: float) -> None:
+    """Copy the `best.pth` of the run that is resumed, if it has that accuracy; else say so."""
+    if best.is_file() and read_checkpoint(str(best), "--resume", mmap=True).get("best_acc1") == best_acc1:
+        _link(best, folder / BEST)
+    else:
+        logger.warning(
+            "the best.pth of the resumed run (%.2f %%) is not beside its checkpoint; %s is written once an epoch is "
+            "better",
+            best_acc1,
+            folder / BEST,
+        )
 
 
 def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:

@@ -236,7 +236,8 @@ def resume(
     trained = checkpoints.flags_of(checkpoint)
     if "model" in trained:
         models.refuse_another_model(vars(args), trained, f"--resume {args.resume}")
-    if checkpoint.get("progress") and loader.is_stream:
+    begun = (checkpoint.get("progress") or {}).get("images", 0)
+    if loader.is_stream and 0 < begun < loader.updates_per_epoch * loader.images_per_update:
         changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
@@ -257,27 +258,23 @@ def open_output(
     """Where the run is recorded: the output folder and, on rank 0, a TensorBoard writer.
 
     Raises:
-        UserError: if the folder cannot be written, or holds an earlier run that would be lost.
+        UserError: if the folder cannot be written, holds another run that would be lost, or one is writing there.
     """
     if not args.output_dir:
         return engine.Output(about=about)
     folder = Path(args.output_dir)
-    if checkpoints.holds_checkpoint(folder) and not args.resume and not args.overwrite:
-        raise UserError(
-            f"--output-dir {folder}: holds an earlier run; resume it with --resume auto, name another folder, or add "
-            f"--overwrite"
-        )
+    checkpoints.check_folder(folder, args.resume, args.overwrite)
     utils.barrier()  # all have looked before anyone writes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not world.is_main:
             return engine.Output(folder, about=about)
-        checkpoints.remove_temporary_files(folder)
+        lock = utils.lock_folder(folder)
+        checkpoints.start_folder(folder, args.resume, state.epoch, state.best_acc1)
         config = vars(args) | {"class_names": about["class_names"]}
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
-        utils.open_log(folder, state.epoch)
         step = state.num_updates * state.accum_steps
-        return engine.Output(folder, utils.TensorBoard(folder / "tensorboard", step, state.epoch), about)
+        return engine.Output(folder, utils.TensorBoard(folder / "tensorboard", step, state.epoch), about, lock)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
 
@@ -340,8 +337,7 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
     output = open_output(args, state, about, world)
     options = fill(engine.RunOptions, args)
     engine.fit(state, loader, run.val_loader, criterion, schedules, options, world, output)
-    if output.writer is not None:
-        output.writer.close()
+    output.close()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -426,6 +427,30 @@ def whole_file(path: Path, write: Any) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def lock_folder(folder: Path) -> TextIO:
+    """Keep other runs out of an output folder until the file that is returned is closed or this process ends.
+
+    Raises:
+        UserError: if another process has it.
+    """
+    lock = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"--output-dir {folder}: another run is writing there ({holder}); wait for it, or name another folder"
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that `path` is at any time either the old file or the whole new one."""
     with whole_file(path, lambda stream: stream.write(content)):
@@ -473,8 +498,12 @@ def last_line(error: Exception) -> str:
     return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
-def open_log(folder: Path, first_epoch: int) -> None:
-    """Start `log.txt`, or for a resumed run drop its lines from `first_epoch` on: they will be written again."""
+def open_log(folder: Path, first_epoch: int, earlier: Path | None = None) -> None:
+    """Start `log.txt`, or for a resumed run drop its lines from `first_epoch` on: they will be written again.
+
+    Args:
+        earlier: the folder of the run that is resumed, if that is another.
+    """
 
     def is_kept(line: str) -> bool:
         try:
@@ -482,9 +511,9 @@ def open_log(folder: Path, first_epoch: int) -> None:
         except (ValueError, LookupError, TypeError):  # half a line, of a run that ended while it wrote
             return False
 
-    path = folder / "log.txt"
+    path = (earlier or folder) / "log.txt"
     lines = path.read_text().splitlines(keepends=True) if first_epoch and path.exists() else []
-    write_whole(path, "".join(filter(is_kept, lines)).encode())
+    write_whole(folder / "log.txt", "".join(filter(is_kept, lines)).encode())
 
 
 def append_log(folder: Path, record: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -437,7 +438,7 @@ def test_what_killed_processes_left_half_written_is_removed(stopped, whole):
     for name in (".checkpoint.pth.77.tmp", ".best.pth.77.tmp", ".log.txt.77.tmp"):
         (stopped / name).write_bytes(b"half")
     run(stopped, "--resume", "auto")
-    assert not list(stopped.glob(".*")) and chaos.compare(whole, stopped) == []
+    assert {path.name for path in stopped.glob(".*")} == {".lock"} and chaos.compare(whole, stopped) == []
 
 
 def test_auto_starts_where_there_is_nothing(tmp_path, whole, capsys):
@@ -455,6 +456,73 @@ def test_auto_starts_from_other_weights_only_where_there_is_nothing(tmp_path, wh
     run(tmp_path / "stopped", *flags)
     assert chaos.compare(tmp_path / "whole", tmp_path / "stopped") == []
     assert chaos.compare(whole, tmp_path / "whole") != []
+
+
+# -- whose folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_another_run_is_refused_and_unchanged(whole, stopped, capsys):
+    before = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+    run(stopped, "--resume", whole / "checkpoint.pth", "--epochs", "4", status=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("main.py")]
+    assert f"--output-dir {stopped}: holds another run than --resume {whole}/checkpoint.pth" in line
+    assert "--resume auto" not in line and "--overwrite" in line
+    assert before == {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+    run(stopped, "--resume", whole / "checkpoint.pth", "--epochs", "4", "--overwrite")
+    assert [record["epoch"] for record in tiny.log_of(stopped)] == [0, 1, 2, 3]
+    assert tiny.log_of(stopped)[:3] == tiny.log_of(whole)
+
+
+def test_a_folder_with_nothing_but_best_pth_is_refused(whole, tmp_path, capsys):
+    shutil.copy(whole / "best.pth", tmp_path)
+    run(tmp_path, status=2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "holds an earlier run; name another folder" in line and "auto" not in line
+
+
+def test_a_fresh_folder_gets_log_and_best_of_the_resumed_run(whole, stopped, tmp_path):
+    run(tmp_path / "fresh", "--resume", stopped / "checkpoint.pth")
+    assert chaos.compare(whole, tmp_path / "fresh") == []
+
+
+def test_a_best_pth_of_another_moment_is_not_taken_along(whole, stopped, tmp_path, capsys):
+    best = checkpoint(stopped, "best.pth")
+    torch.save(best | {"best_acc1": best["best_acc1"] + 1}, stopped / "best.pth")
+    capsys.readouterr()
+    run(tmp_path / "fresh", "--resume", stopped / "checkpoint.pth", "--epochs", "3")
+    assert f"best.pth of the resumed run ({best['best_acc1']:.2f} %) is not beside" in capsys.readouterr().err
+    assert not (tmp_path / "fresh" / "best.pth").exists()  # no later epoch is better
+
+
+def test_an_overwritten_run_cannot_be_resumed(whole, stopped, capsys):
+    with at_update(3, kill), pytest.raises(Killed):
+        run(stopped, "--overwrite")
+    run(stopped, "--resume", "auto")
+    assert "a fresh start" in capsys.readouterr().err
+    assert chaos.compare(whole, stopped) == []
+
+
+def test_two_runs_at_once_cannot_share_a_folder(tmp_path, capsys):
+    ready, done = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def hold():
+        lock = utils.lock_folder(tmp_path)
+        ready.set()
+        done.wait(60)
+        lock.close()
+
+    holder = multiprocessing.get_context("fork").Process(target=hold)
+    holder.start()
+    ready.wait(60)
+    run(tmp_path, status=2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        f"main.py: error: --output-dir {tmp_path}: another run is writing there (process {holder.pid} "
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    done.set()
+    holder.join()
+    run(tmp_path, "--epochs", "1")
 
 
 # -- broken images -----------------------------------------------------------------------------------------------------
