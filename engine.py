@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -642,14 +643,32 @@ class Saver:
         """
         due = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         signal, due = agree(self.stop.received, due and self.world.is_main)
+        if signal:
+            self.stop.answer()
         if signal or due:
             self.save(log)
         if signal:
             barrier()  # a launcher may end all as soon as one has ended
-            kept = "nothing is saved without --output-dir"
-            if self.output.folder is not None:
-                kept = f"epoch {self.state.epoch}, step {log.step} is saved; resume with --resume auto"
-            raise Preempted(int(signal), kept)
+            raise Preempted(int(signal), self._kept(log))
+
+    def _kept(self, log: StepLog) -> str:
+        if self.output.folder is None:
+            return "nothing is saved without --output-dir"
+        return f"epoch {self.state.epoch}, step {log.step} is saved; resume with --resume auto"
+
+    def rescue(self, log: StepLog) -> str:
+        """Save the last update although no batch comes, and say what is kept.
+
+        Other ranks may be stuck: they are not asked for their part of the log's means.
+        """
+        if not self.world.is_main:
+            return "rank 0 saves"
+        if self.world.size == 1:
+            log.report()
+        _require_finite(self.state)
+        broken = self.broken.found_here() if self.broken is not None else []
+        self._write({"images": log.step * log.batch_images, "totals": [log.totals]}, broken)
+        return self._kept(log)
 
     def save(self, log: StepLog | None = None, is_best: bool = False) -> None:
         """Write a checkpoint, within an epoch whose `log` is given, or after one.
@@ -663,13 +682,18 @@ class Saver:
             _require_finite(self.state)
             totals = [dict(zip(log.totals, row, strict=True)) for row in gather(list(log.totals.values()))]
             progress = {"images": log.step * log.batch_images, "totals": totals}
+        broken = self.broken.all_found() if self.broken is not None else []
+        with self.stop.saving():
+            self._write(progress, broken, is_best)
+        self.saved_at = time.monotonic()
+
+    def _write(self, progress: dict[str, Any] | None, broken: Sequence[int] = (), is_best: bool = False) -> None:
         checkpoint = self.state.state_dict(self.schedules, progress) | self.output.about
-        checkpoint["broken_images"] = self.broken.all_found() if self.broken is not None else []
+        checkpoint["broken_images"] = list(broken)
         if self.output.writer is not None:
             self.output.writer.flush()
         if self.world.is_main and self.output.folder is not None:
             save_checkpoint(checkpoint, self.output.folder, is_best)
-        self.saved_at = time.monotonic()
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Log a finished epoch and save. An accuracy at a keep rate that is not the final one is never the best."""
@@ -736,6 +760,7 @@ class RunOptions:
     eval_interval: int = 1  # epochs between two evaluations; the last epoch is always evaluated
     augmentation_epochs: int | None = None  # after this many epochs the same views come again; None for never
     checkpoint_minutes: float | None = None  # between two checkpoints within an epoch
+    stop_timeout: float = 60  # seconds that a stop signal waits for the update in progress
 
     @property
     def view_epochs(self) -> int:
@@ -756,11 +781,11 @@ def fit(
     """Train from where `state` is to the last epoch: one line of log.txt, one evaluation and a checkpoint per epoch.
 
     Raises:
-        Preempted: on all ranks, if any was sent SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; the run is saved.
+        Preempted: on all ranks, if any was sent one of the `StopSignals`; the run is saved.
         RunError: on all ranks, if the loss or the weights are not finite, or the disk is full.
     """
     start, broken = time.time(), train_loader.broken
-    with StopSignals() as stop, contextlib.closing(train_loader), contextlib.closing(val_loader):
+    with StopSignals(options.stop_timeout) as stop, contextlib.closing(train_loader), contextlib.closing(val_loader):
         saver = Saver(state, schedules, world, stop, output, minutes=options.checkpoint_minutes, broken=broken)
         while state.epoch < options.epochs:
             first = _position(state, train_loader, schedules, state.epoch % options.view_epochs)
@@ -775,7 +800,8 @@ def fit(
                 max_skipped=state.max_skipped_steps,
             )
             seeds = {"seed": options.seed, "rank": world.rank}
-            trained = train_one_epoch(state, train_loader, criterion, schedules, log, after_update=saver.check, **seeds)
+            batches = stop.interruptible(train_loader, functools.partial(saver.rescue, log))
+            trained = train_one_epoch(state, batches, criterion, schedules, log, after_update=saver.check, **seeds)
             _close_epoch(state, world)
             record = _described(trained, schedules)
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:

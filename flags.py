@@ -129,7 +129,7 @@ SHAPES = {
     "nothing": _names("""
         output_dir overwrite resume finetune pretrained eval eval_interval log_interval num_workers pin_mem
         device amp augment checkpoint_minutes data_path ram_cache teacher_cache teacher_path
-        teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs allow_class_mismatch
+        teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs allow_class_mismatch stop_timeout
     """),
     # accepted so that original command lines work, without effect
     "original": _names("dist_eval distributed world_size dist_url patience_epochs"),
@@ -171,6 +171,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint (file or https address) to resume, or to evaluate; auto: the newest here",
     )
     add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
+    overdue = "seconds after a stop signal without an update until the run saves the last one and ends anyway"
+    add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
     add("--max-skipped-steps", type=_NATURAL, default=0, metavar="N", help="skip up to N non-finite updates per epoch")
     add("--eval", action=_SWITCH, default=False, help="evaluate only")
     add("--eval-interval", type=_COUNT, default=1, help="epochs between evaluations; the last is always evaluated")

@@ -202,6 +202,8 @@ class DeviceLoader:
         processes = getattr(self.loader, "_iterator", None)  # of a DataLoader with persistent workers
         if processes is not None:
             processes._shutdown_workers()
+            for worker in processes._workers:
+                worker.kill()  # one that is stuck
             self.loader._iterator = None
 
 

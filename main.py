@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+# Importing torch takes seconds. A stop signal that comes meanwhile ends the process like any later one.
+if __name__ == "__main__":
+    for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        if signal.getsignal(_number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(_number, lambda *_: os._exit(75))
+
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 import time
 import traceback
@@ -370,8 +379,12 @@ def cli(argv: Sequence[str] | None = None) -> None:
 
     0 done, 1 a fault during the run, 2 a mistake in the flags or files, 75 stopped by a signal and saved.
     """
+    utils.open_standard_error()
     try:
-        main(parse_command(argv))
+        with utils.EndingSignals(timeout=10):
+            main(parse_command(argv))
+    except utils.Interrupted as stop:
+        _end(f"main.py: {stop}", 75)
     except Exception as error:
         rank = f"rank {os.environ.get('RANK', '')}: " if utils.is_distributed() else ""
         if isinstance(error, UserError):
@@ -398,7 +411,9 @@ def cli(argv: Sequence[str] | None = None) -> None:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(message, file=sys.stderr, flush=True)
+    utils.kill_workers()
     # A rank that fails must not wait at exit for the others, nor they for it.
     if utils.is_distributed():
         os._exit(status)

@@ -59,6 +59,10 @@ class BrokenImages:
         """Indices over all ranks, which all must call alike."""
         return sorted({int(index) for row in gather(self.found.tolist()) for index in row if index >= 0})
 
+    def found_here(self) -> list[int]:
+        """Indices of this rank alone."""
+        return [int(index) for index in self.found.tolist() if index >= 0]
+
     def restore(self, indices: Sequence[int]) -> None:
         """Take over what a resumed run had found."""
         for index in indices[: self.limit]:

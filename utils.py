@@ -8,13 +8,15 @@ import fcntl
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -46,6 +48,18 @@ class Preempted(Exception):
 
     def __init__(self, number: int, what_is_kept: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; {what_is_kept}")
+        self.signal = number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A stop signal that came when there was nothing to save. Not an `Exception`, which code may take for a failure.
+
+    Attributes:
+        signal: the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; run the same command again")
         self.signal = number
 
 
@@ -337,41 +351,142 @@ def gather(numbers: list[float]) -> list[list[float]]:
 
 
 class StopSignals:
-    """While it is open, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 only set `received`; a second SIGINT ends the process.
+    """While it is open, a stop signal only sets `received`, for the run to save and stop; a second SIGINT ends at once.
+
+    If the run has not said `answer` within `timeout` seconds, because a data-loader worker or another process is stuck,
+    a thread ends the process with status 75. It saves first, if the main thread is waiting for a batch.
 
     Outside the main thread there are no signals, and nothing happens.
     """
 
-    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"))
+    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"))
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = 60) -> None:
         self.received = 0  # the last signal's number
-        self.earlier: dict[int, Any] = {}
+        self.timeout = timeout
+        self._process = os.getpid()
+        self._earlier: dict[int, Any] = {}
+        self._earlier_wakeup = -1
+        self._pipe: tuple[int, int] | None = None
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._answered, self._is_saving = threading.Event(), False
+        self._computes = threading.Lock()  # held by the main thread, except while it waits for a batch
+        self._save: Callable[[], str] | None = None
 
     def __enter__(self) -> StopSignals:
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in self.NUMBERS:
-                self.earlier[number] = signal.signal(number, self._receive)
+        self._computes.acquire()
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # A handler in Python does not run while the main thread waits in C; the number in this pipe comes at once.
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._watcher.start()
+        self._earlier_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self._earlier[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self.earlier.items():
+        self.answer()
+        for number, handler in self._earlier.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._earlier_wakeup)
+            os.write(self._pipe[1], b"\0")
+            self._watcher.join()
+            for end in self._pipe:
+                os.close(end)
+
+    def answer(self) -> None:
+        """The run stops by itself, however long that takes."""
+        self._answered.set()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what may take long though nothing is stuck."""
+        self._is_saving = True
+        try:
+            yield
+        finally:
+            self._is_saving = False
+
+    def interruptible(self, batches: Iterable[Any], save: Callable[[], str]) -> Iterator[Any]:
+        """The same batches. While one is waited for, an overdue stop calls `save`, which returns what is kept."""
+        self._save, iterator, end = save, iter(batches), object()
+        while True:
+            self._computes.release()
+            try:
+                batch = next(iterator, end)
+            finally:
+                self._computes.acquire()
+            if batch is end:
+                break
+            yield batch
+        self._save = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data-loader worker that is just starting
+            return
         if number == self.received == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
 
+    def _watch(self) -> None:
+        """Wait for a signal, then for the answer to it."""
+        while (number := os.read(self._pipe[0], 1)[0]) not in self.NUMBERS:
+            if not number:  # from `__exit__`
+                return
+        asked = time.monotonic()
+        while not self._answered.wait(0.1):
+            asked = time.monotonic() if self._is_saving else asked
+            if time.monotonic() - asked > self.timeout:
+                self._end(number)
+
+    def _end(self, number: int) -> None:
+        kept = "the last checkpoint is kept"
+        if self._save is not None and self._computes.acquire(blocking=False):  # the main thread continues no more
+            try:
+                kept = self._save()
+            except Exception as error:
+                kept = f"not saved: {reason(error)}"
+        kill_workers()
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            text = (
+                f"main.py: stopped by {signal.Signals(number).name}, and stuck for {self.timeout:g} s since; {kept}\n"
+            )
+            os.write(2, text.encode())
+        os._exit(75)
+
+
+class EndingSignals(StopSignals):
+    """While it is open, a stop signal raises `Interrupted`: there is nothing to save."""
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        if self.received:
+            os._exit(75)
+        self.received = number
+        raise Interrupted(number)
+
+
+def kill_workers() -> None:
+    """End the data-loader workers, which ignore SIGTERM and may be stuck: Python would wait for them."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
 
 def ignore_stop_signals(worker: int) -> None:
-    """In a loader process (a `worker_init_fn`): leave to the training process what stops it.
+    """In a data-loader worker (a `worker_init_fn`): leave to the training process what stops it.
 
-    A launcher sends its signals to all processes, and a loader process that dies would take the step in flight with it.
-    Only where `StopSignals` is open (and inherited), for elsewhere these signals are to end everything.
+    A launcher sends its signals to all processes, and a worker that dies would take the step in flight with it.
     """
+    if multiprocessing.parent_process() is None:
+        return
+    signal.set_wakeup_fd(-1)
     for number in StopSignals.NUMBERS:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignals):
             signal.signal(number, signal.SIG_IGN)
@@ -460,6 +575,14 @@ def write_whole(path: Path, content: bytes) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Meters and logging
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_standard_error() -> None:
+    """Give a process that was started with a closed standard error an empty one: files would get its number."""
+    if sys.stderr is None:
+        while (descriptor := os.open(os.devnull, os.O_WRONLY)) < 2:
+            pass
+        sys.stderr = os.fdopen(descriptor if descriptor == 2 else os.dup2(descriptor, 2), "w")
 
 
 def set_up_logging(world: World) -> None:

@@ -1,17 +1,20 @@
 """main.py with a fault: `python tests/faults.py KIND RANK UPDATE FLAGS ...`; at that update, that rank meets the fault.
 
-KIND is nan (a loss), exception, loader (SIGKILL to a loader process) or rank (SIGKILL to itself).
+KIND is nan (a loss), exception, loader (SIGKILL to a data-loader worker), rank (SIGKILL to itself) or stuck (the loader
+gives no further batch, in a worker or in the process itself).
 """
 
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine
+import loaders
 import main
 
 
@@ -25,8 +28,23 @@ def meet(kind, loss):
     return loss * float("nan") if kind == "nan" else loss
 
 
+def get_stuck_after(batches):
+    """Let `collate`, which runs in the worker if there is one, return that many batches."""
+    collate, done = loaders.collate, []
+
+    def slow(samples):
+        if len(done) == batches:
+            time.sleep(1000)
+        done.append(None)
+        return collate(samples)
+
+    loaders.collate = slow
+
+
 if __name__ == "__main__":
     kind, rank, update, *flags = sys.argv[1:]
+    if kind == "stuck":
+        get_stuck_after(int(update))
     step = engine.TrainState.step
 
     def faulty_step(state, loss):

@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import loaders
 import main
 import samplers
 import sources
+import teachers
 import utils
 from tools import chaos
 
@@ -165,7 +168,7 @@ def test_tensorboard_has_no_zigzag(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, workers", [("SIGTERM", 0), ("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGUSR2", 0)]
+    "name, workers", [("SIGTERM", 0), ("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGUSR2", 0), ("SIGHUP", 1)]
 )
 def test_a_signal_ends_the_step_saves_and_says_so(name, workers, whole, tmp_path, capsys):
     with at_update(UPDATES + 5, send(getattr(signal, name))):
@@ -211,6 +214,88 @@ def test_without_an_output_folder_a_signal_ends_the_run_all_the_same(capsys):
     with at_update(3, send(signal.SIGUSR1)):
         run("", status=75)
     assert "stopped by SIGUSR1; nothing is saved without --output-dir" in capsys.readouterr().err
+
+
+def handles(process, number):
+    """Whether a process has a handler for a signal."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name, later", [("SIGTERM", 0), ("SIGINT", 0), ("SIGUSR1", 3), ("SIGHUP", 3)])
+def test_a_signal_while_a_run_starts_ends_it_with_status_75(name, later, tmp_path):
+    process = tiny.Process(["main.py", *FLAGS, "--output-dir", tmp_path / "run"])
+    wait_for(lambda: handles(process, signal.SIGUSR1))
+    time.sleep(later)
+    process.send_signal(getattr(signal, name))
+    output = process.output()
+    assert process.returncode == 75 and "Traceback" not in output, output
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+@pytest.mark.parametrize("mode", ["eval", "precompute"])
+def test_a_signal_while_nothing_is_trained_ends_with_status_75(mode, name, whole, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(60)
+
+    flags = ["--eval", "--resume", whole / "best.pth", "--output-dir", ""]
+    if mode == "precompute":
+        flags = ["--distillation-type", "hard", "--teacher-model", "deit_tiny_patch16_224", "--teacher-path"]
+        flags += [whole / "best.pth", "--teacher-cache", tmp_path, "--precompute-teacher", "--model-kwargs"]
+        flags += ["embed_dim=48", "depth=2", "num_heads=3", "--teacher-model-kwargs", "patch_size=8", "embed_dim=48"]
+        flags += ["depth=2", "num_heads=3", "--teacher-model", "deit_tiny_distilled_patch16_224"]
+    monkeypatch.setattr(*((engine, "evaluate") if mode == "eval" else (teachers.CachedTeacher, "__call__")), stop)
+    run(tmp_path / "run", *flags, status=75)
+    assert capsys.readouterr().err.splitlines()[-1] == f"main.py: stopped by {name}; run the same command again"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stop_acts_although_the_loader_is_stuck(workers, whole, tmp_path):
+    flags = [*FLAGS, "--output-dir", tmp_path / "run", "--num-workers", workers, "--log-interval", "1"]
+    faulty = ["tests/faults.py", "stuck", "0", "5", *flags, "--stop-timeout", "1", "--checkpoint-minutes", "0"]
+    process = tiny.Process(faulty)
+    latest = tmp_path / "run" / "checkpoint.pth"
+    wait_for(lambda: latest.exists() and checkpoint(tmp_path / "run")["step"] == 5)
+    latest.unlink()
+    process.send_signal(signal.SIGTERM)
+    output = process.output(60)
+    assert process.returncode == 75, output
+    kept = "epoch 0, step 5 is saved; resume with --resume auto"
+    assert output.splitlines()[-1] == f"main.py: stopped by SIGTERM, and stuck for 1 s since; {kept}"
+    run(tmp_path / "run", "--resume", "auto")
+    assert chaos.compare(whole, tmp_path / "run") == []
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with utils.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == 0
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+@pytest.mark.process
+def test_a_run_with_a_closed_standard_error_is_the_same(whole, tmp_path):
+    words = " ".join(map(str, [*FLAGS, "--output-dir", tmp_path / "run"]))
+    subprocess.run(f"{sys.executable} main.py {words} 2>&-", shell=True, check=True, env=tiny.environment())
+    assert chaos.compare(whole, tmp_path / "run") == []
+    failed = subprocess.run(f"{sys.executable} main.py --epochs 0 2>&-", shell=True, env=tiny.environment())
+    assert failed.returncode == 2
 
 
 @pytest.mark.process
