@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +35,7 @@ from utils import RunError, UserError, World, available_cpus, ignore_stop_signal
 
 MOST_PADDING = 4  # area of the padded buffer, relative to that of the average image
 MOST_WORKERS = 10
+MOST_SOCKET_NAME = 107 if sys.platform == "linux" else 103  # characters, of an AF_UNIX socket
 
 View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module  # on the host, or for batches on the device
 
@@ -421,6 +425,21 @@ def _workers_with_shards(reader: Any, workers: int, world: World) -> int:
     return min(workers, shards // world.size)
 
 
+def _check_temporary_folder() -> None:
+    """Make sure that workers can hand batches over: through sockets in the folder of temporary files.
+
+    Raises:
+        UserError: if its name is too long for a socket's. The workers would fail, and the main process wait for them.
+    """
+    folder = tempfile.gettempdir()
+    room = MOST_SOCKET_NAME - len("/pymp-12345678/listener-12345678")
+    if len(os.fsencode(folder)) > room:
+        raise UserError(
+            f"TMPDIR {folder}: is too long for data-loader workers, at most {room} characters; set TMPDIR to another "
+            f"folder, or pass --num-workers 0"
+        )
+
+
 def _host_loader(
     dataset: Dataset,
     sampler: KeyedSampler | None,
@@ -429,6 +448,8 @@ def _host_loader(
     world: World,
     pin: bool = True,
 ) -> DataLoader:
+    if workers:
+        _check_temporary_folder()
     return DataLoader(
         dataset,
         batch_size=options.batch_size,

@@ -393,10 +393,16 @@ def cli(argv: Sequence[str] | None = None) -> None:
             _end(f"main.py: {rank}{error}", 75)
         if isinstance(error, RunError):
             _end(f"main.py: {rank}run ended: {utils.last_line(error)}", 1)
+        if utils.is_full_memory(error):
+            _end(
+                f"main.py: {rank}run ended: the shared memory, /dev/shm, is full ({utils.last_line(error)}); pass "
+                f"--num-workers 0, or give the machine or container more (docker run --shm-size)",
+                1,
+            )
         if utils.is_lost_loader(error):
             _end(
-                f"main.py: {rank}run ended: a loader process is gone ({utils.last_line(error)}); if memory ran out, "
-                f"lower --num-workers or --ram-cache; the last checkpoint is intact",
+                f"main.py: {rank}run ended: a data-loader worker is gone ({utils.last_line(error)}); if memory ran "
+                f"out, lower --num-workers or --ram-cache; the last checkpoint is intact",
                 1,
             )
         if not utils.is_distributed():

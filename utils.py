@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import logging
@@ -317,6 +318,13 @@ def is_lost_loader(error: Exception) -> bool:
     # The second, if it was killed while it handed a batch over.
     said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
     return said or isinstance(error, ConnectionError | EOFError)
+
+
+def is_full_memory(error: Exception) -> bool:
+    """Whether this is what a process sees when the shared memory that workers hand batches over in is full."""
+    said = str(error)
+    missing = "</torch_" in said or "shared memory" in said  # torch's; the second, in a worker killed by SIGBUS
+    return missing or (isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None)
 
 
 def barrier() -> None:
@@ -651,6 +659,12 @@ def append_log(folder: Path, record: Mapping[str, Any]) -> None:
         os.fsync(stream.fileno())  # the checkpoint that follows must not survive a power cut alone
 
 
+def _say_what_a_thread_raised(thread: threading.ExceptHookArgs) -> None:
+    """Python's traceback, except of TensorBoard's thread, whose error the next call of the writer raises again."""
+    if type(thread.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(thread)
+
+
 class TensorBoard:
     """Scalars named `step/...` and `epoch/...`, in two folders, since their places are counted differently.
 
@@ -662,6 +676,7 @@ class TensorBoard:
     def __init__(self, folder: Path, next_step: int = 0, next_epoch: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
 
+        threading.excepthook = _say_what_a_thread_raised
         self.writers = {
             "step": SummaryWriter(str(folder / "steps"), purge_step=next_step),
             "epoch": SummaryWriter(str(folder / "epochs"), purge_step=next_epoch),

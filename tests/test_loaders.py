@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 import traceback
 
 import numpy as np
@@ -229,6 +230,15 @@ def test_one_very_large_image_does_not_blow_up_all_buffers(longest, expected):
     source = Source(MemoryImages(arrays), np.zeros(10, np.int64), 1, np.arange(10))
     assert padded_size(source) == (10, longest)
     assert can_pad(source) == expected
+
+
+def test_a_temporary_folder_that_workers_cannot_use_is_refused(monkeypatch):
+    for length, is_refused in ((75, False), (76, True)):
+        monkeypatch.setattr(tempfile, "tempdir", "/" + "t" * (length - 1))
+        source = Source([picture(0)] * 4, np.zeros(4, dtype=np.int64), 1, np.arange(4))
+        with tiny.user_error("TMPDIR /ttt", "--num-workers 0") if is_refused else contextlib.nullcontext():
+            train_loader(source, torch.clone, num_workers=1)
+        train_loader(source, torch.clone, num_workers=0)
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -502,7 +512,7 @@ def test_broken_image_is_named_in_one_line(tmp_path, how, num_workers):
         list(val_loader(source, num_workers=num_workers))
     traceback.clear_frames(info.tb)  # torch waits long for loader processes that are left to the garbage collector
     line = last_line(info.value)
-    assert "\n" not in line and line.startswith("cannot read image") and str(path) in line
+    assert "\n" not in line and line.startswith("cannot read validation image") and str(path) in line
 
 
 def test_broken_image_of_a_hugging_face_set_is_named_by_its_number(tmp_path):

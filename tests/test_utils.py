@@ -1,11 +1,15 @@
 """Devices, launchers, the progress of long work, and the step log."""
 
 import datetime
+import errno
+import gc
 import io
 import json
 import logging
 import os
+import resource
 import socket
+import threading
 import time
 import types
 
@@ -583,6 +587,39 @@ def test_the_last_line_is_the_message_without_the_worker_s_traceback():
 )
 def test_a_killed_loader_process_is_recognised(error, lost):
     assert utils.is_lost_loader(error) == lost
+
+
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (RuntimeError("unable to write to file </torch_7_1_0>: No space left on device (28)"), True),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                "workers are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            True,
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), True),  # a semaphore
+        (OSError(errno.ENOSPC, "No space left on device", "log.txt"), False),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), False),
+    ],
+)
+def test_a_full_shared_memory_is_recognized(error, full):
+    assert utils.is_full_memory(error) == full
+
+
+def test_tensorboard_on_a_full_disk_is_an_error_without_a_traceback(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            utils.TensorBoard(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()
+    assert capfd.readouterr().err == ""
 
 
 def test_an_error_without_a_message_has_a_last_line_all_the_same():
