@@ -14,15 +14,18 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -517,6 +520,76 @@ def main_process_first(local_rank: int = 0) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# What a file may be instead of a regular one, by the type in its mode.
+_SPECIAL = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def regular_file(path: str | Path) -> Path:
+    """Make sure that a path leads to a regular file before it is opened: a FIFO or a device may hang or never end.
+
+    Raises:
+        OSError: if there is no such file, or it is of another kind.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        what = _SPECIAL.get(stat.S_IFMT(mode), "a special file")
+        raise OSError(errno.EINVAL, f"is {what}, not a regular file", str(path))
+    return Path(path)
+
+
+def is_utf8(path: str) -> bool:
+    """Whether a path can be passed to C++, as PyTorch and TensorBoard do; others work in Python only."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not JSON.
+    """
+    return parse_json(regular_file(path).read_bytes())
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON text says.
+
+    Raises:
+        ValueError: if it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def map_array(path: Path, dtype: np.dtype, length: int, mode: str = "r") -> np.ndarray:
+    """Map a `.npy` file of `length` records into memory; `mode` is "r" or "r+".
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds anything else.
+    """
+    regular_file(path)
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception:  # a damaged header can raise anything
+        raise ValueError("is no array") from None
+    if array.dtype != dtype or array.shape != (length,):
+        raise ValueError(f"does not hold {length} records of this kind")
+    # Only now: for writing, a file is made as long as its header says.
+    return array if mode == "r" else np.lib.format.open_memmap(path, mode=mode)
+
+
 def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -580,6 +653,27 @@ def write_whole(path: Path, content: bytes) -> None:
         pass
 
 
+def write_first(path: Path, content: bytes) -> None:
+    """Write a file unless there is one; of several processes, on any machines, one does.
+
+    `path` is at any time either missing or the whole file.
+    """
+    if path.exists():
+        return
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process numbers are those of one machine
+    write_whole(own, content)
+    try:
+        os.link(own, path)
+        _sync_folder(path.parent)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Meters and logging
 # ----------------------------------------------------------------------------------------------------------------------
@@ -629,22 +723,32 @@ def last_line(error: Exception) -> str:
     return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of `log.txt`; what is no record, such as half a line of a killed run, is skipped.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    records = []
+    for line in regular_file(folder / "log.txt").read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            records.append(parse_json(line))
+    return [record for record in records if isinstance(record, dict) and type(record.get("epoch")) is int]
+
+
 def open_log(folder: Path, first_epoch: int, earlier: Path | None = None) -> None:
     """Start `log.txt`, or for a resumed run drop its lines from `first_epoch` on: they will be written again.
 
     Args:
         earlier: the folder of the run that is resumed, if that is another.
+
+    Raises:
+        OSError: if it cannot be read or written.
     """
-
-    def is_kept(line: str) -> bool:
-        try:
-            return json.loads(line)["epoch"] < first_epoch
-        except (ValueError, LookupError, TypeError):  # half a line, of a run that ended while it wrote
-            return False
-
-    path = (earlier or folder) / "log.txt"
-    lines = path.read_text().splitlines(keepends=True) if first_epoch and path.exists() else []
-    write_whole(folder / "log.txt", "".join(filter(is_kept, lines)).encode())
+    source = earlier or folder
+    records = read_log(source) if first_epoch and (source / "log.txt").exists() else []
+    lines = [json.dumps(record) + "\n" for record in records if record["epoch"] < first_epoch]
+    write_whole(folder / "log.txt", "".join(lines).encode())
 
 
 def append_log(folder: Path, record: Mapping[str, Any]) -> None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from utils import read_log
 
 
 def summary(folder: Path) -> str:
     """Accuracies from a run's log.txt and where its files are.
 
     Raises:
-        FileNotFoundError: if the folder has no log.txt.
+        OSError: if the folder has no log.txt, or it cannot be read.
     """
-    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    tested = [record for record in records if "test_acc1" in record]
+    records = read_log(folder)
+    tested = [record for record in records if isinstance(record.get("test_acc1"), float | int)]
     lines = [f"{folder}: {len(records)} epochs"]
     if tested:
         best = max(tested, key=lambda record: record["test_acc1"])
         last = tested[-1]["test_acc1"]
         lines.append(f"  top-1 {last:.2f} % at the end, {best['test_acc1']:.2f} % at best (epoch {best['epoch']})")
-        if "test_ema_acc1" in tested[-1]:
+        if isinstance(tested[-1].get("test_ema_acc1"), float | int):
             lines.append(f"  top-1 {tested[-1]['test_ema_acc1']:.2f} % of the averaged weights at the end")
     lines.append(f"  log {folder / 'log.txt'}, TensorBoard {folder / 'tensorboard'}")
     lines.append(f"  checkpoints {folder / 'checkpoint.pth'} and {folder / 'best.pth'}")
@@ -38,6 +39,9 @@ def main() -> None:
             print(summary(folder))
         except FileNotFoundError:
             print(f"summarize: error: {folder} has no log.txt; name a run's --output-dir", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            print(f"summarize: error: {folder / 'log.txt'}: {error.strerror}; name another folder", file=sys.stderr)
             sys.exit(2)
 
 
