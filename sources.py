@@ -13,19 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.readers import reader_wds
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import IterableDataset, get_worker_info
 
-from augment import ImageError, as_rgb, decoding, open_rgb
+from augment import ImageError, as_rgb, decoding, open_image, open_rgb
 from samplers import Batch, random_key, random_keys, seed_generators, signed
 from utils import RunError, UserError, gather, logger, reason
 
 HostView = Callable[[Image.Image], torch.Tensor]
+# timm decodes the images of a WebDataset by itself. Through this name it would take any format that Pillow knows.
+reader_wds.Image = SimpleNamespace(open=open_image)
 
 
 class Images(Protocol):
@@ -191,6 +195,19 @@ class MemoryImages:
         return self.names
 
 
+def read_rgb(image: Any) -> Image.Image:
+    """RGB of what a reader gives: a decoded image, an encoded one, or Hugging Face's pair of one and its path.
+
+    Raises:
+        ImageError: see `augment.open_rgb`.
+    """
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    if isinstance(image, dict):
+        image = image["bytes"] or image["path"]
+    return open_rgb(io.BytesIO(image) if isinstance(image, bytes) else image)
+
+
 class DatasetImages:
     """Images of a torchvision data set, or of a timm reader (which gives encoded files)."""
 
@@ -200,10 +217,9 @@ class DatasetImages:
             dataset.loader = open_rgb
 
     def __getitem__(self, index: int) -> Image.Image:
-        image = self.dataset[int(index)][0]
-        if isinstance(image, Image.Image):
-            return as_rgb(image)
-        return open_rgb(io.BytesIO(image) if isinstance(image, bytes) else image)
+        if hasattr(self.dataset, "image_key"):  # timm's reader of Hugging Face data would open any path, a FIFO too
+            return read_rgb(self.dataset.dataset[int(index)][self.dataset.image_key])
+        return read_rgb(self.dataset[int(index)][0])
 
     def describe(self, index: int) -> str:
         return f"number {index} of {self.name}"
@@ -309,12 +325,13 @@ class StreamingImages(IterableDataset):
             key = random_key(self.seed, "view", self.epoch.value, position)
             seed_generators(key)
             try:
-                view = self.transform(as_rgb(image))
+                with decoding():
+                    rgb = read_rgb(image)
             except ImageError as error:
                 raise RunError(
                     f"--data-set {self.name}: cannot read image number {position} ({error}); fix or remove it"
                 ) from error
-            yield Batch(view, target, position, keys=signed(key))
+            yield Batch(self.transform(rgb), target, position, keys=signed(key))
 
     def _samples(self) -> Iterator[tuple[Image.Image, int]]:
         """Images and classes.

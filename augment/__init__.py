@@ -10,10 +10,11 @@ Views do not depend on the batch; CPU and GPU differ by the rounding of float32.
 """
 
 from augment.policy import Policy, is_supported
-from augment.rgb import ImageError, as_rgb, decoding, open_rgb
+from augment.rgb import FORMATS, ImageError, as_rgb, decoding, open_image, open_rgb
 from augment.views import PADDING, SMALL_IMAGE, EvalTransform, Normalization, TrainAugmentation, ViewOptions
 
 __all__ = [
+    "FORMATS",
     "PADDING",
     "SMALL_IMAGE",
     "EvalTransform",
@@ -25,5 +26,6 @@ __all__ = [
     "as_rgb",
     "decoding",
     "is_supported",
+    "open_image",
     "open_rgb",
 ]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from utils import reason
+from utils import reason, regular_file
 
+# What the suffixes of image files promise. Pillow takes other formats by their content, whatever the name, and runs
+# programs for some: Ghostscript for EPS.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 
 
@@ -65,6 +69,22 @@ def _from_integers(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8)).convert("RGB")
 
 
+def open_image(file: Any) -> Image.Image:
+    """Open, but do not decode, an image file of one of `FORMATS` (a path or a binary stream).
+
+    Raises:
+        ImageError: if it is of another format.
+        OSError: if it cannot be read, or is no regular file.
+    """
+    if isinstance(file, str | Path):
+        regular_file(file)
+    Image.init()
+    try:
+        return Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+    except UnidentifiedImageError:
+        raise ImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, or damaged") from None
+
+
 def open_rgb(file: Any, upright: bool = False) -> Image.Image:
     """Decode a file (a path or a binary stream) as RGB.
 
@@ -72,9 +92,9 @@ def open_rgb(file: Any, upright: bool = False) -> Image.Image:
         upright: turn a photo as its EXIF orientation says. timm does not, so neither do training and evaluation.
 
     Raises:
-        ImageError: see `as_rgb`.
+        ImageError: see `as_rgb`; or if it is no regular file, or none of `FORMATS`.
     """
-    with decoding(), Image.open(file) as image:
+    with decoding(), open_image(file) as image:
         rgb = as_rgb(image)
         if upright and image.format != "TIFF":  # Pillow turns those itself
             rgb.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -53,7 +53,7 @@ def pixels(content, **options):
 # -- integers and floats -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000", "IM"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_files_are_scaled_to_8_bits(kind):
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(SIXTEEN), kind)), scaled(SIXTEEN, 65535))
 
@@ -151,9 +151,9 @@ def test_48_bit_color_keeps_its_high_bytes():
 
 
 def writable_kinds():
-    """Formats of torchvision's suffixes, AVIF, GIF and JPEG 2000, as far as this Pillow writes them."""
+    """Formats of the suffixes of image files, as far as this Pillow writes them."""
     Image.init()
-    kinds = {Image.registered_extensions()[suffix] for suffix in (*IMG_EXTENSIONS, ".gif", ".jp2")}
+    kinds = {Image.registered_extensions()[suffix] for suffix in (*IMG_EXTENSIONS, ".gif")}
     return sorted((kinds | {"AVIF"}) & set(Image.SAVE))
 
 
@@ -278,6 +278,17 @@ def test_only_photos_of_tools_are_turned_upright(tmp_path, orientation):
         6: np.rot90(stored, -1), 7: stored[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(stored)}[orientation]  # fmt: skip
     np.testing.assert_array_equal(np.asarray(find_images([str(tmp_path)])[0][0]), expected)
     np.testing.assert_array_equal(np.asarray(sources.PathImages([path])[0]), stored)
+
+
+def test_hugging_face_streams_are_not_turned(tmp_path):
+    image, exif = picture(4), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in ("train/a/0.png", "validation/b/0.png"):
+        save(image, tmp_path / "tree" / path)
+        image.save(tmp_path / "tree" / path, exif=exif)
+    _, val = read(f"hfids/{tmp_path / 'tree'}", tmp_path / "cache", num_classes=2)
+    val.transform = np.asarray
+    np.testing.assert_array_equal(next(iter(val)).images, np.asarray(image))
 
 
 def test_tiff_orientation_is_applied_once():
