@@ -45,7 +45,7 @@ from sources import (
     take_fraction,
     whole_source,
 )
-from utils import RunError, UserError, logger, main_process_first, reason
+from utils import RunError, UserError, logger, main_process_first, read_json, reason, regular_file
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
@@ -283,7 +283,7 @@ def _class_samples(source: Source) -> tuple[int, ...]:
 
     def checksum(index: int) -> int:
         try:
-            return zlib.crc32(Path(source.images.describe(index)).read_bytes())
+            return zlib.crc32(regular_file(source.images.describe(index)).read_bytes())
         except OSError:
             return -1
 
@@ -339,17 +339,21 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
 
 def _cars(root: Path) -> tuple[Source, Source]:
     """Stanford Cars from a local copy: its original address is gone."""
-    parts = []
-    for split in ("train", "test"):
-        try:
+    try:
+        for path in (root / "stanford_cars").glob("**/*.mat"):
+            regular_file(path)
+        parts = []
+        for split in ("train", "test"):
             part = torchvision.datasets.StanfordCars(str(root), split, download=False)
-        except (OSError, RuntimeError) as error:  # missing files, or no SciPy to read them
-            raise UserError(
-                f"--data-path {root}: not Stanford Cars ({reason(error)}); it needs stanford_cars/ with devkit/, "
-                f"cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
-            ) from None
-        paths, labels = zip(*part._samples, strict=True)
-        parts.append(whole_source(PathImages(paths), labels, part.classes))
+            paths, labels = zip(*part._samples, strict=True)
+            if not all(0 <= label < len(part.classes) for label in labels):
+                raise ValueError(f"a label is none of its {len(part.classes)} classes")
+            parts.append(whole_source(PathImages(paths), labels, part.classes))
+    except Exception as error:  # files are missing, there is no SciPy to read them, or it raises anything on damage
+        raise UserError(
+            f"--data-path {root}: not Stanford Cars ({reason(error)}); it needs stanford_cars/ with devkit/, "
+            f"cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
+        ) from None
     return parts[0], parts[1]
 
 
@@ -370,7 +374,7 @@ def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
         categories = _read_json(root, "categories.json") if has_taxonomy else train["categories"]
         class_of, names = _classes_of_categories(root, categories, category)
         return _annotated(root, train, class_of, names), _annotated(root, val, class_of, names)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, UnicodeError) as error:
         raise UserError(
             f"--data-path {root}: its annotation files do not belong together or are damaged ({error!r}); fetch them "
             f"again"
@@ -379,10 +383,12 @@ def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
 
 def _read_json(root: Path, name: str) -> Any:
     try:
-        return json.loads((root / name).read_text())
+        return read_json(root / name)
     except FileNotFoundError:
         raise UserError(f"--data-path {root}: has no {name}; put the official annotation files there") from None
-    except (OSError, ValueError):
+    except OSError as error:
+        raise UserError(f"--data-path {root}: {name} {error.strerror}; fetch it again") from None
+    except ValueError:
         raise UserError(f"--data-path {root}: {name} is not valid JSON; fetch it again") from None
 
 
@@ -390,6 +396,8 @@ def _classes_of_categories(
     root: Path, categories: list[dict[str, Any]], level: str
 ) -> tuple[dict[int, int], Sequence[str]]:
     """Category id -> class, and the classes' names: numbered as they first appear by ascending id."""
+    if not all(isinstance(entry, dict) for entry in categories):
+        raise TypeError("categories that are no dictionaries")
     if any(level not in entry for entry in categories):
         known = ", ".join(name for name in INAT_CATEGORIES if name in categories[0])
         raise UserError(
@@ -464,9 +472,10 @@ def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
     if not np.array_equal(train.targets, val.targets):
         return False
 
-    def pixels(source: Source, place: int) -> np.ndarray | None:
-        with contextlib.suppress(RunError):  # a broken image
+    def pixels(source: Source, place: int) -> np.ndarray:
+        with contextlib.suppress(RunError):
             return np.asarray(source[place][0])
+        return np.array(np.nan)  # of a broken image, which equals no other
 
     places = np.linspace(0, len(train) - 1, 8).astype(int)
     return all(np.array_equal(pixels(train, place), pixels(val, place)) for place in places)
@@ -479,6 +488,8 @@ def _read_split(options: DataOptions, split: str, training: bool, local_rank: in
     if name.startswith("wds/"):  # timm keeps the decoded image as "jpg", which it wants among the keys
         image = f"{image};jpg" if image else WDS_IMAGES
     try:
+        if name.startswith("wds/"):
+            _check_files(root, [file for file in ("_info.json", "info.json") if Path(root, file).exists()])
         with main_process_first(local_rank), _hugging_face_importable():
             settings = {"input_key": image, "target_key": options.label_column, "download": True}
             if not name.startswith("tfds/"):  # which needs a mode, and gives uint8
@@ -496,6 +507,13 @@ def _read_split(options: DataOptions, split: str, training: bool, local_rank: in
     return dataset
 
 
+def _check_files(root: str, names: Sequence[str]) -> None:
+    """Make sure that the files of a local WebDataset are regular ones."""
+    if "://" not in root:
+        for name in names:
+            regular_file(os.path.join(root, name))
+
+
 def _check_columns(reader: Any, options: DataOptions) -> None:
     """Make sure that there are images and labels where they are looked for.
 
@@ -504,6 +522,7 @@ def _check_columns(reader: Any, options: DataOptions) -> None:
     """
     image, label, name = options.image_column or "image", options.label_column or "label", options.data_set
     if isinstance(reader, ReaderWds):
+        _check_files(reader.root, reader.split_info.filenames)
         urls = [os.path.join(reader.root, file) for file in reader.split_info.filenames]
         shards = webdataset.DataPipeline(webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples())
         images = {key: value for key, value in next(iter(shards), {}).items() if not key.startswith("__")}
@@ -519,6 +538,8 @@ def _check_columns(reader: Any, options: DataOptions) -> None:
     for flag, column, columns in (("--image-column", image, images), ("--label-column", label, labels)):
         if not has_field(columns, column):
             raise UserError(f"{flag} {column}: {name} has no such column; it has {', '.join(columns) or 'none'}")
+    if name.startswith("hfids/") and hasattr(get_field(images, image), "decode"):
+        get_field(images, image).decode = False  # Hugging Face would decode any format
     if isinstance(reader, ReaderWds) and class_index(get_field(labels, label)) is None:
         raise UserError(f"--label-column {label}: {name} has the label {get_field(labels, label)!r}, not a number")
 
