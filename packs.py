@@ -13,8 +13,9 @@ A record of kind uint8 is the pixels, [height, width, RGB], row by row; one of k
 from __future__ import annotations
 
 import io
-import json
+import reprlib
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from augment import ImageError, open_rgb
-from utils import UserError
+from utils import UserError, map_array, read_json, regular_file
 
 VERSION = 1
 PACK = "pack.json"
@@ -33,6 +34,10 @@ INDEX = np.dtype(
     [(name, "<u8" if name == "offset" else "<u4") for name in
      ("shard", "offset", "length", "height", "width", "target", "crc32")]
 )  # fmt: skip
+MOST_CLASSES = 2**20
+ROWS = 2**20  # of the index, to check at once
+LARGEST_SIDE = 65535  # pixels; a JPEG has no larger one
+LARGEST_AREA = 2 * Image.MAX_IMAGE_PIXELS  # Pillow decodes nothing larger
 
 
 def _broken(flag: str, folder: Path, what: str) -> UserError:
@@ -46,15 +51,47 @@ def read_about(folder: Path, flag: str = "--data-path") -> dict[str, Any]:
         UserError: if there is no such file, or none that this version reads.
     """
     try:
-        about = json.loads((folder / PACK).read_bytes())
-        version = about["version"]
+        about = read_json(folder / PACK)
+        version = _count(about, "version")
     except FileNotFoundError:
         raise _broken(flag, folder, f"has no {PACK}, so there is no pack, or none that was finished") from None
-    except (OSError, ValueError, LookupError, TypeError):
-        raise _broken(flag, folder, f"{PACK} is damaged") from None
+    except OSError as error:
+        raise _broken(flag, folder, f"{PACK} cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(flag, folder, PACK, error) from None
     if version != VERSION:
         raise _broken(flag, folder, f"is a pack of format version {version}, and this program reads {VERSION}")
     return about
+
+
+def _damaged(flag: str, folder: Path, name: str, error: Exception) -> UserError:
+    """The error of a file's content: a KeyError names what is missing, a ValueError says what is wrong."""
+    said = f"has no {error}" if isinstance(error, KeyError) else str(error)
+    return _broken(flag, folder, f"{name} is damaged ({said})")
+
+
+def _count(values: Mapping[str, Any], name: str, low: int = 0, high: int = 2**32 - 1) -> int:
+    """A whole number in pack.json.
+
+    Raises:
+        LookupError, TypeError, ValueError: if it is missing, or none from `low` to `high`.
+    """
+    value = values[name] if isinstance(values, dict) else None
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} is {reprlib.repr(value)}")
+    return value
+
+
+def _stated_names(about: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """The names of the classes; () if pack.json has none, as in earlier versions and for data without names.
+
+    Raises:
+        ValueError: if they are no names, or not one for each class.
+    """
+    names = about.get("class_names") or []
+    if type(names) is not list or len(names) not in (0, num_classes) or not all(type(name) is str for name in names):
+        raise ValueError(f"class_names are no names of {num_classes} classes")
+    return tuple(names)
 
 
 class PackImages:
@@ -82,39 +119,76 @@ class PackImages:
         about = read_about(self.folder, flag)
         try:
             part = about["splits"][split]
-            self.kind, self.num_classes, self.shards = about["kind"], int(about["num_classes"]), part["shards"]
-            self.class_names = tuple(map(str, about.get("class_names") or ()))
-            if self.kind not in KINDS or len(self.class_names) not in (0, self.num_classes):
-                raise ValueError
-            self._check_lengths(flag)
-            self.index = self._read_index(part["images"], part["index_crc32"], flag)
-        except (LookupError, TypeError, ValueError):
-            raise _broken(flag, self.folder, f"{PACK} is damaged") from None
+            self.kind, self.num_classes = about["kind"], _count(about, "num_classes", 1, MOST_CLASSES)
+            if self.kind not in KINDS:
+                raise ValueError(f"kind is {reprlib.repr(self.kind)}")
+            self.class_names = _stated_names(about, self.num_classes)
+            length, checksum = _count(part, "images", 1), _count(part, "index_crc32")
+            self.shards = self._check_shards(part["shards"], flag)
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damaged(flag, self.folder, PACK, error) from None
+        self.index = self._read_index(length, checksum, flag)
         self.targets = self.index["target"].astype(np.int64)
         self.shapes = np.full((len(self.index), 3), 3, np.int64)
         self.shapes[:, 0], self.shapes[:, 1] = self.index["height"], self.index["width"]
         self._mapped: dict[int, np.ndarray] = {}
 
-    def _check_lengths(self, flag: str) -> None:
-        for shard in self.shards:
+    def _check_shards(self, shards: Any, flag: str) -> list[dict[str, Any]]:
+        """The shards that pack.json states, which must be there.
+
+        Raises:
+            LookupError, TypeError, ValueError: if it states none, or one of another name than the writer's.
+            UserError: if a file is not there, or of another length.
+        """
+        if type(shards) is not list or not shards:
+            raise ValueError("has no shards")
+        for number, shard in enumerate(shards):
+            name = f"{self.split}_{number:05d}.bin"
+            if shard["name"] != name:  # it could lead out of the folder
+                raise ValueError(f"shard {number} is named {reprlib.repr(shard['name'])}")
+            stated, _ = _count(shard, "bytes", 1, 2**63 - 1), _count(shard, "crc32")
             try:
-                length = (self.folder / shard["name"]).stat().st_size
+                length = regular_file(self.folder / name).stat().st_size
             except OSError as error:
-                raise _broken(flag, self.folder, f"{shard['name']} cannot be read ({error.strerror})") from None
-            if length != shard["bytes"]:
-                raise _broken(flag, self.folder, f"{shard['name']} has {length} bytes in place of {shard['bytes']}")
+                raise _broken(flag, self.folder, f"{name} cannot be read ({error.strerror})") from None
+            if length != stated:
+                raise _broken(flag, self.folder, f"{name} has {length} bytes in place of {stated}")
+        return shards
 
     def _read_index(self, length: int, checksum: int, flag: str) -> np.ndarray:
         name = f"{self.split}_index.npy"
         try:
-            index = np.load(self.folder / name, mmap_mode="r").view(np.ndarray)
-            if index.dtype != INDEX or index.shape != (length,) or zlib.crc32(index) != checksum:
-                raise ValueError("wrong length or checksum")
+            index = map_array(self.folder / name, INDEX, length).view(np.ndarray)
+            if zlib.crc32(index) != checksum:
+                raise ValueError("wrong checksum")
+            for first in range(0, length, ROWS):
+                self._check_rows(index[first : first + ROWS], first)
         except OSError as error:
             raise _broken(flag, self.folder, f"{name} cannot be read ({error.strerror or error})") from None
-        except (ValueError, EOFError):
-            raise _broken(flag, self.folder, f"{name} is damaged") from None
+        except ValueError as error:
+            raise _damaged(flag, self.folder, name, error) from None
         return index
+
+    def _check_rows(self, rows: np.ndarray, first: int) -> None:
+        """Make sure that these rows of the index, from number `first`, are images within a shard and of a class.
+
+        Raises:
+            ValueError: naming the first that is not.
+        """
+        shard, offset, length, height, width, target, _ = (rows[name].astype(np.uint64) for name in INDEX.names)
+        ends = np.array([shard["bytes"] for shard in self.shards], np.uint64)
+        end = ends[np.minimum(shard, len(ends) - 1).astype(np.int64)]
+        area = np.minimum(height, LARGEST_SIDE) * np.minimum(width, LARGEST_SIDE)
+        wrong = {
+            "shard": shard >= len(ends),
+            "place": (offset > end) | (length > end - np.minimum(offset, end)),
+            "size": (area == 0) | (np.maximum(height, width) > LARGEST_SIDE) | (area > LARGEST_AREA),
+            "length": (length != 3 * area) if self.kind == "uint8" else length == 0,
+            "class": target >= self.num_classes,
+        }
+        for what, found in wrong.items():
+            if found.any():
+                raise ValueError(f"the {what} of image {first + found.argmax()} is impossible")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackImages, (self.folder, self.split)
@@ -146,7 +220,10 @@ class PackImages:
         # Most damage would only change colours; this costs a hundredth of decoding.
         if zlib.crc32(record) != self.index["crc32"][index]:
             raise ImageError("wrong checksum")
-        return open_rgb(io.BytesIO(record))
+        image, (height, width, _) = open_rgb(io.BytesIO(record)), self.shapes[index]
+        if image.size != (width, height):
+            raise ImageError(f"is {image.width} by {image.height} pixels, not {width} by {height}")
+        return image
 
     def array(self, index: int) -> np.ndarray:
         """The pixels, uint8 [height, width, 3]: a read-only view of the file if they are stored as such, else decoded.
