@@ -10,14 +10,16 @@ valid. Each rank writes its own files only. A finished file has its checksum in 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ import models
 from augment import Normalization
 from checkpoints import Classes, compare_classes, flags_of, read_checkpoint, trained_size, weights_of
 from samplers import Batch
-from utils import RunError, UserError, World, check_space, logger, write_whole
+from utils import RunError, UserError, World, check_space, logger, map_array, read_json, regular_file, write_first
 
 FLAG = "--teacher-cache"
 
@@ -167,6 +169,10 @@ class Labels:
         """Which records, bool [B], were never written."""
         return rows["label"] == 0xFFFF
 
+    def impossible(self, rows: np.ndarray) -> np.ndarray:
+        """Which records, bool [B], `encode` never makes; missing ones are not among them."""
+        return (rows["label"] >= self.num_classes) & ~self.missing(rows)
+
 
 class LogProbabilities:
     """The k largest log-probabilities as float16; what is left of the mass is spread evenly over the other classes.
@@ -205,8 +211,34 @@ class LogProbabilities:
         unwritten = np.isnan(rows["values"]).any(axis=1)
         return unwritten | (rows["classes"] == 0xFFFF).any(axis=1) if "classes" in rows.dtype.names else unwritten
 
+    def impossible(self, rows: np.ndarray) -> np.ndarray:
+        """Which records, bool [B], `encode` never makes; missing ones are not among them."""
+        wrong = (rows["values"] > 0).any(axis=1) | (rows["values"] == -np.inf).any(axis=1)
+        if "classes" in rows.dtype.names:
+            wrong |= (rows["classes"] >= self.num_classes).any(axis=1)
+        return wrong & ~self.missing(rows)
+
 
 # -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def _lock(path: Path, flags: int) -> TextIO:
+    """Open a file, made if there is none, and lock it until it is closed, if its file system has locks.
+
+    Raises:
+        BlockingIOError: with LOCK_NB, if another process holds it.
+        OSError: if it cannot be written, or is no regular file.
+    """
+    if path.exists():
+        regular_file(path)
+    stream = path.open("a")
+    try:
+        fcntl.flock(stream, flags)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            stream.close()
+            raise
+    return stream
 
 
 class TeacherCache:
@@ -253,8 +285,10 @@ class TeacherCache:
         """The finished files of an epoch by rank, if there is one of each rank."""
         found: dict[int, dict[int, Path]] = {}
         for path in sorted(self.folder.glob(f"epoch_{epoch:04d}_rank*of*.crc*.npy")):
-            rank, writers = map(int, re.search(r"_rank(\d+)of(\d+)\.", path.name).groups())
-            found.setdefault(writers, {})[rank] = path
+            numbers = re.search(r"_rank(\d+)of(\d+)\.crc", path.name)
+            rank, writers = map(int, numbers.groups()) if numbers else (0, 0)
+            if rank < writers:
+                found.setdefault(writers, {})[rank] = path
         complete = [writers for writers, files in found.items() if len(files) == writers]
         writers = self.world_size if self.world_size in complete else min(complete, default=0)
         return [found[writers][rank] for rank in range(writers)]
@@ -290,30 +324,32 @@ class TeacherCache:
 
     def _read(self, path: Path, rank: int) -> np.ndarray:
         rows = self._load(path, rank, "r")
-        if f".crc{zlib.crc32(rows):08x}." not in path.name:
+        if f".crc{zlib.crc32(rows):08x}." not in path.name or self.codec.missing(rows).any():
             raise RunError(f"{FLAG}: {path} is damaged (wrong checksum); delete it and precompute its epoch again")
         return rows
 
     def _load(self, path: Path, rank: int, mode: str) -> np.ndarray:
         length = len(range(rank, self.num_positions, self.writers))
         try:
-            rows = np.load(path, mmap_mode=mode)
-            if rows.shape != (length,) or rows.dtype != self.codec.dtype:
-                raise ValueError(f"not {length} predictions of this kind")
+            rows = map_array(path, self.codec.dtype, length, mode)
+            wrong = self.codec.impossible(rows)
+            if wrong.any():
+                raise ValueError(f"record {wrong.argmax()} is no prediction")
             return rows
-        except (OSError, ValueError, EOFError) as error:
-            raise RunError(f"{FLAG}: {path} is damaged ({error}); delete it and precompute its epoch again") from None
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise RunError(f"{FLAG}: {path} is damaged ({said}); delete it and precompute its epoch again") from None
 
     def _resume(self, epoch: int) -> np.ndarray:
         """This rank's unfinished file, made if there is none. Its lock is held as long as it is open."""
         path = self.folder / f"{self._stem(epoch)}.part.npy"
         try:
-            self.lock = path.with_suffix(".lock").open("w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = _lock(path.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists():
                 # Written out in full: a file with holes would end the process when the disk is full.
                 rows = np.empty(self.views_of_rank, self.codec.dtype)
                 rows.view(np.uint8)[:] = 0xFF
+                path.with_suffix(".new.npy").unlink(missing_ok=True)  # of a killed run
                 np.save(path.with_suffix(".new.npy"), rows)
                 path.with_suffix(".new.npy").replace(path)
         except BlockingIOError:
@@ -462,6 +498,31 @@ def fingerprint(
     }
 
 
+def _shared_fingerprint(folder: Path, own: bytes) -> dict[str, Any]:
+    """What a cache's fingerprint says. Of many processes that find none, one stores its own for all.
+
+    Raises:
+        UserError: if it cannot be read or written, or is none.
+    """
+    path = folder / "fingerprint.json"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            # `write_first` needs hard links, which some file systems lack; others lack locks.
+            with _lock(folder / "fingerprint.lock", fcntl.LOCK_EX):
+                write_first(path, own)
+        stored = read_json(path)
+        names = stored["class_names"] if isinstance(stored, dict) and "class_names" in stored else []
+        if not isinstance(stored, dict) or not isinstance(names, list) or not all(type(n) is str for n in names):
+            raise ValueError("not what a run has written")
+    except OSError as error:
+        where = Path(error.filename or path).name
+        raise UserError(f"{FLAG} {folder}: {where} {error.strerror}; name another folder") from None
+    except ValueError as error:
+        raise UserError(f"{FLAG} {folder}: {path.name} cannot be read ({error}); name another folder") from None
+    return stored
+
+
 def check_fingerprint(
     folder: Path, fingerprint: Mapping[str, Any], classes: Classes, allow_mismatch: bool = False
 ) -> None:
@@ -476,26 +537,13 @@ def check_fingerprint(
     Raises:
         UserError: naming the fields that differ, or the first class whose name does.
     """
-    path = folder / "fingerprint.json"
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        stored = None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{FLAG} {folder}: fingerprint.json cannot be read ({error}); name another folder") from None
-    if stored is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            content = {**fingerprint, "class_names": list(classes.class_names)}
-            write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"{FLAG} {folder}: cannot be written ({error.strerror}); name another folder") from None
-        return
-    known = {"class_names": stored.pop("class_names", ())}
+    content = {**fingerprint, "class_names": list(classes.class_names)}
+    stored = _shared_fingerprint(folder, (json.dumps(content, indent=1) + "\n").encode())
+    known = {"class_names": stored.pop("class_names", [])}
     compare_classes(known, {"train": classes}, f"{FLAG} {folder}", allow_mismatch)
     ours = json.loads(json.dumps(fingerprint))  # tuples become lists, as they did in the file
     differing = [
-        f"{name} ({stored.get(name)} there, {ours.get(name)} here)"
+        f"{name} ({reprlib.repr(stored.get(name))} there, {reprlib.repr(ours.get(name))} here)"
         for name in {**stored, **ours}
         if ours.get(name) is not None and stored.get(name) != ours.get(name)
     ]

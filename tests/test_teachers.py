@@ -207,7 +207,7 @@ def test_a_fingerprint_names_what_differs_and_passes_over_what_is_unknown(tmp_pa
     check_fingerprint(tmp_path / "deep" / "store", ours, NAMELESS)
     check_fingerprint(tmp_path / "deep" / "store", ours, NAMELESS)
     check_fingerprint(tmp_path / "deep" / "store", ours | {"teacher_weights": None}, NAMELESS)
-    with tiny.user_error("seed (0 there, 1 here)", "teacher_weights (abc there, abd here)"):
+    with tiny.user_error("seed (0 there, 1 here)", "teacher_weights ('abc' there, 'abd' here)"):
         check_fingerprint(tmp_path / "deep" / "store", ours | {"seed": 1, "teacher_weights": "abd"}, NAMELESS)
     (tmp_path / "deep" / "store" / "fingerprint.json").write_text("{")
     with tiny.user_error("fingerprint.json cannot be read"):
