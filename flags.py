@@ -3,52 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from timm.utils import ParseKwargs
-
 import datasets
 import models
 import models_evit
 from checkpoints import flags_of, read_checkpoint
-from utils import UserError
+from utils import UserError, is_utf8, regular_file
+
+MOST_WORDS, MOST_RECIPES = 10_000, 100  # of a command line
+LONGEST_RECIPE = 2**16  # bytes
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, underscored spellings of every flag, and comments in @recipes."""
+    """argparse with one-line errors, underscored spellings of every flag, and @recipes that have comments."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            fromfile_prefix_chars="@",
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            **options,
-        )
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        try:
-            return super().parse_known_args([_hyphenated(word) for word in words], namespace)
-        except UnicodeDecodeError:
-            self.error("the @file is not text; the recipes are in recipes/")
+        words = self._expanded(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([_hyphenated(word) for word in words], namespace)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+    def _expanded(self, words: Sequence[str]) -> list[str]:
+        """The words with those of a recipe in place of each `@file`, also in a recipe."""
+        found: list[str] = []
+        recipes = 0
+        pending = [(word, ()) for word in reversed(words)]  # with the recipes that each is in
+        while pending:
+            word, within = pending.pop()
+            if not word.startswith("@"):
+                found.append(word)
+                continue
+            path, recipes = os.path.realpath(word[1:]), recipes + 1
+            if path in within:
+                self.error(f"{word}: includes itself; drop the line")
+            pending += [(each, (*within, path)) for each in reversed(self._words_of(word[1:]))]
+            if recipes > MOST_RECIPES or len(pending) + len(found) > MOST_WORDS:
+                self.error(f"{word}: above {MOST_RECIPES} recipes or {MOST_WORDS} words; the recipes are in recipes/")
+        return found
+
+    def _words_of(self, path: str) -> list[str]:
+        """The words of a recipe, line by line."""
+        words: list[str] = []
         try:
-            return [_hyphenated(word) for word in shlex.split(arg_line, comments=True)]
+            if regular_file(path).stat().st_size > LONGEST_RECIPE:
+                self.error(f"@{path}: too long for a recipe, above {LONGEST_RECIPE} bytes; the recipes are in recipes/")
+            with open(path, encoding="utf-8") as file:
+                lines = file.read().splitlines()
+            for line in lines:
+                if "\0" in line:
+                    raise UnicodeError
+                words += shlex.split(line, comments=True)
+        except OSError as error:
+            self.error(f"@{path[:80]}: {error.strerror}; the recipes are in recipes/")
+        except UnicodeError:
+            self.error(f"@{path}: is not text; the recipes are in recipes/")
         except ValueError as error:
-            self.error(f"line {arg_line.strip()!r} of the @file: {error}; close the quotation")
+            self.error(f"line {line.strip()!r} of @{path}: {error}; close the quotation")
+        return words
 
     def error(self, message: str) -> NoReturn:
         for word in message.partition("unrecognized arguments: ")[2].split():
             near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
             message += f"; did you mean {near[0]}?" if near else ""
-        if message.startswith("[Errno"):  # of an @file that cannot be read
-            message += "; the recipes are in recipes/"
         self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
 
 
@@ -78,19 +103,43 @@ def in_range(kind: type, low: float, high: float = float("inf"), open_low: bool 
     return parse
 
 
-class _ModelKwargs(ParseKwargs):
-    """`embed_dim=96 depth=6` -> {"embed_dim": 96, "depth": 6}; values are Python literals, never evaluated."""
+def path_name(text: str) -> str:
+    """An argparse type: a path that can be looked for, with a name of ours below it; or an address."""
+    try:
+        if "://" not in text:
+            os.stat(os.path.join(text, "x" * 64))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long, a loop of links, a folder that may not be entered
+        raise argparse.ArgumentTypeError(f"{text[:80]}: {error.strerror}; name another path") from None
+    return text
+
+
+class _ModelKwargs(argparse.Action):
+    """`embed_dim=96 depth=6` -> {"embed_dim": 96, "depth": 6}; values are Python literals, never evaluated, or text."""
 
     TAKEN = frozenset(("name", "flag", "input_size", "num_classes", "pretrained", "checkpoint_path"))
+    LONGEST = 2000  # characters of a value
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         wrong = next((value for value in values if "=" not in value), None)
         if wrong is not None:
-            raise argparse.ArgumentError(self, f"{wrong!r} is not of the form key=value")
-        super().__call__(parser, namespace, values, option_string)
-        taken = self.TAKEN & getattr(namespace, self.dest).keys()
+            raise argparse.ArgumentError(self, f"{wrong[:80]!r} is not of the form key=value")
+        found = {key: self._literal(key, text) for key, _, text in (value.partition("=") for value in values)}
+        taken = self.TAKEN & found.keys()
         if taken:
             raise argparse.ArgumentError(self, f"{min(taken)!r} is set by another flag; drop it")
+        setattr(namespace, self.dest, found)
+
+    def _literal(self, key: str, text: str) -> Any:
+        if len(text) > self.LONGEST:  # on much longer ones, Python's parser has ended the process
+            raise argparse.ArgumentError(self, f"the value of {key[:80]!r} is longer than {self.LONGEST} characters")
+        try:
+            return ast.literal_eval(text)
+        except (RecursionError, MemoryError):
+            raise argparse.ArgumentError(self, f"the value of {key[:80]!r} is nested too deeply") from None
+        except (ValueError, SyntaxError):
+            return text
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -161,12 +210,14 @@ _SWITCH = argparse.BooleanOptionalAction
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--output-dir", default="output", help="folder of log.txt, checkpoints and TensorBoard files; '' for none")
+    folder = "folder of log.txt, checkpoints and TensorBoard files; '' for none"
+    add("--output-dir", type=path_name, default="output", help=folder)
     add("--overwrite", action=_SWITCH, default=False, help="overwrite an earlier run in --output-dir")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--seed", type=_NATURAL, default=0, help="seed of every random draw of the run")
     add(
         "--resume",
+        type=path_name,
         default="",
         help="checkpoint (file or https address) to resume, or to evaluate; auto: the newest here",
     )
@@ -209,7 +260,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
     add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
-    add("--finetune", default="", help="start from the weights of this checkpoint (file or https address)")
+    finetune = "start from the weights of this checkpoint (file or https address)"
+    add("--finetune", type=path_name, default="", help=finetune)
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
     add(
         "--cache-features", action=_SWITCH, default=False, help="with --train-scope head: run the frozen part only once"
@@ -248,7 +300,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `datasets.DataOptions`, and --eval-crop-ratio."""
     add = parser.add_argument_group("data").add_argument
     add("--data-set", default="IMNET", help=datasets.KNOWN_NAMES)
-    add("--data-path", help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
+    add("--data-path", type=path_name, help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", help="level of iNaturalist's taxonomy")
     add("--train-split", default="train", help="name of the training split, for timm's data sets")
     add("--val-split", default="validation", help="name of the validation split, for timm's data sets")
@@ -332,11 +384,11 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     one_head = "one head learns from labels and teacher, for models without a distillation token"
     add("--distill-on-class-token", action=_SWITCH, default=False, help=one_head)
     add("--teacher-model", default="regnety_160", help="any model of timm's")
-    add("--teacher-path", default="", help="checkpoint of the teacher (file or https address)")
+    add("--teacher-path", type=path_name, default="", help="checkpoint of the teacher (file or https address)")
     add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's pretrained weights (a download)")
     add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
     cache = "cached teacher predictions for every view of the run; missing ones are computed and added"
-    add("--teacher-cache", default="", metavar="FOLDER", help=cache)
+    add("--teacher-cache", type=path_name, default="", metavar="FOLDER", help=cache)
     topk = "probabilities to cache per view, for soft distillation"
     add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help=topk)
     add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
@@ -462,6 +514,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--resume auto: resumes a run; {'--eval' if args.eval else '--overwrite'} does not fit")
     if args.checkpoint_minutes is not None and not args.output_dir:
         raise UserError("--checkpoint-minutes: there is no place for a checkpoint; add --output-dir FOLDER")
+    if not is_utf8(args.output_dir):
+        raise UserError(f"--output-dir {args.output_dir}: is not UTF-8, which TensorBoard needs; name another folder")
     starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)]
     if automatic:  # the other weights are for a run that has nothing to resume yet
         starts.remove("resume")

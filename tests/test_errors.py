@@ -191,7 +191,7 @@ CASES = {
     "recipe with a typo": ("@{w}/typo.args", "--batch-sise", "did you mean --batch-size?"),
     "recipe with a wrong value": ("@{w}/number.args", "--epochs", "type int"),
     "recipe with an open quote": ("@{w}/quote.args", "--output-dir 'output", "close the quotation"),
-    "recipe that is not text": ("@{w}/binary.args", "@file", "--help lists the flags"),
+    "recipe that is not text": ("@{w}/binary.args", "{w}/binary.args", "the recipes are in recipes/"),
     # flags that contradict each other
     "resume and finetune": ("--resume a.pth --finetune b.pth", "--resume and --finetune", "pass one"),
     "pretrained and finetune": ("--pretrained --finetune b.pth", "--finetune and --pretrained", "pass one"),
