@@ -25,9 +25,11 @@ from utils import (
     RunError,
     UserError,
     agree,
+    is_utf8,
     logger,
     open_log,
     reason,
+    regular_file,
     temporary_name,
     whole_file,
     write_whole,
@@ -79,7 +81,7 @@ def _link(source: Path, target: Path) -> None:
 def is_whole(path: Path) -> bool:
     """Whether a file of torch's format is complete and its checksums, which torch does not look at, are right."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(regular_file(path)) as file:
             return file.testzip() is None
     except Exception:  # a damaged directory of its parts can look like anything
         return False
@@ -225,8 +227,12 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
     """
     if "://" in path:
         path = _download(path, flag)
-    if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: no such file; check the path")
+    try:
+        regular_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{flag} {path}: no such file; check the path") from None
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; check the path") from None
     zipped = zipfile.is_zipfile(path)  # older versions of torch wrote another format
     if zipped and not mmap and not is_whole(Path(path)):
         raise UserError(f"{flag} {path}: is damaged (wrong checksum); give another, such as {PREVIOUS}")
@@ -236,7 +242,7 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
 
             return {"model": load_file(path)}
         with torch.serialization.safe_globals(_VALUES):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped and is_utf8(path))
     except Exception as error:
         raise UserError(
             f"{flag} {path}: not a readable checkpoint (truncated, another format, or it holds code, which is never "
