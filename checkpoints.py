@@ -276,8 +276,9 @@ def ema_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, tor
     Raises:
         UserError: if what it has is no weights.
     """
-    average = checkpoint.get("model_ema") or checkpoint.get("state_dict_ema")
-    return weights_of({"model": average}, flag, path) if average else None
+    averages = (checkpoint.get(key) for key in ("model_ema", "state_dict_ema"))
+    average = next((value for value in averages if value is not None and value != {}), None)
+    return None if average is None else weights_of({"model": average}, flag, path)
 
 
 def unwrapped(
@@ -371,14 +372,15 @@ def _download(address: str, flag: str) -> str:
 
 def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of the run that wrote a checkpoint, ours or the original implementation's; {} if it does not say."""
-    args = checkpoint.get("args") or {}
+    args = checkpoint.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return dict(args) if isinstance(args, Mapping) else {}
+    return {name: value for name, value in args.items() if isinstance(name, str)} if isinstance(args, Mapping) else {}
 
 
 def class_names_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes that a checkpoint's model tells apart, by index; () if it does not say."""
-    return tuple(map(str, checkpoint.get("class_names") or ()))
+    names = checkpoint.get("class_names")
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
 
 
 class Classes(Protocol):
@@ -404,10 +406,11 @@ def compare_classes(
     Raises:
         UserError: naming the first class that differs.
     """
-    expected, samples = class_names_of(checkpoint), checkpoint.get("class_samples") or {}
+    expected, samples = class_names_of(checkpoint), checkpoint.get("class_samples")
     for part, data in parts.items():
         found = _renamed(data.class_names, expected)
-        found = found or _exchanged(data, tuple(samples.get(part) or ()), part)
+        checksums = samples.get(part) if isinstance(samples, Mapping) else None
+        found = found or _exchanged(data, checksums if isinstance(checksums, (list, tuple)) else (), part)
         if found and not allow_mismatch:
             raise UserError(f"{what}: {found}; use the data it was trained on, or add --allow-class-mismatch")
         if found:
@@ -446,7 +449,8 @@ def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]
         about: the same of this run; None is not known, and not compared.
         flags: names of those to compare.
     """
-    then = _as_json({"args": flags_of(checkpoint), "run": checkpoint.get("run") or {}})
+    run = checkpoint.get("run")
+    then = _as_json({"args": flags_of(checkpoint), "run": run if isinstance(run, Mapping) else {}})
     now = _as_json({"args": about["args"], "run": about["run"]})
     pairs = [
         (f"--{name.replace('_', '-')}", value, now["args"][name])
@@ -463,4 +467,4 @@ def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]
 
 def _as_json(values: Any) -> Any:
     """The same as JSON has it, which knows no difference of list and tuple."""
-    return json.loads(json.dumps(values, default=str))
+    return json.loads(json.dumps(values, default=str, skipkeys=True))

@@ -17,6 +17,7 @@ import sys
 import types
 import zlib
 
+import fuzz_files
 import numpy as np
 import pytest
 import tiny
@@ -810,3 +811,28 @@ def test_a_decoder_that_uses_up_memory_is_a_broken_image(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(augment.ImageError, match="decompression bomb"):
         augment.open_rgb(io.BytesIO(content))
+
+
+# -- mutations ---------------------------------------------------------------------------------------------------------
+
+
+def test_mutated_files_are_read_or_refused(tmp_path):
+    signal.alarm(120)  # each has 5 seconds of its own
+    counts, findings = fuzz_files.fuzz(mutations=108, seed=1, folder=tmp_path)
+    assert not findings
+    assert sum(count["read"] for count in counts.values()) > 20 < sum(count["refused"] for count in counts.values())
+
+
+def test_the_fuzz_reports_exceptions_and_signals(tmp_path, monkeypatch):
+    def read(folder):
+        content = (folder / "file").read_bytes()
+        if content != b"0123456789" * 9 and len(content) <= 90:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(content) > 90:
+            raise LookupError("wrong")
+
+    subject = (lambda folder: (folder / "file").write_bytes(b"0123456789" * 9), "file", read)
+    monkeypatch.setitem(fuzz_files.SUBJECTS, "file", subject)
+    counts, findings = fuzz_files.fuzz(mutations=20, seed=0, folder=tmp_path, names=["file"])
+    assert {what.partition(":")[0] for _, _, what in findings} == {"LookupError", "ended by SIGKILL"}
+    assert counts["file"]["findings"] == len(findings) >= 15
