@@ -9,10 +9,12 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
-import urllib.parse
+import tempfile
+import urllib.error
+import urllib.request
 import zipfile
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
@@ -218,7 +220,7 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
 
     Args:
         path: a `.pth` file written by `save_checkpoint` or the original code, a `.safetensors` file, or an https
-            address of one with its SHA-256: `NAME-1a2b3c4d.pth`, or `...#sha256=...`.
+            address of one with its SHA-256: `...#sha256=...`, or `NAME-1a2b3c4d5e6f7a8b.pth`.
         flag: the flag that named it, for the error message.
         mmap: read tensors only when they are used, without their checksums; for what else a file says.
 
@@ -336,35 +338,77 @@ def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     return (size[-2:][0], size[-1]) if isinstance(size, list | tuple) and size else None
 
 
-def file_hash(path: str) -> str | None:
-    """SHA-256 of a file; for a download, which states it, the address; None if there is no such file."""
-    if "://" in path:
-        return path
-    if not Path(path).is_file():
-        return None
+# -- downloads ---------------------------------------------------------------------------------------------------------
+
+
+def file_hash(path: str, flag: str) -> str | None:
+    """SHA-256 of a file or of a download; None if there is no such file."""
+    path = _download(path, flag) if "://" in path else path
+    return _sha256(Path(path)) if Path(path).is_file() else None
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(address: str, flag: str) -> str:
-    """Fetch a file into torch's cache, once; its path."""
+def _address(address: str, flag: str) -> tuple[str, str, str]:
+    """The address without its fragment, the name of the file there, and its SHA-256, or the first digits of that.
+
+    Raises:
+        UserError: if it is not https, or states less than 16 digits.
+    """
     url, _, fragment = address.partition("#")
-    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
-    published = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment) or re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if not url.startswith("https://") or published is None:
+    name = url.partition("?")[0].rpartition("/")[2]
+    stated = re.fullmatch(r"sha256=([0-9a-fA-F]{16,64})", fragment) or re.search(r"-([0-9a-f]{16,64})\.\w+$", name)
+    if not url.startswith("https://") or stated is None:
         raise UserError(
-            f"{flag} {address}: a download needs https and its SHA-256, in its name (NAME-1a2b3c4d.pth) or as "
-            f"...#sha256=1a2b3c4d...; or give a local file"
+            f"{flag} {address}: a download needs https and at least 16 digits of its SHA-256, as ...#sha256=... or in "
+            f"its name (NAME-1a2b3c4d5e6f7a8b.pth); or give a local file"
         )
-    # The part before the name keeps two files called best.pth apart.
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{zlib.crc32(address.encode()):08x}-{name}"
+    return url, name, stated[1].lower()
+
+
+def _download(address: str, flag: str) -> str:
+    """Fetch a file into torch's cache, unless it is there as published; its path."""
+    url, name, published = _address(address, flag)
+    # A name made here: that in an address may be a path, or the same as in another address.
+    key = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
+    name = f"{key}-{re.sub('[^A-Za-z0-9._-]', '_', name)[-64:]}"
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=published[1].lower(), progress=False)
+        if not path.is_file() or not _sha256(path).startswith(published):
+            _fetch(url, path, published)
     except Exception as error:
         raise UserError(f"{flag} {address}: cannot be downloaded ({reason(error)}); give a local file") from error
     return str(path)
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https addresses only."""
+
+    def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any, url: str) -> Any:
+        if not url.startswith("https://"):
+            raise urllib.error.URLError(f"it redirects to {url}, which is not https")
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _fetch(url: str, path: Path, published: str) -> None:
+    """Download a file, which takes its name once its hash is right. (`torch.hub` follows redirects to anywhere.)
+
+    Raises:
+        ValueError: if it has another hash.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, "part")
+        with urllib.request.build_opener(_HttpsOnly).open(request, timeout=60) as answer, open(part, "wb") as stream:
+            shutil.copyfileobj(answer, stream, 2**20)
+        found = _sha256(part)
+        if not found.startswith(published):
+            raise ValueError(f"its SHA-256 is {found[: len(published)]}, not {published}")
+        os.replace(part, path)
 
 
 # -- what a file says of its run, and comparing two runs ---------------------------------------------------------------

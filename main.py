@@ -82,7 +82,8 @@ class Run:
     @functools.cached_property
     def teacher_hash(self) -> str | None:
         """SHA-256 of the teacher's file, read once; None if there is none."""
-        return checkpoints.file_hash(self.args.teacher_path) if self.args.teacher_path else None
+        path = self.args.teacher_path
+        return checkpoints.file_hash(path, "--teacher-path") if path else None
 
     @property
     def normalization(self) -> Normalization:

@@ -1,6 +1,10 @@
 """What all tests share."""
 
+import http.server
 import os
+import ssl
+import subprocess
+import threading
 
 import pytest
 import torch
@@ -16,3 +20,53 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class _Web(http.server.BaseHTTPRequestHandler):
+    """Answers a path, as it was asked for, with the bytes in `files`, or sends to the address that is there."""
+
+    files: dict[str, bytes | str] = {}
+
+    def do_GET(self):
+        found = self.files.get(self.path)
+        self.send_response(404 if found is None else 302 if isinstance(found, str) else 200)
+        if isinstance(found, str):
+            self.send_header("Location", found)
+        self.end_headers()
+        self.wfile.write(found if isinstance(found, bytes) else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A key and its self-signed certificate for 127.0.0.1, in one file."""
+    path = tmp_path_factory.mktemp("certificate") / "both.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    try:
+        subprocess.run([*command, "-keyout", path, "-out", path.with_suffix(".crt")], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("makes its certificate with openssl")
+    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
+    return path
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch, certificate):
+    """A web server on this machine: (its https address, the files that it serves by their path)."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # is trusted
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    handler = type("Handler", (_Web,), {"files": {}})
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"https://127.0.0.1:{server.server_port}", handler.files
+        server.shutdown()
+        thread.join()

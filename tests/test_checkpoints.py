@@ -2,16 +2,12 @@
 
 import argparse
 import errno
-import functools
 import hashlib
-import http.server
 import os
 import pickle
 import resource
-import threading
 import tracemalloc
 import types
-import urllib.request
 import zipfile
 from pathlib import Path, PureWindowsPath
 
@@ -21,6 +17,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+import checkpoints
 from checkpoints import compare_classes, file_hash, read_checkpoint, save_checkpoint
 from utils import RunError, UserError
 
@@ -319,81 +316,64 @@ def test_values_in_a_file_do_not_let_code_in_beside_them(tmp_path, cls):
         torch.load(tmp_path / "x.pth", weights_only=True)
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()
 
 
-@pytest.fixture
-def address(tmp_path, monkeypatch):
-    """The https address of a web server for the files in tmp_path / "web" (without the encryption)."""
-    (tmp_path / "web").mkdir()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    handler = functools.partial(_Quiet, directory=str(tmp_path / "web"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-
-        def unencrypted(request):
-            request.full_url = request.full_url.replace("https://", "http://")
-            return urllib.request.urlopen(request)
-
-        monkeypatch.setattr(torch.hub, "urlopen", unencrypted)
-        yield f"https://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+def saved(folder, epoch):
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(checkpoint_of(epoch), folder, is_best=False)
+    return (folder / "checkpoint.pth").read_bytes()
 
 
-def hash_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_files_of_one_name_at_two_addresses_are_two_files(tmp_path, address):
+def test_files_of_one_name_at_two_addresses_are_two_files(tmp_path, web):
+    address, files = web
     addresses = []
     for run in (1, 2):
-        (tmp_path / "web" / f"run{run}").mkdir()
-        save_checkpoint(checkpoint_of(run), tmp_path / "web" / f"run{run}", is_best=True)
-        published = hash_of(tmp_path / "web" / f"run{run}" / "best.pth")
-        addresses.append(f"{address}/run{run}/best.pth#sha256={published}")
+        files[f"/run{run}/best.pth"] = content = saved(tmp_path / f"run{run}", run)
+        addresses.append(f"{address}/run{run}/best.pth#sha256={hash_of(content)}")
     assert [read_checkpoint(each, "--finetune")["epoch"] for each in addresses] == [1, 2]
 
 
-def test_a_hash_in_the_file_s_name_is_taken_at_its_word(tmp_path, address):
-    save_checkpoint(checkpoint_of(5), tmp_path, is_best=False)
-    content = (tmp_path / "checkpoint.pth").read_bytes()
-    good, bad = f"deit-{hash_of(tmp_path / 'checkpoint.pth')[:8]}.pth", "deit-0a1b2c3d.pth"
-    for name in (good, bad):
-        (tmp_path / "web" / name).write_bytes(content)
+def test_a_hash_in_the_file_s_name_is_taken_at_its_word(tmp_path, web):
+    address, files = web
+    content = saved(tmp_path / "run", 5)
+    good, bad = f"deit-{hash_of(content)[:16]}.pth", "deit-0a1b2c3d4e5f6a7b.pth"
+    files |= {f"/{good}": content, f"/{bad}": content}
     assert read_checkpoint(f"{address}/{good}", "--finetune")["epoch"] == 5
-    with pytest.raises(UserError, match="--finetune .*invalid hash value"):
-        read_checkpoint(f"{address}/{bad}", "--finetune")
-    with pytest.raises(UserError, match="invalid hash value"):  # and nothing is left to be believed the next time
-        read_checkpoint(f"{address}/{bad}", "--finetune")
+    for _ in range(2):  # nothing is left to be believed the second time
+        with pytest.raises(UserError, match=f"--finetune .*its SHA-256 is {hash_of(content)[:16]}, not 0a1b2c3d"):
+            read_checkpoint(f"{address}/{bad}", "--finetune")
+    assert len(names_in(tmp_path / "cache" / "hub" / "checkpoints")) == 1
 
 
 @pytest.mark.parametrize(
     "change",
-    [("https", "http"), ("#sha256=", "#md5="), ("#sha256=1234567890", ""), ("https", "ftp"), ("https", "file")],
+    [("https", "http"), ("#sha256=", "#md5="), ("#sha256=1234567890123456", ""), ("https", "ftp"), ("https", "file")],
 )
 def test_a_download_without_encryption_or_hash_is_refused(change, monkeypatch):
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("it was downloaded"))
-    with pytest.raises(UserError, match="--resume .*: a download needs https and its SHA-256"):
-        read_checkpoint("https://example.org/best.pth#sha256=1234567890".replace(*change), "--resume")
+    monkeypatch.setattr(checkpoints, "_fetch", lambda *_: pytest.fail("it was downloaded"))
+    with pytest.raises(UserError, match="--resume .*: a download needs https and at least 16 digits of its SHA-256"):
+        read_checkpoint("https://example.org/best.pth#sha256=1234567890123456".replace(*change), "--resume")
 
 
-def test_a_malicious_download_is_never_executed(tmp_path, address):
-    path = tmp_path / "web" / "best.pth"
-    torch.save({"model": Malicious(tmp_path / "marker")}, path)
+def test_a_malicious_download_is_never_executed(tmp_path, web):
+    address, files = web
+    torch.save({"model": Malicious(tmp_path / "marker")}, tmp_path / "best.pth")
+    files["/best.pth"] = content = (tmp_path / "best.pth").read_bytes()
     with pytest.raises(UserError, match="--finetune .*never run"):
-        read_checkpoint(f"{address}/best.pth#sha256={hash_of(path)}", "--finetune")
+        read_checkpoint(f"{address}/best.pth#sha256={hash_of(content)}", "--finetune")
     assert not (tmp_path / "marker").exists()
 
 
-def test_an_address_without_a_file_is_refused(address):
-    with pytest.raises(UserError, match="--finetune .*cannot be downloaded"):
-        read_checkpoint(f"{address}/nothing-0a1b2c3d.pth", "--finetune")
+def test_an_address_without_a_file_is_refused(web):
+    with pytest.raises(UserError, match="--finetune .*cannot be downloaded .*404"):
+        read_checkpoint(f"{web[0]}/nothing-0a1b2c3d4e5f6a7b.pth", "--finetune")
+
+
+def test_the_hash_of_a_download_is_that_of_the_file(tmp_path, web):
+    web[1]["/best.pth"] = content = saved(tmp_path / "run", 5)
+    assert file_hash(f"{web[0]}/best.pth#sha256={hash_of(content)[:16]}", "--teacher-path") == hash_of(content)
 
 
 def test_the_hash_of_a_large_file_takes_little_memory(tmp_path):
@@ -404,7 +384,7 @@ def test_the_hash_of_a_large_file_takes_little_memory(tmp_path):
             expected.update(content)
     tracemalloc.start()
     try:
-        found = file_hash(str(tmp_path / "large.pth"))
+        found = file_hash(str(tmp_path / "large.pth"), "--teacher-path")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

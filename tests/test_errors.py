@@ -412,7 +412,11 @@ CASES = {
         "--resume {w}/flipped.pth",
         "checkpoint_previous",
     ),
-    "resume over http": (f"{DEIT} --resume http://example.org/a-0a1b2c3d.pth", "--resume http://", "needs https"),
+    "resume over http": (
+        f"{DEIT} --resume http://example.org/a-0a1b2c3d4e5f6a7b.pth",
+        "--resume http://",
+        "needs https",
+    ),
     "finetune from a download without a hash": (
         f"{DEIT} --finetune https://example.org/best.pth",
         "--finetune https://example.org/best.pth",
