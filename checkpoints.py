@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import hashlib
 import inspect
 import json
@@ -80,11 +81,24 @@ def _link(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)  # it is still there if `target` was `source` already
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file of torch's format is complete and its checksums, which torch does not look at, are right."""
+def is_whole(path: Path, checksums: bool = True) -> bool:
+    """Whether a file of torch's format is complete and its checksums, which torch does not look at, are right.
+
+    Its records must lie one after the other as they are: a small compressed one may be terabytes.
+    """
+    if not path.is_file():  # opening a pipe would wait for a writer
+        return False
     try:
-        with zipfile.ZipFile(regular_file(path)) as file:
-            return file.testzip() is None
+        with zipfile.ZipFile(path) as file:
+            records = sorted(file.infolist(), key=lambda record: record.header_offset)
+            ends = [*(record.header_offset for record in records[1:]), path.stat().st_size]
+            stored = all(
+                record.compress_type == zipfile.ZIP_STORED
+                and record.header_offset + record.file_size <= end
+                and record.compress_size == record.file_size
+                for record, end in zip(records, ends, strict=True)
+            )
+            return stored and not (checksums and file.testzip())
     except Exception:  # a damaged directory of its parts can look like anything
         return False
 
@@ -236,15 +250,20 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; check the path") from None
     zipped = zipfile.is_zipfile(path)  # older versions of torch wrote another format
-    if zipped and not mmap and not is_whole(Path(path)):
-        raise UserError(f"{flag} {path}: is damaged (wrong checksum); give another, such as {PREVIOUS}")
+    if zipped and not is_whole(Path(path), checksums=not mmap):
+        raise UserError(
+            f"{flag} {path}: is damaged (wrong checksum, or records that overlap or are compressed); give another, "
+            f"such as {PREVIOUS}"
+        )
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            return {"model": load_file(path)}
-        with torch.serialization.safe_globals(_VALUES):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped and is_utf8(path))
+            checkpoint = {"model": load_file(path)}
+        else:
+            with torch.serialization.safe_globals(_VALUES):
+                # With mmap, a record that is smaller than the file claims cannot lead to memory beyond the file.
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and is_utf8(path))
     except Exception as error:
         raise UserError(
             f"{flag} {path}: not a readable checkpoint (truncated, another format, or it holds code, which is never "
@@ -252,7 +271,54 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{flag} {path}: holds a {type(checkpoint).__name__}, not a checkpoint; give a checkpoint.pth")
-    return checkpoint
+    found = _odd_value(checkpoint)
+    if found:
+        raise UserError(f"{flag} {path}: {found}; give a file of plain tensors such as checkpoint.pth or best.pth")
+    return checkpoint if mmap else copy.deepcopy(checkpoint)  # the file may be overwritten
+
+
+_MOST_VALUES, _DEEPEST = 2**19, 50  # in a checkpoint
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TYPES += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _odd_value(checkpoint: Mapping[Any, Any]) -> str:
+    """What in a file is not what it looks like: a tensor without its own values, a list of itself. In words, or ''."""
+    count, waiting = 0, [((), checkpoint)]  # names of keys from the outside in, and what is there
+    while waiting:
+        names, value = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or len(names) > _DEEPEST:
+            return "its values are nested without end"
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        wrong = ""
+        if isinstance(value, torch.Tensor):
+            wrong = _odd_tensor(value)
+        elif isinstance(value, int) and value.bit_length() > 1000:
+            wrong = f"a number of {value.bit_length()} bits"
+        elif isinstance(value, Mapping):
+            waiting += [((*names, key if isinstance(key, (str, int)) else "?"), each) for key, each in value.items()]
+            waiting += [(names, key) for key in value if not isinstance(key, str)]  # these are looked at first
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [((*names, index), each) for index, each in enumerate(value)]
+        if wrong:
+            return f"{'.'.join(map(str, names))[:200]} is {wrong}"
+    return ""
+
+
+def _odd_tensor(tensor: torch.Tensor) -> str:
+    """What makes a tensor other than a block of numbers, in words, or ''."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+    if tensor.device.type != "cpu":
+        return f"a tensor on the device {tensor.device}"
+    if tensor.dtype not in _TYPES:
+        return f"a tensor of type {tensor.dtype}"
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        return f"a tensor of shape {list(tensor.shape)} expanded from fewer values"
+    return ""
 
 
 def weights_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, torch.Tensor]:
