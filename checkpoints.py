@@ -8,6 +8,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -402,6 +403,168 @@ def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     size = flags_of(checkpoint).get("input_size")
     size = [size] if isinstance(size, int) else size  # so in the original code; in timm, channels come first
     return (size[-2:][0], size[-1]) if isinstance(size, list | tuple) and size else None
+
+
+# -- the state of an optimizer -----------------------------------------------------------------------------------------
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The optimizer's state in a checkpoint, for its `load_state_dict`, which looks at no more than group sizes.
+
+    Each tensor becomes a new one of the memory layout that the optimizer gives it. Kernels rely on that.
+
+    Raises:
+        UserError: if it is not a state of this optimizer for these parameters.
+    """
+    try:
+        _check_counters(checkpoint)
+        saved, own = checkpoint["optimizer"], optimizer.state_dict()
+        state = {key: dict(each) for key, each in saved["state"].items()}
+        groups = [dict(group) for group in saved["param_groups"]]
+        _check_groups(groups, own["param_groups"])
+        examples = _examples(optimizer)
+        unknown = state.keys() - range(len(examples))
+        if unknown:
+            raise ValueError(f"optimizer.state has {min(map(str, unknown))}, which is no parameter")
+        wanted = [index for index, (_, example) in enumerate(examples) if example]
+        missing = [index for index in wanted if not state.get(index)]
+        skipped = checkpoint.get("scaler") or any(_skipped(checkpoint))
+        if missing and len(missing) == len(wanted) and checkpoint["step"] > 0 and not skipped:
+            raise ValueError("optimizer.state is empty")
+        if 0 < len(missing) < len(wanted):
+            logger.warning("%s: %d of %d parameters have no optimizer state", path, len(missing), len(wanted))
+        for index in state.keys() - set(missing):
+            parameter, example = examples[index]
+            state[index] = _fitted_state(state[index], parameter, example, f"optimizer.state.{index}")
+    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
+        why = f"has no {error}" if isinstance(error, LookupError) else reason(error)
+        raise UserError(
+            f"--resume {path}: has no training state that fits ({why}); start from its weights with --finetune, or "
+            f"pass the --opt and --train-scope it was trained with"
+        ) from None
+    return {"state": state, "param_groups": groups}
+
+
+def _check_counters(checkpoint: Mapping[str, Any]) -> None:
+    """Make sure that what says where a run continues is numbers.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    progress = checkpoint.get("progress") or {"images": 0, "totals": []}
+    numbers = {name: checkpoint[name] for name in ("epoch", "step")} | {"progress.images": progress["images"]}
+    wrong = [name for name, value in numbers.items() if not (isinstance(value, int) and 0 <= value < 2**53)]
+    more = {"best_acc1": checkpoint["best_acc1"]} | {
+        f"scaler.{key}": each for key, each in checkpoint["scaler"].items()
+    }
+    more |= {f"progress.{key}": each for totals in progress["totals"] for key, each in totals.items()}
+    wrong += [name for name, value in more.items() if not _is_number(value)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {(numbers | more)[wrong[0]]}")
+
+
+def _skipped(checkpoint: Mapping[str, Any]) -> list[float]:
+    """Of each rank, the updates of the epoch that were skipped as their gradient was not finite."""
+    progress = checkpoint.get("progress") or {"totals": []}
+    return [totals.get("skipped", 0) for totals in progress["totals"]]
+
+
+def _check_groups(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the parameters of each group, and the kinds of its options.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    if len(saved) != len(own):
+        raise ValueError(f"{len(saved)} groups of parameters, not {len(own)}")
+    for number, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+        if list(theirs["params"]) != ours["params"]:
+            raise ValueError(f"{len(theirs['params'])} parameters in group {number}, not {len(ours['params'])}")
+        for name in theirs.keys() & ours.keys() - {"params", "fused", "foreach"}:
+            values = [
+                group[name] if isinstance(group[name], (list, tuple)) else [group[name]] for group in (theirs, ours)
+            ]
+            # Switches such as `maximize` are no flags of a run.
+            same = len(values[0]) == len(values[1]) and all(
+                left == right or right is None or (_is_number(left) and _is_number(right))
+                for left, right in zip(*values, strict=True)
+            )
+            if not same:
+                raise ValueError(f"optimizer.param_groups.{number}.{name} is {theirs[name]}, here {ours[name]}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _examples(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """Of each parameter, one of its shape and memory layout, and the state that the optimizer keeps for that.
+
+    They are those of a copy of the optimizer after a step; parameters that are alike share one.
+    """
+    stand_ins: dict[Any, torch.Tensor] = {}
+    memo: dict[int, Any] = {}  # as deepcopy keeps it: what has a copy already
+    positions = []
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            key = number, parameter.shape, parameter.stride(), parameter.dtype
+            if key not in stand_ins:
+                stand_ins[key] = torch.full_like(parameter.detach(), 0.1).requires_grad_()
+                stand_ins[key].grad = torch.full_like(stand_ins[key], 1e-3)
+            memo[id(parameter)] = stand_ins[key]
+            positions.append(stand_ins[key])
+    trial = _without_state(optimizer, memo)
+    for group in trial.param_groups:
+        group["params"] = list(dict.fromkeys(group["params"]))
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        trial.step()
+    state = getattr(trial, "_base_optimizer", trial).state  # of timm's Lookahead
+    return [(stand_in.detach(), dict(state.get(stand_in) or {})) for stand_in in positions]
+
+
+def _without_state(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
+    """A copy, with all of its attributes, which deepcopy drops."""
+    memo[id(optimizer.state)] = collections.defaultdict(dict)
+    memo[id(optimizer)] = twin = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        nested = isinstance(value, torch.optim.Optimizer)
+        vars(twin)[name] = _without_state(value, memo) if nested else copy.deepcopy(value, memo)
+    return twin
+
+
+def _fitted_state(
+    state: Mapping[str, Any], parameter: torch.Tensor, example: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """The state of one parameter. More than in the example, there may be tensors of the parameter's shape."""
+    missing = example.keys() - state.keys()
+    if missing:
+        raise ValueError(f"{name} has no {min(missing)}")
+    return {key: _fitted(value, example.get(key, parameter), f"{name}.{key}") for key, value in state.items()}
+
+
+def _fitted(value: Any, example: Any, name: str) -> Any:
+    """A value of an optimizer's state as the optimizer would have made it.
+
+    Raises:
+        ValueError: if it is of another kind, shape or type, or not finite.
+    """
+    if isinstance(example, (list, tuple)) and isinstance(value, (list, tuple)) and len(value) == len(example):
+        pairs = enumerate(zip(value, example, strict=True))
+        return type(example)(_fitted(left, right, f"{name}.{index}") for index, (left, right) in pairs)
+    if isinstance(value, torch.Tensor) and _is_number(example) and value.numel() == 1:
+        value = value.item()  # versions of an optimizer count its steps in either way
+    if isinstance(example, torch.Tensor) and example.numel() == 1 and _is_number(value):
+        value = torch.full_like(example, value)
+    if isinstance(example, torch.Tensor) and isinstance(value, torch.Tensor):
+        if value.shape != example.shape or value.dtype != example.dtype:
+            shapes = [f"{list(each.shape)} of {each.dtype}" for each in (value, example)]
+            raise ValueError(f"{name} is {shapes[0]}, not {shapes[1]}")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        return torch.empty_like(example).copy_(value.detach())
+    if (_is_number(value) and _is_number(example)) or (type(value) is type(example) and value == example):
+        return value
+    raise ValueError(f"{name} is a {type(value).__name__}, not a {type(example).__name__}")
 
 
 # -- downloads ---------------------------------------------------------------------------------------------------------

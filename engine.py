@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import save_checkpoint
+from checkpoints import optimizer_state, save_checkpoint
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
 from models import load_weights, set_train_mode, weights_of
@@ -332,9 +332,10 @@ class TrainState:
                 logger.warning("%s has no averaged weights; the average starts from its weights", path)
             average = {"model": checkpoint.get("model_ema") or weights}
             load_weights(self.ema.module, weights_of(average, "--resume", path), "--resume", path)
+        saved = optimizer_state(self.optimizer, checkpoint, path)
         try:
             options = set(self.optimizer.defaults)  # taken before loading, which adds to them
-            self.optimizer.load_state_dict(_implemented_as(self.optimizer, checkpoint["optimizer"]))
+            self.optimizer.load_state_dict(_implemented_as(self.optimizer, saved))
             if not options <= self.optimizer.param_groups[0].keys():
                 raise ValueError("the state of another optimiser")
             self.scaler.load_state_dict(checkpoint["scaler"])
