@@ -16,7 +16,7 @@ import datasets
 import models
 import models_evit
 from checkpoints import flags_of, read_checkpoint
-from utils import UserError, is_utf8, regular_file
+from utils import UserError, escaped, is_utf8, regular_file
 
 MOST_WORDS, MOST_RECIPES = 10_000, 100  # of a command line
 LONGEST_RECIPE = 2**16  # bytes
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         for word in message.partition("unrecognized arguments: ")[2].split():
             near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
             message += f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+        self.exit(2, f"{self.prog}: error: {escaped(message)}; --help lists the flags\n")
 
 
 def _hyphenated(word: str) -> str:

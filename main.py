@@ -42,7 +42,7 @@ from augment import Normalization, ViewOptions
 from flags import FREE_ON_RESUME, TRAINED, check_flags, fill, parse_args, parse_command, shaping, spelled
 from samplers import Batch
 from sources import Data
-from utils import Preempted, RunError, UserError, World, logger
+from utils import Preempted, RunError, UserError, World, escaped, logger
 
 
 def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
@@ -414,12 +414,26 @@ def cli(argv: Sequence[str] | None = None) -> None:
                 f"is intact",
                 1,
             )
-        _end(f"{traceback.format_exc()}main.py: {rank}run ended: {type(error).__name__}: {utils.last_line(error)}", 1)
+        sys.stderr.write("".join(f"{escaped(line)}\n" for line in traceback.format_exc().splitlines()))
+        _end(f"main.py: {rank}run ended: {type(error).__name__}: {utils.last_line(error)}", 1)
+
+
+def what_is_kept(args: argparse.Namespace | None) -> str:
+    """What an ended run has left in its folder, as the end of a message; '' where this process does not know."""
+    if args is None or args.eval or args.precompute_teacher or os.environ.get("RANK", "0") != "0":
+        return ""
+    latest, config = Path(args.output_dir, checkpoints.LATEST), Path(args.output_dir, "config.json")
+    with contextlib.suppress(OSError):
+        # With --overwrite there may be one of an earlier run.
+        if args.output_dir and (args.resume or latest.stat().st_mtime_ns >= config.stat().st_mtime_ns):
+            latest.stat()
+            return "; the last checkpoint is intact"
+    return "; no checkpoint has been written"
 
 
 def _end(message: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):  # a terminal that is gone
-        print(message, file=sys.stderr, flush=True)
+        print(escaped(message), file=sys.stderr, flush=True)
     utils.kill_workers()
     # A rank that fails must not wait at exit for the others, nor they for it.
     if utils.is_distributed():

@@ -65,7 +65,7 @@ class Job:
         try:
             main.main(self._args_of(environment.job_id))
         except utils.Preempted as stopped:
-            print(f"rank {environment.global_rank}: {stopped}", file=sys.stderr, flush=True)
+            print(f"rank {environment.global_rank}: {utils.escaped(str(stopped))}", file=sys.stderr, flush=True)
             if stopped.signal in (signal.SIGTERM, signal.SIGINT):  # the job is cancelled, or requeued by others
                 sys.exit(75)
             # submitit's own handler, which was put aside during the run: its first task asks for the requeue.
@@ -126,7 +126,7 @@ def cli(argv: list[str] | None = None) -> None:
         args = flags.parse_command(argv, get_parser())
         job = submit(args)
     except UserError as error:
-        print(f"run_with_submitit.py: error: {error}", file=sys.stderr)
+        print(f"run_with_submitit.py: error: {utils.escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
     print(f"job {job.job_id}: logs in {Path(args.job_dir).resolve() / job.job_id}", flush=True)
     if args.cluster == "slurm":

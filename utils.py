@@ -465,10 +465,8 @@ class StopSignals:
                 kept = f"not saved: {reason(error)}"
         kill_workers()
         with contextlib.suppress(OSError):  # a terminal that is gone
-            text = (
-                f"main.py: stopped by {signal.Signals(number).name}, and stuck for {self.timeout:g} s since; {kept}\n"
-            )
-            os.write(2, text.encode())
+            text = f"main.py: stopped by {signal.Signals(number).name}, and stuck for {self.timeout:g} s since; {kept}"
+            os.write(2, f"{escaped(text)}\n".encode())
         os._exit(75)
 
 
@@ -687,10 +685,23 @@ def open_standard_error() -> None:
         sys.stderr = os.fdopen(descriptor if descriptor == 2 else os.dup2(descriptor, 2), "w")
 
 
+def escaped(text: str) -> str:
+    """The text on one line, without control characters: names in files could forge lines or steer a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+class _OneLine(logging.Formatter):
+    """Makes one line of each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
 def set_up_logging(world: World) -> None:
     """Send this run's log lines to standard error; only rank 0 says anything below an error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.lastResort.setFormatter(_OneLine())  # of loggers without a handler, such as timm's
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if world.is_main else logging.ERROR)

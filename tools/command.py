@@ -15,7 +15,7 @@ from torch import nn
 import flags
 from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
-from utils import RunError, UserError
+from utils import RunError, UserError, escaped
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def errors_in_a_line(tool: str) -> Iterator[None]:
     try:
         yield
     except (UserError, RunError, OSError) as error:
-        print(f"{tool}: error: {error}", file=sys.stderr)
+        print(f"{tool}: error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -37,11 +37,10 @@ def main() -> None:
     for folder in parser.parse_args().folders:
         try:
             print(summary(folder))
-        except FileNotFoundError:
-            print(f"summarize: error: {folder} has no log.txt; name a run's --output-dir", file=sys.stderr)
-            sys.exit(2)
         except OSError as error:
-            print(f"summarize: error: {folder / 'log.txt'}: {error.strerror}; name another folder", file=sys.stderr)
+            print(
+                f"summarize: error: {folder / 'log.txt'}: {error.strerror}; name a run's --output-dir", file=sys.stderr
+            )
             sys.exit(2)
 
 

@@ -30,7 +30,7 @@ from flags import fill, in_range
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
 from tools import command
-from utils import UserError, World, init_distributed
+from utils import UserError, World, escaped, init_distributed
 
 GAP, HEADING, SMALLEST_PANEL = 4, 14, 160  # pixels
 
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             picture.save(file)
             left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions) or "all kept"
             name = source.images.describe(source.order[number])
-            print(f"{file}: {name}, {math.prod(grid)} patches, {left}")
+            print(f"{file}: {escaped(name)}, {math.prod(grid)} patches, {left}")
 
 
 if __name__ == "__main__":
