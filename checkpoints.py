@@ -53,7 +53,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
     """Write `checkpoint.pth`, keep the one before as `checkpoint_previous.pth`, and `best.pth` if it is the best.
 
     Raises:
-        RunError: if the disk takes no more; the earlier files are intact.
+        RunError: if the disk takes no more. The earlier files stay as they are.
     """
     latest = folder / LATEST
     try:
@@ -65,7 +65,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
                 _link(latest, folder / PREVIOUS)
     # torch.save turns a full disk into a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write a checkpoint to {folder}: {reason(error)}; the earlier one is intact") from error
+        raise RunError(f"cannot write a checkpoint to {folder}: {reason(error)}") from error
 
 
 def _link(source: Path, target: Path) -> None:

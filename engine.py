@@ -717,8 +717,7 @@ def _require_finite(state: TrainState) -> None:
     # The loss of the last step says nothing of the weights that this step left behind.
     if not all(bool(weight.isfinite().all()) for weight in state.module.parameters()):
         raise RunError(
-            f"the weights are not finite in epoch {state.epoch}; try a lower --lr, --clip-grad 1, or --amp off; the "
-            f"last checkpoint is intact"
+            f"the weights are not finite in epoch {state.epoch}; try a lower --lr, --clip-grad 1, or --amp off"
         )
 
 

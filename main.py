@@ -393,25 +393,24 @@ def cli(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, Preempted):
             _end(f"main.py: {rank}{error}", 75)
         if isinstance(error, RunError):
-            _end(f"main.py: {rank}run ended: {utils.last_line(error)}", 1)
+            _end(f"main.py: {rank}run ended: {utils.last_line(error)}{what_is_kept(args)}", 1)
         if utils.is_full_memory(error):
             _end(
                 f"main.py: {rank}run ended: the shared memory, /dev/shm, is full ({utils.last_line(error)}); pass "
-                f"--num-workers 0, or give the machine or container more (docker run --shm-size)",
+                f"--num-workers 0, or give the machine or container more (docker run --shm-size){what_is_kept(args)}",
                 1,
             )
         if utils.is_lost_loader(error):
             _end(
                 f"main.py: {rank}run ended: a data-loader worker is gone ({utils.last_line(error)}); if memory ran "
-                f"out, lower --num-workers or --ram-cache; the last checkpoint is intact",
+                f"out, lower --num-workers or --ram-cache{what_is_kept(args)}",
                 1,
             )
         if not utils.is_distributed():
             raise
         if utils.is_lost_peer(error):
             _end(
-                f"main.py: {rank}run ended: another process is gone (its own message says why); the last checkpoint "
-                f"is intact",
+                f"main.py: {rank}run ended: another process is gone (its own message says why){what_is_kept(args)}",
                 1,
             )
         sys.stderr.write("".join(f"{escaped(line)}\n" for line in traceback.format_exc().splitlines()))

@@ -822,7 +822,7 @@ def _disk_faults(what: Any) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write to {what}: {error.strerror}; the checkpoint is intact") from error
+        raise RunError(f"cannot write to {what}: {error.strerror}") from error
 
 
 @dataclass
@@ -1013,8 +1013,7 @@ class StepLog:
             where = "on another rank" if math.isfinite(rows[bad_steps[0]]["loss"]) else "here"
             raise RunError(
                 f"the loss is not finite in epoch {self.epoch} at step {first + bad_steps[0]} ({where}); try a lower "
-                f"--lr, --clip-grad 1, or --amp off, or tolerate some with --max-skipped-steps; the last checkpoint is "
-                f"intact"
+                f"--lr, --clip-grad 1, or --amp off, or tolerate some with --max-skipped-steps"
             )
         for step, row in enumerate(rows):
             if step in bad_steps:

@@ -513,7 +513,7 @@ def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     last = error.splitlines()[-1]
-    assert re.match(r"main.py: run ended: cannot write a checkpoint to .*; the earlier one is intact", last), error
+    assert re.match(r"main.py: run ended: cannot write a checkpoint to .*; the last checkpoint is intact", last), error
     latest, previous = checkpoint(tmp_path), checkpoint(tmp_path, "checkpoint_previous.pth")
     assert (latest["epoch"], previous["epoch"]) == (3, 2)
     assert not list(tmp_path.glob(".*.tmp"))
