@@ -474,6 +474,7 @@ def parse_trained(
     given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))))
     given = {name: value for name, value in given.items() if value is not unset}
     saved = {name: value for name, value in flags_of(checkpoint).items() if value is not None}
+    _refuse_to_fetch(saved, given, path)
     kept = TRAINED
     if given.get("data_set", saved.get("data_set")) != saved.get("data_set"):  # other data: all that is said of them
         kept = [name for name in kept if name not in SHAPES["evaluation"] or name == "eval_crop_ratio"]
@@ -485,6 +486,22 @@ def parse_trained(
     return parser.parse_args([*as_words, *(sys.argv[1:] if words is None else words)])
 
 
+def _refuse_to_fetch(saved: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
+    """Refuse a checkpoint that chooses what is downloaded, or for `wds/` a command that is run: that is the user's."""
+    data_set = str(saved.get("data_set"))
+    if data_set.startswith(datasets.SCHEMES) and not data_set.startswith("torch/") and "data_set" not in given:
+        raise UserError(
+            f"--resume {path}: names data to fetch ({data_set}), which a checkpoint may not choose; if you trust it, "
+            f"add --data-set {data_set}"
+        )
+    for name in ("data_path", "train_split", "val_split"):
+        if data_set.startswith("wds/") and ":" in str(saved.get(name)) and name not in given:
+            raise UserError(
+                f"--resume {path}: names data to fetch ({saved[name]}), which a checkpoint may not choose; if you "
+                f"trust it, add {spelled(name)} {saved[name]}"
+            )
+
+
 def _words(name: str, value: Any, path: str) -> list[str]:
     """How a user gives a flag the value that it has in a checkpoint."""
     if isinstance(value, bool):
@@ -494,6 +511,8 @@ def _words(name: str, value: Any, path: str) -> list[str]:
         if keys:
             raise UserError(f"--resume {path}: sets {keys[0]!r} in {spelled(name)}; a checkpoint may not choose that")
         return [spelled(name), *(f"{key}={each!r}" for key, each in value.items())] if value else []
+    if name == "model_kwargs":
+        raise UserError(f"--resume {path}: its --model-kwargs are a {type(value).__name__}; give another file")
     if name == "model" and (":" in str(value) or "/" in str(value)):
         raise UserError(f"--resume {path}: names a model to fetch ({value}), which a checkpoint may not choose")
     if name == "input_size":  # one number in the original implementation's checkpoints
