@@ -95,6 +95,9 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     flags.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
     if args.cluster != "slurm" and args.nodes != 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
+    for name in ("job_dir", "partition", "constraint", "comment"):  # they become lines of a script
+        if not (getattr(args, name) or "").isprintable():
+            raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
     # A relative folder would mean another place on another machine.
     args = argparse.Namespace(**{**vars(args), "job_dir": str(Path(args.job_dir).resolve())})
     Path(args.job_dir).mkdir(parents=True, exist_ok=True)
