@@ -402,7 +402,9 @@ def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """Size of the images that a checkpoint was trained with, if its flags say so."""
     size = flags_of(checkpoint).get("input_size")
     size = [size] if isinstance(size, int) else size  # so in the original code; in timm, channels come first
-    return (size[-2:][0], size[-1]) if isinstance(size, list | tuple) and size else None
+    if not isinstance(size, (list, tuple)) or not size or not all(isinstance(side, int) and side > 0 for side in size):
+        return None
+    return size[-2:][0], size[-1]
 
 
 # -- the state of an optimizer -----------------------------------------------------------------------------------------

@@ -380,10 +380,12 @@ def cli(argv: Sequence[str] | None = None) -> None:
 
     0 done, 1 a fault during the run, 2 a mistake in the flags or files, 75 stopped by a signal and saved.
     """
+    args = None
     utils.open_standard_error()
     try:
         with utils.EndingSignals(timeout=10):
-            main(parse_command(argv))
+            args = parse_command(argv)
+            main(args)
     except utils.Interrupted as stop:
         _end(f"main.py: {stop}", 75)
     except Exception as error:
@@ -392,41 +394,36 @@ def cli(argv: Sequence[str] | None = None) -> None:
             _end(f"main.py: error: {error}", 2)
         if isinstance(error, Preempted):
             _end(f"main.py: {rank}{error}", 75)
-        if isinstance(error, RunError):
-            _end(f"main.py: {rank}run ended: {utils.last_line(error)}{what_is_kept(args)}", 1)
-        if utils.is_full_memory(error):
-            _end(
-                f"main.py: {rank}run ended: the shared memory, /dev/shm, is full ({utils.last_line(error)}); pass "
-                f"--num-workers 0, or give the machine or container more (docker run --shm-size){what_is_kept(args)}",
-                1,
-            )
-        if utils.is_lost_loader(error):
-            _end(
-                f"main.py: {rank}run ended: a data-loader worker is gone ({utils.last_line(error)}); if memory ran "
-                f"out, lower --num-workers or --ram-cache{what_is_kept(args)}",
-                1,
-            )
-        if not utils.is_distributed():
+        why = _fault(error)
+        if not why and not utils.is_distributed():
             raise
-        if utils.is_lost_peer(error):
-            _end(
-                f"main.py: {rank}run ended: another process is gone (its own message says why){what_is_kept(args)}",
-                1,
-            )
-        sys.stderr.write("".join(f"{escaped(line)}\n" for line in traceback.format_exc().splitlines()))
-        _end(f"main.py: {rank}run ended: {type(error).__name__}: {utils.last_line(error)}", 1)
+        if not why:
+            sys.stderr.write("".join(f"{escaped(line)}\n" for line in traceback.format_exc().splitlines()))
+        why = why or f"{type(error).__name__}: {utils.last_line(error)}"
+        _end(f"main.py: {rank}run ended: {why}{_what_is_kept(args)}", 1)
 
 
-def what_is_kept(args: argparse.Namespace | None) -> str:
+def _fault(error: Exception) -> str:
+    """What ended a run, in words; '' for what is not known."""
+    said = utils.last_line(error)
+    if isinstance(error, RunError):
+        return said
+    if utils.is_full_memory(error):
+        remedy = "pass --num-workers 0, or give the machine or container more (docker run --shm-size)"
+        return f"the shared memory, /dev/shm, is full ({said}); {remedy}"
+    if utils.is_lost_loader(error):
+        return f"a data-loader worker is gone ({said}); if memory ran out, lower --num-workers or --ram-cache"
+    if utils.is_distributed() and utils.is_lost_peer(error):
+        return "another process is gone (its own message says why)"
+    return ""
+
+
+def _what_is_kept(args: argparse.Namespace | None) -> str:
     """What an ended run has left in its folder, as the end of a message; '' where this process does not know."""
     if args is None or args.eval or args.precompute_teacher or os.environ.get("RANK", "0") != "0":
         return ""
-    latest, config = Path(args.output_dir, checkpoints.LATEST), Path(args.output_dir, "config.json")
-    with contextlib.suppress(OSError):
-        # With --overwrite there may be one of an earlier run.
-        if args.output_dir and (args.resume or latest.stat().st_mtime_ns >= config.stat().st_mtime_ns):
-            latest.stat()
-            return "; the last checkpoint is intact"
+    if args.output_dir and checkpoints.holds_checkpoint(Path(args.output_dir)):
+        return "; the last checkpoint is intact"
     return "; no checkpoint has been written"
 
 

@@ -52,7 +52,7 @@ def create_model(
         if pretrained:
             _check_published(name, flag, {key: value for key, value in options.items() if value is not None})
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
-    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError, OSError) as error:
+    except Exception as error:  # a folder's config.json, of local-dir:, can be anything
         why = reason(error)
         if pretrained and not isinstance(error, (TypeError, AssertionError)):  # which speak of the options
             raise UserError(
@@ -354,7 +354,9 @@ def _fit_pos_embed(
     old_prefix = 0
     if embeds_prefix:
         old_prefix = ("cls_token" in weights) + ("dist_token" in weights)
-        old_prefix += weights["reg_token"].shape[1] if "reg_token" in weights else 0
+        old_prefix += weights["reg_token"].numel() // current.shape[-1] if "reg_token" in weights else 0
+    if pos_embed.shape[0] != 1 or pos_embed.shape[1] <= old_prefix:
+        return pos_embed
     prefix, patches = pos_embed[:, :old_prefix], pos_embed[:, old_prefix:]
     old_grid = _grid_of(patches.shape[1], weights, size) or grid
     if old_grid == grid and old_prefix == new_prefix:
@@ -370,7 +372,7 @@ def _grid_of(
 ) -> tuple[int, int] | None:
     """Rows and columns of the patches: by the size of the images, else a square if it can be one, else unknown."""
     patch = weights.get("patch_embed.proj.weight")
-    if size is not None and patch is not None and patch.ndim == 4:
+    if size is not None and patch is not None and patch.ndim == 4 and patch.numel():
         grid = size[0] // patch.shape[2], size[1] // patch.shape[3]
         if math.prod(grid) == num_patches:
             return grid
@@ -420,7 +422,7 @@ def _setting(name: str, value: Any) -> Any:
         value = {"drop_loc": models_evit.DROP_LOC, "fuse_token": True, "model_kwargs": {}}.get(name)
     if name == "model_kwargs":
         value = {key: each for key, each in value.items() if not ("drop" in key and key.endswith("rate"))}
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=str, skipkeys=True))
 
 
 def _shown(value: Any) -> str:

@@ -101,4 +101,5 @@ def _num_classes(model: str, weights: Mapping[str, torch.Tensor]) -> int:
     heads = config.classifier if config is not None else None
     name = f"{heads if isinstance(heads, str) else (heads or [''])[0]}.weight"
     keys = [key for key in weights if f".{key}".endswith(f".{name}")]  # of a module around the model, perhaps
+    keys = [key for key in keys if weights[key].ndim and weights[key].numel()]
     return len(weights[min(keys, key=len)]) if keys else 1000
