@@ -460,6 +460,7 @@ def _check_counters(checkpoint: Mapping[str, Any]) -> None:
         f"scaler.{key}": each for key, each in checkpoint["scaler"].items()
     }
     more |= {f"progress.{key}": each for totals in progress["totals"] for key, each in totals.items()}
+    more |= {f"broken_images.{place}": each for place, each in enumerate(checkpoint.get("broken_images") or [])}
     wrong += [name for name, value in more.items() if not _is_number(value)]
     if wrong:
         raise ValueError(f"{wrong[0]} is {(numbers | more)[wrong[0]]}")
@@ -646,10 +647,13 @@ def _fetch(url: str, path: Path, published: str) -> None:
 
 
 def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of the run that wrote a checkpoint, ours or the original implementation's; {} if it does not say."""
+    """The flags of the run that wrote a checkpoint, ours or the original implementation's, as JSON has them.
+
+    {} if it does not say.
+    """
     args = checkpoint.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return {name: value for name, value in args.items() if isinstance(name, str)} if isinstance(args, Mapping) else {}
+    return _as_json(args) if isinstance(args, Mapping) else {}
 
 
 def class_names_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
@@ -681,11 +685,11 @@ def compare_classes(
     Raises:
         UserError: naming the first class that differs.
     """
-    expected, samples = class_names_of(checkpoint), checkpoint.get("class_samples")
+    expected, samples = class_names_of(checkpoint), _as_json(checkpoint.get("class_samples"))
     for part, data in parts.items():
         found = _renamed(data.class_names, expected)
-        checksums = samples.get(part) if isinstance(samples, Mapping) else None
-        found = found or _exchanged(data, checksums if isinstance(checksums, (list, tuple)) else (), part)
+        checksums = samples.get(part) if isinstance(samples, dict) else None
+        found = found or _exchanged(data, checksums if isinstance(checksums, list) else [], part)
         if found and not allow_mismatch:
             raise UserError(f"{what}: {found}; use the data it was trained on, or add --allow-class-mismatch")
         if found:
@@ -741,5 +745,5 @@ def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]
 
 
 def _as_json(values: Any) -> Any:
-    """The same as JSON has it, which knows no difference of list and tuple."""
+    """The same as JSON has it, which knows no difference of list and tuple; other values as text."""
     return json.loads(json.dumps(values, default=str, skipkeys=True))

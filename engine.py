@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import optimizer_state, save_checkpoint
+from checkpoints import ema_of, optimizer_state, save_checkpoint
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
 from models import load_weights, set_train_mode, weights_of
@@ -328,10 +328,10 @@ class TrainState:
         weights = weights_of(checkpoint, "--resume", path)
         load_weights(self.module, weights, "--resume", path)
         if self.ema is not None:
-            if not checkpoint.get("model_ema"):
+            average = ema_of(checkpoint, "--resume", path)
+            if average is None:
                 logger.warning("%s has no averaged weights; the average starts from its weights", path)
-            average = {"model": checkpoint.get("model_ema") or weights}
-            load_weights(self.ema.module, weights_of(average, "--resume", path), "--resume", path)
+            load_weights(self.ema.module, average or weights, "--resume", path)
         saved = optimizer_state(self.optimizer, checkpoint, path)
         try:
             options = set(self.optimizer.defaults)  # taken before loading, which adds to them

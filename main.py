@@ -246,8 +246,10 @@ def resume(
     trained = checkpoints.flags_of(checkpoint)
     if "model" in trained:
         models.refuse_another_model(vars(args), trained, f"--resume {args.resume}")
-    begun = (checkpoint.get("progress") or {}).get("images", 0)
-    if loader.is_stream and 0 < begun < loader.updates_per_epoch * loader.images_per_update:
+    progress = checkpoint.get("progress")
+    images = progress.get("images") if isinstance(progress, dict) else None
+    epoch = loader.updates_per_epoch * loader.images_per_update
+    if loader.is_stream and isinstance(images, int) and 0 < images < epoch:
         changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)

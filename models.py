@@ -405,7 +405,7 @@ def refuse_another_model(flags: Mapping[str, Any], trained: Mapping[str, Any], w
     Raises:
         UserError: naming the first flag that differs.
     """
-    here, there = flags["model"], trained["model"]
+    here, there = flags["model"], str(trained["model"])
     becomes_evit = here != there and models_evit.plain_name(here) == models_evit.plain_name(there)
     compared = ("patch_size", "model_kwargs") if becomes_evit else MODEL_FLAGS
     for name in (name for name in compared if name in trained):
@@ -420,7 +420,7 @@ def _setting(name: str, value: Any) -> Any:
     """A flag's value as JSON has it, with its default, and without what matters in training only."""
     if value is None:
         value = {"drop_loc": models_evit.DROP_LOC, "fuse_token": True, "model_kwargs": {}}.get(name)
-    if name == "model_kwargs":
+    if name == "model_kwargs" and isinstance(value, Mapping):
         value = {key: each for key, each in value.items() if not ("drop" in key and key.endswith("rate"))}
     return json.loads(json.dumps(value, default=str, skipkeys=True))
 

@@ -106,9 +106,10 @@ def _check_teacher_model(trained: Mapping[str, Any], options: TeacherOptions) ->
     if "model" not in trained:
         return
     also = ("patch_size", "drop_loc", "fuse_token")  # flags of their own there, keyword arguments here
-    kwargs = (trained.get("model_kwargs") or {}) | {
-        name: trained[name] for name in also if trained.get(name) is not None
-    }
+    kwargs = trained.get("model_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise UserError(f"--teacher-path {options.teacher_path}: its model_kwargs are no dict; give another file")
+    kwargs |= {name: trained[name] for name in also if trained.get(name) is not None}
     here = {key: value for key, value in options.teacher_model_kwargs.items() if key not in ("keep_rate", "img_size")}
     there = {"model": trained["model"], "model_kwargs": kwargs}
     here = {"model": options.teacher_model, "model_kwargs": here}
