@@ -292,7 +292,7 @@ def _class_samples(source: Source) -> tuple[int, ...]:
     return tuple(samples.tolist())
 
 
-def _fetch(name: str, root: Path, make: Callable[[], Any]) -> Any:
+def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
     """Call a torchvision data set that may download; turn what can go wrong into one line."""
     try:
         return make()
@@ -316,7 +316,9 @@ def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Sou
     if held_out is not None and needed:
         return _folder_tree(root / "train", held_out, eval_only)
     with main_process_first(local_rank):
-        parts = [_fetch(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)]
+        parts = [
+            _downloaded(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)
+        ]
     train, val = (whole_source(MemoryImages(part.data), part.targets, part.classes) for part in parts)
     return train, val
 
@@ -326,7 +328,7 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
     flowers = torchvision.datasets.Flowers102
     with main_process_first(local_rank):
         train, val, test = (
-            _fetch("FLOWERS", root, partial(flowers, str(root), split, download=True))
+            _downloaded("FLOWERS", root, partial(flowers, str(root), split, download=True))
             for split in ("train", "val", "test")
         )
     paths, labels = train._image_files + val._image_files, train._labels + val._labels

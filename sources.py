@@ -131,9 +131,8 @@ class Source:
             if self.broken is not None and self.broken.add(index):
                 return self._sample((place + 1) % len(self), read)
             remedy = ", then --resume auto, or skip some with --skip-broken-images" if self.is_training else ""
-            what = "image" if self.is_training else "validation image"
             raise RunError(
-                f"cannot read {what} {self.images.describe(index)} ({error}); fix or remove it{remedy}"
+                f"cannot read image {self.images.describe(index)} ({error}); fix or remove it{remedy}"
             ) from error
 
     def label_checksum(self) -> int:

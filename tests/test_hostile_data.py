@@ -769,7 +769,7 @@ def test_a_run_reads_folders_that_are_not_utf_8(tmp_path):
     (tmp_path / "run").rename(folder / "run")
     more = ["--output-dir", tmp_path / "more", "--resume", folder / "run" / "checkpoint.pth", "--epochs", "2"]
     main.cli([str(word) for word in (*words, *more)])
-    assert [record["epoch"] for record in tiny.log_of(tmp_path / "more")] == [1]
+    assert [record["epoch"] for record in tiny.log_of(tmp_path / "more")] == [0, 1]
     main.cli(["--eval", "--resume", str(folder / "run" / "best.pth"), "--num-workers", "0"])
 
 

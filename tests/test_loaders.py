@@ -512,7 +512,7 @@ def test_broken_image_is_named_in_one_line(tmp_path, how, num_workers):
         list(val_loader(source, num_workers=num_workers))
     traceback.clear_frames(info.tb)  # torch waits long for loader processes that are left to the garbage collector
     line = last_line(info.value)
-    assert "\n" not in line and line.startswith("cannot read validation image") and str(path) in line
+    assert "\n" not in line and line.startswith("cannot read image") and str(path) in line
 
 
 def test_broken_image_of_a_hugging_face_set_is_named_by_its_number(tmp_path):

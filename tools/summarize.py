@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from utils import read_log
+from utils import escaped, read_log
 
 
 def summary(folder: Path) -> str:
@@ -14,8 +15,11 @@ def summary(folder: Path) -> str:
 
     Raises:
         OSError: if the folder has no log.txt, or it cannot be read.
+        ValueError: if it has no epoch.
     """
     records = read_log(folder)
+    if not records:
+        raise ValueError("has no epoch of a run yet")
     tested = [record for record in records if isinstance(record.get("test_acc1"), float | int)]
     lines = [f"{folder}: {len(records)} epochs"]
     if tested:
@@ -38,10 +42,14 @@ def main() -> None:
         try:
             print(summary(folder))
         except OSError as error:
-            print(
-                f"summarize: error: {folder / 'log.txt'}: {error.strerror}; name a run's --output-dir", file=sys.stderr
-            )
-            sys.exit(2)
+            _end(f"{folder / 'log.txt'}: {error.strerror}; name a run's --output-dir")
+        except ValueError as error:
+            _end(f"{folder / 'log.txt'}: {error}")
+
+
+def _end(message: str) -> NoReturn:
+    print(f"summarize: error: {escaped(message)}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
