@@ -610,7 +610,7 @@ def _download(address: str, flag: str) -> str:
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     try:
         if not path.is_file() or not _sha256(path).startswith(published):
-            _fetch(url, path, published)
+            _fetch_file(url, path, published)
     except Exception as error:
         raise UserError(f"{flag} {address}: cannot be downloaded ({reason(error)}); give a local file") from error
     return str(path)
@@ -625,7 +625,7 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def _fetch(url: str, path: Path, published: str) -> None:
+def _fetch_file(url: str, path: Path, published: str) -> None:
     """Download a file, which takes its name once its hash is right. (`torch.hub` follows redirects to anywhere.)
 
     Raises:

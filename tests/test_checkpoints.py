@@ -352,7 +352,7 @@ def test_a_hash_in_the_file_s_name_is_taken_at_its_word(tmp_path, web):
     [("https", "http"), ("#sha256=", "#md5="), ("#sha256=1234567890123456", ""), ("https", "ftp"), ("https", "file")],
 )
 def test_a_download_without_encryption_or_hash_is_refused(change, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_fetch", lambda *_: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(checkpoints, "_fetch_file", lambda *_: pytest.fail("it was downloaded"))
     with pytest.raises(UserError, match="--resume .*: a download needs https and at least 16 digits of its SHA-256"):
         read_checkpoint("https://example.org/best.pth#sha256=1234567890123456".replace(*change), "--resume")
 
