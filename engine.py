@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import ema_of, optimizer_state, save_checkpoint
+from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
 from models import load_weights, set_train_mode, weights_of
@@ -230,6 +230,7 @@ class TrainState:
         best_acc1: best top-1 accuracy so far, in per cent, of an EViT at its final keep rate; -1 if there is none.
         epoch: the epoch to train next, or to resume.
         totals: of a resumed epoch, what each rank's `StepLog` had collected.
+        opt: timm's name of the optimizer, or None if it is not known.
     """
 
     model: nn.Module
@@ -244,6 +245,7 @@ class TrainState:
     best_acc1: float = -1.0
     epoch: int = 0
     totals: list[dict[str, float]] = field(default_factory=list)
+    opt: str | None = None
     scaler: torch.amp.GradScaler = field(init=False)
     _micro_step: int = field(default=0, init=False)
 
@@ -323,7 +325,7 @@ class TrainState:
             images_per_update: images in one of them, over all ranks.
 
         Raises:
-            UserError: if it is for another model or holds weights only.
+            UserError: if it is for another model or another optimizer, or holds weights only.
         """
         weights = weights_of(checkpoint, "--resume", path)
         load_weights(self.module, weights, "--resume", path)
@@ -332,13 +334,10 @@ class TrainState:
             if average is None:
                 logger.warning("%s has no averaged weights; the average starts from its weights", path)
             load_weights(self.ema.module, average or weights, "--resume", path)
-        saved = optimizer_state(self.optimizer, checkpoint, path)
         try:
-            options = set(self.optimizer.defaults)  # taken before loading, which adds to them
-            self.optimizer.load_state_dict(_implemented_as(self.optimizer, saved))
-            if not options <= self.optimizer.param_groups[0].keys():
-                raise ValueError("the state of another optimiser")
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            self._load_optimizer(checkpoint, path)
+            if checkpoint["scaler"]:  # empty from a run in another precision
+                self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch, step = int(checkpoint["epoch"]), int(checkpoint["step"])
             self.best_acc1 = float(checkpoint["best_acc1"])
             progress = checkpoint.get("progress") or {"images": 0, "totals": []}
@@ -356,6 +355,35 @@ class TrainState:
                 "%s was written with other updates per epoch; this run has %d, and shows %d images of epoch %d again",
                 *(path, updates_per_epoch, again, self.epoch),
             )
+
+    def _load_optimizer(self, checkpoint: Mapping[str, Any], path: str) -> None:
+        """Load what the optimizer has collected of each weight; its options stay those of this run.
+
+        Raises:
+            UserError: if another optimizer wrote it.
+            LookupError, ValueError, TypeError, AttributeError: if it does not fit.
+        """
+        saved, written_by = checkpoint["optimizer"], flags_of(checkpoint).get("opt")
+        if written_by and self.opt and _optimizer_of(written_by) != _optimizer_of(self.opt):
+            raise UserError(
+                f"--resume {path}: was trained with --opt {written_by}, whose state --opt {self.opt} cannot use; pass "
+                f"--opt {written_by}, or start from its weights with --finetune"
+            )
+        own = [{name: group[name] for name in group.keys() - _COUNTED} for group in self.optimizer.param_groups]
+        for name in _FLAGS.keys() & own[0].keys() & saved["param_groups"][0].keys():
+            then, now = (any(group[name] for group in groups) for groups in (saved["param_groups"], own))
+            if then != now:
+                raise UserError(
+                    f"{_FLAGS[name]}: --resume {path} was trained {'with' if then else 'without'} it, so the state of "
+                    f"the optimizer does not fit; pass the value it was trained with, or start from its weights with "
+                    f"--finetune"
+                )
+        saved = optimizer_state(self.optimizer, checkpoint, path)
+        groups = list(zip(saved["param_groups"], own, strict=True))
+        if not (written_by and self.opt) and any(_fixed(group) != _fixed(options) for group, options in groups):
+            raise ValueError("the state of another optimizer")
+        # in force before loading, which depends on the implementation, fused or not
+        self.optimizer.load_state_dict(saved | {"param_groups": [group | options for group, options in groups]})
 
 
 @dataclass(frozen=True)
@@ -430,13 +458,34 @@ def build_state(
         clip_grad=options.clip_grad,
         max_skipped_steps=options.max_skipped_steps,
         ema=ema,
+        opt=options.opt,
     )
 
 
-def _implemented_as(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved state for this optimiser's implementation, fused or not, in place of the one that wrote it."""
-    own = {name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults}
-    return saved | {"param_groups": [group | own for group in saved["param_groups"]]}
+# Of an optimizer's groups: what is counted there; what flags decide; what the schedule or the implementation decides.
+_COUNTED = {"params", "param_names", "step", "lookahead_step"}
+_FLAGS = {
+    "weight_decay": "--weight-decay",
+    "momentum": "--momentum",
+    "eps": "--opt-eps",
+    **dict.fromkeys(("betas", "beta1", "betas_1d"), "--opt-betas"),
+}
+_FREE = {*_COUNTED, *_FLAGS, "lr", "initial_lr", "max_lr_snapshot", "fused", "foreach"}
+
+
+def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that tell optimizers apart."""
+    return {name: value for name, value in group.items() if name not in _FREE}
+
+
+def _optimizer_of(name: str) -> tuple[bool, str]:
+    """Whether Lookahead is around an optimizer of timm's, and which it is: `nesterov` is `sgd`."""
+    *prefix, base = name.lower().split("_")
+    has_lookahead = prefix[:1] == ["lookahead"]
+    try:
+        return has_lookahead, get_optimizer_info(base).name
+    except ValueError:  # of another version of timm
+        return has_lookahead, base
 
 
 def train_one_epoch(

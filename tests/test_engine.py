@@ -391,6 +391,117 @@ def test_a_checkpoint_of_the_other_implementation_goes_on(name, written, read, a
     assert norm[0] < 1e-3 * norm[1]
 
 
+CHANGED = {"weight_decay": 0.2, "betas": (0.7, 0.8), "eps": 1e-3, "momentum": 0.6}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lookahead_adamw", "sgd", "lion", "rmsproptf", "adan", "lamb", "muon"])
+def test_a_resumed_optimizer_has_the_options_of_its_run(name):
+    first, second = (build_deit() for _ in range(2))
+    changed = CHANGED | ({"betas": (0.7, 0.8, 0.9)} if name == "adan" else {})
+    state = TrainState(first, first, build_optimizer(first, name, lr=0.01, weight_decay=0.05, eps=1e-8, momentum=0.9))
+    for batch in random_batches((4, 4)):
+        take_step(state, batch)
+    resumed = TrainState(second, second, build_optimizer(second, name, lr=0.02, **changed))
+    options = [dict(group) for group in resumed.optimizer.param_groups]
+    resumed.resume(copy.deepcopy(state.state_dict([])), "here", updates_per_epoch=2)
+    assert {group["weight_decay"] for group in options} == {0, 0.2}
+    for group, expected in zip(resumed.optimizer.param_groups, options, strict=True):
+        assert {key: group[key] for key in expected.keys() - {"params", "lookahead_step"}} == {
+            key: expected[key] for key in expected.keys() - {"params", "lookahead_step"}
+        }
+        assert group.get("lookahead_step", 2) == 2  # counted on, not set back
+    take_step(resumed, random_batches((4,))[0])
+
+
+def test_the_update_after_a_resume_is_adamw_with_the_new_options():
+    model, twin = build_deit().double(), build_deit().double()
+    batches = random_batches((4, 4), dtype=torch.float64)
+    state = TrainState(model, model, build_optimizer(model, "adamw", lr=0.01, weight_decay=0.05, betas=(0.9, 0.99)))
+    grads = [gradients(model, batches[0])]
+    take_step(state, batches[0])
+    resumed = TrainState(twin, twin, build_optimizer(twin, "adamw", lr=0.02, **CHANGED))
+    resumed.resume(copy.deepcopy(state.state_dict([])), "here", updates_per_epoch=2)
+    grads.append(gradients(twin, batches[1]))
+    before = weights_in(twin)
+    take_step(resumed, batches[1])
+    for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias", "pos_embed"):
+        g1, g2, w = (each[name].numpy() for each in (*grads, before))
+        m = 0.7 * (0.1 * g1) + 0.3 * g2
+        v = 0.8 * (0.01 * g1**2) + 0.2 * g2**2
+        decay = 0.2 if name.endswith("fc1.weight") else 0
+        step = 0.02 * (m / (1 - 0.7**2)) / (np.sqrt(v / (1 - 0.8**2)) + 1e-3)
+        np.testing.assert_allclose(twin.get_parameter(name).detach().numpy(), w * (1 - 0.02 * decay) - step, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "written, read",
+    [
+        ("sgd", "momentum"),
+        ("adamw", "adam"),
+        ("adamw", "lookahead_adamw"),
+        ("lookahead_adamw", "adamw"),
+        ("lion", "sgd"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_the_state_of_another_optimizer_is_refused(written, read, named):
+    model = build_deit()
+    state = TrainState(model, model, build_optimizer(model, written, lr=0.01, momentum=0.9))
+    take_step(state, random_batches((4,))[0])
+    checkpoint = state.state_dict([]) | ({"args": {"opt": written}} if named else {})
+    other = TrainState(model, model, build_optimizer(model, read, lr=0.01, momentum=0.9), opt=read)
+    told = f"was trained with --opt {written}, whose state --opt {read} cannot use" if named else "pass the --opt"
+    with pytest.raises(UserError, match=f"^--resume here: [^\n]*{told}"):
+        other.resume(checkpoint, "here", updates_per_epoch=2)
+
+
+@pytest.mark.parametrize(
+    "written, read", [("nesterov", "SGD"), ("AdamW", "adamw"), ("lookahead_adamw", "Lookahead_AdamW")]
+)
+def test_two_names_of_an_optimizer_are_one(written, read):
+    model = build_deit()
+    state = TrainState(model, model, build_optimizer(model, written, lr=0.01, momentum=0.9))
+    take_step(state, random_batches((4,))[0])
+    other = TrainState(model, model, build_optimizer(model, read, lr=0.01, momentum=0.9), opt=read)
+    other.resume(state.state_dict([]) | {"args": {"opt": written}}, "here", updates_per_epoch=1)
+    assert_same_bits(other.optimizer.state_dict()["state"], state.optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize(
+    "name, written, read, flag",
+    [
+        ("rmsproptf", {"momentum": 0.0}, {"momentum": 0.9}, "--momentum"),  # would be a KeyError in the first step
+        ("adamw", {"weight_decay": 0.0}, {"weight_decay": 0.05}, "--weight-decay"),  # divides the weights otherwise
+        ("adamw", {"weight_decay": 0.05}, {"weight_decay": 0.0}, "--weight-decay"),
+        ("adafactor", {}, {"betas": (0.9, 0.99)}, "--opt-betas"),
+    ],
+)
+def test_an_option_that_changes_what_is_collected_is_refused(name, written, read, flag):
+    model = build_deit()
+    state = TrainState(model, model, build_optimizer(model, name, lr=0.01, **written))
+    take_step(state, random_batches((4,))[0])
+    other = TrainState(model, model, build_optimizer(model, name, lr=0.01, **read), opt=name)
+    with pytest.raises(UserError, match=f"^{flag}: --resume here was trained with[^\n]*; pass the value"):
+        other.resume(state.state_dict([]) | {"args": {"opt": name}}, "here", updates_per_epoch=2)
+
+
+PRECISIONS = [None, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("written", PRECISIONS)
+@pytest.mark.parametrize("read", PRECISIONS)
+def test_a_checkpoint_is_resumed_in_another_precision(written, read):
+    first, second = state_of(build_deit(), amp_dtype=written), state_of(build_deit(), amp_dtype=read)
+    if written is torch.float16:
+        first.scaler.load_state_dict(first.scaler.state_dict() | {"scale": 1024.0, "_growth_tracker": 7})
+    second.resume(copy.deepcopy(first.state_dict([])), "here", updates_per_epoch=2)
+    if read is torch.float16:
+        restored = second.scaler.state_dict()
+        expected = (1024.0, 7) if written is read else (65536.0, 0)
+        assert (restored["scale"], restored["_growth_tracker"]) == expected
+    take_step(second, random_batches((4,))[0])
+
+
 @pytest.mark.parametrize("name, options", [("adamww", {}), ("adamw", {"betas": (0.9,)}), ("adamw", {"eps": -1.0})])
 def test_an_optimiser_that_cannot_be_built_is_the_user_s_mistake(name, options):
     with pytest.raises(UserError, match=f"^--opt {name}: [^\n]*$"):

@@ -328,9 +328,14 @@ CASES = {
         "give a file",
     ),
     "resume with another optimiser": (
-        f"{DEIT} --resume {{w}}/run/checkpoint.pth --opt sgd --epochs 2",
-        "--resume {w}/run/checkpoint.pth",
-        "pass the --opt",
+        f"{DEIT} --resume {{w}}/run/checkpoint.pth --opt adam --epochs 2",
+        "--resume {w}/run/checkpoint.pth: was trained with --opt adamw, whose state --opt adam cannot use",
+        "pass --opt adamw",
+    ),
+    "resume without weight decay": (
+        f"{DEIT} --resume {{w}}/run/checkpoint.pth --weight-decay 0 --epochs 2",
+        "--weight-decay: --resume {w}/run/checkpoint.pth was trained with it",
+        "pass the value it was trained with",
     ),
     "resume with another scope": (
         f"{DEIT} --resume {{w}}/run/checkpoint.pth --train-scope head --epochs 2",

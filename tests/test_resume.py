@@ -690,6 +690,26 @@ def test_what_changes_the_bits_of_a_resumed_run_is_named(flags, change, stopped,
     assert [record["epoch"] for record in tiny.log_of(stopped)] == list(range(4 if "--epochs" in flags else 3))
 
 
+def test_options_of_the_optimizer_are_in_force_when_they_change(stopped, capsys):
+    changed = ["--weight-decay", "0.1", "--opt-betas", "0.8", "0.9", "--opt-eps", "1e-6"]
+    run(stopped, "--resume", "auto", *changed)
+    groups = checkpoint(stopped)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0, 0.1]  # the first are biases and norms
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.8, 0.9), 1e-6)}
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if WARNING in line]
+    for change in ("--weight-decay was 0.05, is 0.1", "--opt-betas was None, is [0.8, 0.9]", "--opt-eps was 1e-08"):
+        assert change in warning
+
+
+@pytest.mark.parametrize("then, now", [("bf16", "fp16"), ("fp16", "bf16"), ("fp16", "off"), ("off", "fp16")])
+def test_a_run_is_resumed_in_another_precision(then, now, tmp_path, capsys):
+    short = ["--train-fraction", "0.1", "--drop", "0"]
+    run(tmp_path, *short, "--epochs", "1", "--amp", then)
+    run(tmp_path, *short, "--epochs", "2", "--amp", now, "--resume", "auto")
+    assert checkpoint(tmp_path)["epoch"] == 2 and bool(checkpoint(tmp_path)["scaler"]) is (now == "fp16")
+    assert "precision was " in capsys.readouterr().err
+
+
 def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, capsys):
     # 6 updates of 64 images are 12 of 32, or 4 of 96
     seen, iterate = [], loaders.EpochLoader.__iter__
