@@ -91,12 +91,12 @@ def build_lr_schedule(
     """Linear warm-up, then `options["sched"]`, stepped at every update.
 
     Args:
-        updates_per_epoch: optimiser updates in an epoch.
+        updates_per_epoch: optimizer updates in an epoch.
         epochs, warmup_epochs: lengths in epochs.
         options: further arguments of `timm.scheduler.create_scheduler_v2`.
 
     Raises:
-        UserError: a name that timm does not know.
+        UserError: for what timm refuses.
     """
     if 0 < epochs <= warmup_epochs:
         logger.warning(
@@ -111,10 +111,11 @@ def build_lr_schedule(
             updates_per_epoch=updates_per_epoch,
             **options,
         )
-    except (ValueError, AssertionError):
-        scheduler = None
-    if scheduler is None:
-        raise UserError(f"--sched {options.get('sched')}: not available; use cosine, step, multistep, tanh or poly")
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"--sched {options['sched']}: {reason(error)} (lengths in updates, of which an epoch has "
+            f"{updates_per_epoch}); change --epochs, --warmup-epochs or --decay-epochs, or use --sched cosine"
+        ) from None
     return LearningRate(scheduler)
 
 
@@ -128,8 +129,9 @@ class ScheduleOptions:
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     decay_epochs: float = 30
+    decay_milestones: Sequence[int] | None = None
     decay_rate: float = 0.1
-    cooldown_epochs: int = 10
+    poly_power: float = 1.0
     lr_noise: Sequence[float] | None = None
     lr_noise_pct: float = 0.67
     lr_noise_std: float = 1.0
@@ -149,8 +151,8 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
         warmup_lr=options.warmup_lr,
         min_lr=options.min_lr,
         decay_epochs=options.decay_epochs,
-        decay_rate=options.decay_rate,
-        cooldown_epochs=options.cooldown_epochs,
+        decay_milestones=sorted(options.decay_milestones or ()),
+        decay_rate=options.poly_power if options.sched == "poly" else options.decay_rate,  # one argument for both
         noise=options.lr_noise,
         noise_pct=options.lr_noise_pct,
         noise_std=options.lr_noise_std,

@@ -168,8 +168,8 @@ SHAPES = {
     # the updates: loss, optimizer, schedules, and what is trained
     "updates": _names("""
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
-        sched warmup_epochs warmup_lr min_lr decay_epochs decay_rate cooldown_epochs lr_noise lr_noise_pct
-        lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
+        sched warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power lr_noise
+        lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
         distill_on_class_token drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
         max_skipped_steps compile deterministic
@@ -181,7 +181,7 @@ SHAPES = {
         teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs allow_class_mismatch stop_timeout
     """),
     # accepted so that original command lines work, without effect
-    "original": _names("dist_eval distributed world_size dist_url patience_epochs"),
+    "original": _names("dist_eval distributed world_size dist_url cooldown_epochs patience_epochs"),
 }
 FREE_ON_RESUME = {*SHAPES["nothing"], *SHAPES["original"]}
 TRAINED = (*SHAPES["model"], *SHAPES["adjustable"], *SHAPES["evaluation"])  # what an evaluation takes from a checkpoint
@@ -198,6 +198,9 @@ ONE_VIEW = {
     "drop": 0,
     "drop_path": 0,
 }
+
+# timm's schedules that can follow updates
+SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant")
 
 # Arguments of timm's models that fetch or read files.
 _FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
@@ -360,14 +363,18 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     scaling = "multiply --lr by (effective batch / 512), its square root, or 1"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
-    add("--sched", default="cosine", help="timm's name of the learning-rate schedule")
+    add("--sched", choices=SCHEDULES, default="cosine", help="learning-rate schedule")
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
-    add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help="learning rate at the end of the schedule")
-    add("--decay-epochs", type=_POSITIVE, default=30, help="epochs between decays, for --sched step")
-    add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of a decay, for --sched step")
-    add("--cooldown-epochs", type=_NATURAL, default=10, help="epochs at --min-lr, for schedules that have cycles")
-    add("--patience-epochs", type=_NATURAL, default=10, help="accepted for original command lines; without effect")
+    floor = "learning rate at the end of the schedule; step, multistep and constant have none"
+    add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
+    length = "epochs between decays, for --sched step; length of the decay, for wsd and rsqrt, below 1 as a share"
+    add("--decay-epochs", type=_POSITIVE, default=30, help=length)
+    add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="when --sched multistep decays")
+    add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of a decay, for --sched step and multistep")
+    add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 falls linearly")
+    for name in ("--cooldown-epochs", "--patience-epochs"):
+        add(name, type=_NATURAL, default=10, help="accepted for original command lines; without effect")
     add("--lr-noise", type=_RATE, nargs="+", help="part of the schedule, from (to), with a noisy learning rate")
     add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="limit of the noise")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
@@ -565,6 +572,13 @@ def check_flags(args: argparse.Namespace) -> None:
     given = next((spelled(name) for name in SHAPES["tokens"] if getattr(args, name) is not None), None)
     if given and not models_evit.is_evit(args.model):
         raise UserError(f"{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
+    if args.sched == "multistep" and not args.decay_milestones:
+        raise UserError("--sched multistep: has no epochs to decay at; add --decay-milestones EPOCH ...")
+    if args.decay_milestones and args.sched != "multistep":
+        raise UserError(f"--decay-milestones: --sched {args.sched} has none; use --sched multistep, or drop them")
+    if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
+        noise = " ".join(map(str, args.lr_noise))
+        raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
     if len(args.input_size) > 2:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:

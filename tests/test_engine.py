@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +34,7 @@ from engine import (
     fit,
     train_one_epoch,
 )
-from flags import fill, parse_args
+from flags import SCHEDULES, check_flags, fill, parse_args
 from loaders import DeviceLoader, EpochLoader, collate
 from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
@@ -565,13 +567,74 @@ def test_a_rate_that_is_never_reached_is_worth_a_warning(caplog):
     assert "--warmup-epochs 2 takes all of the 2 epochs" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["cosin", "none", "plateau", ""])
-def test_a_schedule_that_cannot_follow_updates_is_the_user_s_mistake(name):
-    with pytest.raises(UserError, match=f"^--sched {name}: .*use cosine") as caught:
-        cosine_schedule(sched=name)
-    recommended = str(caught.value).partition("; use ")[2]
-    for other in re.findall(r"\w+", recommended.replace(" or ", " ")):
-        assert rate_at(cosine_schedule(sched=other, decay_rate=0.5, decay_epochs=3), 20) > 0
+def by_hand(words, update, updates_per_epoch=10, epochs=20, warmup=2, peak=0.00768, floor=7.68e-6, start=1e-6):
+    """The rate that these flags of the schedule give an update; timm's definitions, written down once more."""
+    e, last = update / updates_per_epoch, epochs * updates_per_epoch
+    if e < warmup:
+        # linear to the peak; timm's tanh aims at the rate that follows
+        target = by_hand(words, warmup * updates_per_epoch) if words == "--sched tanh" else peak
+        return start + (target - start) * e / warmup
+    share = update / last
+    decay = max(0.0, (e - 15) / 5)  # of the last 5 epochs
+    return {
+        "--sched cosine": lambda: floor + (peak - floor) * (1 + math.cos(math.pi * share)) / 2,
+        "--sched poly": lambda: floor + (peak - floor) * (1 - share),
+        "--sched poly --poly-power 2": lambda: floor + (peak - floor) * (1 - share) ** 2,
+        "--sched tanh": lambda: floor + (peak - floor) * (1 - math.tanh(-7 * (1 - share) + 3 * share)) / 2,
+        "--sched step --decay-epochs 6 --decay-rate 0.5": lambda: peak * 0.5 ** (e // 6),
+        # timm decays one update before the epoch
+        "--sched multistep --decay-milestones 16 6 --decay-rate 0.2": lambda: (
+            peak * 0.2 ** ((update + 1 >= 60) + (update + 1 >= 160))
+        ),
+        "--sched wsd --decay-epochs 5": lambda: floor + (peak - floor) * (1 - math.sqrt(decay)),
+        "--sched rsqrt --decay-epochs 5": lambda: floor + (peak / math.sqrt(e / 2) - floor) * (1 - decay),
+        "--sched constant": lambda: peak,
+    }[words]()
+
+
+RATES_AT_THE_END = {  # after 199 of 200 updates
+    "--sched cosine": 8.15e-6,
+    "--sched poly": 4.60e-5,
+    "--sched poly --poly-power 2": 7.87e-6,
+    "--sched tanh": 2.864e-5,
+    "--sched step --decay-epochs 6 --decay-rate 0.5": 9.6e-4,
+    "--sched multistep --decay-milestones 16 6 --decay-rate 0.2": 3.072e-4,
+    "--sched wsd --decay-epochs 5": 8.48e-5,
+    "--sched rsqrt --decay-epochs 5": 5.62e-5,
+    "--sched constant": 7.68e-3,
+}
+
+
+@pytest.mark.parametrize("words", RATES_AT_THE_END)
+def test_each_schedule_has_the_rates_computed_by_hand(words):
+    args = parse_args([*words.split(), "--epochs", "20", "--warmup-epochs", "2", "--min-lr", "7.68e-6"])
+    check_flags(args)
+    model = build_deit()
+    state = TrainState(model, model, build_optimizer(model, "adamw", lr=0.00768, weight_decay=0.05))
+    (schedule,) = engine.build_schedules(state, 10, fill(engine.ScheduleOptions, args))
+    for update in range(200):
+        assert rate_at(schedule, update) == pytest.approx(by_hand(words, update), rel=1e-9), update
+    assert schedule.value == pytest.approx(RATES_AT_THE_END[words], rel=0.01)
+
+
+def test_every_schedule_of_the_flag_is_tested_and_every_one_of_timm_s_is_there():
+    known = set(re.findall(r"sched == '(\w+)'", inspect.getsource(create_scheduler_v2))) | {"wsd", "rsqrt"}
+    assert {words.split()[1] for words in RATES_AT_THE_END} == set(SCHEDULES) == known - {"plateau"}
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("--sched wsd", "requires 0 < decay_epochs <= epochs - warmup_epochs, got decay 210"),  # the default, 30 epochs
+        ("--sched rsqrt --warmup-epochs 0 --decay-epochs 2", "requires a positive stable_timescale"),
+    ],
+)
+def test_a_schedule_that_timm_refuses_gives_its_reason(words, why):
+    args = parse_args(["--epochs", "10", *words.split()])
+    model = build_deit()
+    state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(UserError, match=f"^{' '.join(words.split()[:2])}: [^\n]*{why}[^\n]*; change --epochs"):
+        engine.build_schedules(state, 7, fill(engine.ScheduleOptions, args))
 
 
 # -- one epoch ---------------------------------------------------------------------------------------------------------
