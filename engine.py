@@ -523,8 +523,9 @@ def train_one_epoch(
         seed_generators(random_key(seed, "step", state.epoch, step, rank), state.device)
         with state.forward():
             loss, terms = criterion(state.model(batch.images), batch)
-        loss = state.step(loss)
-        log.update({"loss": loss} | terms | {schedule.name: schedule.value for schedule in schedules})
+        num_updates, loss = state.num_updates, state.step(loss)
+        values = {"loss": loss} | terms | {schedule.name: schedule.value for schedule in schedules}
+        log.update(values, num_updates)
         if not state.is_within_update:
             after_update(log)
     return log.close()

@@ -831,6 +831,7 @@ class _Table:
 
     Attributes:
         steps: each step's values; the tensors among them are to be read from `cells`.
+        updates: of which update each step is a part.
         end: the step after the last of them.
         cells: [steps, tensors + 1] on the host, complete once `event` is over; the last column counts the ranks on
             which the loss was not finite.
@@ -839,6 +840,7 @@ class _Table:
     """
 
     steps: list[dict[str, torch.Tensor | float]]
+    updates: list[int]
     end: int
     cells: torch.Tensor
     event: Any
@@ -939,7 +941,7 @@ class StepLog:
         writer: a TensorBoard writer, or None.
         first_step: the step of this epoch to begin with.
         totals: what this rank had collected up to there, an earlier log's `totals`.
-        max_skipped: steps of this epoch whose loss may be other than finite; they are left out of the means.
+        max_skipped: updates of this epoch in which a loss may be other than finite; such a loss is not in the means.
     """
 
     def __init__(
@@ -956,8 +958,10 @@ class StepLog:
         self.epoch, self.num_steps, self.batch_images = epoch, num_steps, batch_images
         self.interval, self.writer, self.max_skipped = interval, writer, max_skipped
         self.pending: list[dict[str, torch.Tensor | float]] = []
+        self.updates: list[int] = []  # of the pending steps
+        self.last_skipped = -1  # the last update that was counted as skipped
         self.sent: _Table | None = None  # the one that is on its way
-        # sums over this rank's steps; "steps" counts them, "skipped" the steps of all ranks that were not finite
+        # sums over this rank's steps; "steps" counts them, "skipped" the updates of all ranks that were not finite
         self.totals = {"steps": 0.0, "skipped": 0.0} | dict(totals or {})
         self.step = self.first_step = first_step
         # On CUDA, steps are begun well before the device is done with them: the rate is that of the steps done.
@@ -965,12 +969,16 @@ class StepLog:
         self.start = self.done_at
         self.progress = Progress(f"epoch {epoch}", num_steps, "step", first_step)
 
-    def update(self, values: dict[str, torch.Tensor | float]) -> None:
+    def update(self, values: dict[str, torch.Tensor | float], num_updates: int | None = None) -> None:
         """Take one step's values: 0-d tensors on the device, or numbers.
 
+        Args:
+            num_updates: updates made before the one that this step is a part of; by default each step is one.
+
         Raises:
-            RunError: on all ranks together, if too many of the steps said now were not finite on any rank.
+            RunError: on all ranks together, if too many of the updates said now were not finite on any rank.
         """
+        self.updates.append(self.step if num_updates is None else num_updates)
         self.pending.append({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
         self.step += 1
         if self.sent is not None:
@@ -991,11 +999,12 @@ class StepLog:
             return
         self._receive()
         steps, self.pending = self.pending, []
+        updates, self.updates = self.updates, []
         names = [name for name, value in steps[0].items() if isinstance(value, torch.Tensor)]
         cells = [values[name].float() for values in steps for name in names]
         table = torch.stack(cells).view(len(steps), len(names))
         bad = all_reduce_sum((~torch.isfinite(table[:, names.index("loss")])).float())  # (steps,), in how many ranks
-        self.sent = _Table(steps, self.step, *_to_host(torch.cat([table, bad[:, None]], dim=1)))
+        self.sent = _Table(steps, updates, self.step, *_to_host(torch.cat([table, bad[:, None]], dim=1)))
         if self.sent.event is None:
             self._receive()
 
@@ -1007,7 +1016,9 @@ class StepLog:
         rows, bad_steps = table.read()
         first = table.end - len(rows)
         self.done, self.done_at = table.end, table.arrived
-        self.totals["skipped"] += len(bad_steps)
+        skipped = {table.updates[step] for step in bad_steps} - {self.last_skipped}
+        self.totals["skipped"] += len(skipped)
+        self.last_skipped = max(skipped, default=self.last_skipped)
         if self.totals["skipped"] > self.max_skipped:
             self.progress.close()
             where = "on another rank" if math.isfinite(rows[bad_steps[0]]["loss"]) else "here"
@@ -1017,7 +1028,9 @@ class StepLog:
             )
         for step, row in enumerate(rows):
             if step in bad_steps:
-                logger.warning("epoch %d  step %d skipped: its loss is not finite", self.epoch, first + step)
+                if table.updates[step] in skipped:  # said once
+                    skipped.remove(table.updates[step])
+                    logger.warning("epoch %d  step %d skipped: its loss is not finite", self.epoch, first + step)
                 continue
             self.totals["steps"] += 1
             for name, value in row.items():

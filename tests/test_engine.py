@@ -989,6 +989,37 @@ def test_a_non_finite_loss_ends_the_run_and_leaves_the_files_alone(tmp_path):
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16])
+@pytest.mark.parametrize("bad", [{4}, {5}, {4, 5}])
+def test_an_update_of_two_batches_is_skipped_and_counted_once(bad, amp_dtype, tmp_path, caplog):
+    seen, weights = [], {}  # the second epoch has batches 4 to 7
+
+    def poison(state, batch):
+        seen.append(batch)
+        number = len(seen) - 1
+        if number in (4, 6):
+            weights[number] = weights_in(state.module)
+        return batch._replace(images=batch.images * float("nan")) if number in bad else batch
+
+    caplog.set_level("WARNING")
+    engine.logger.addHandler(caplog.handler)
+    run(tmp_path, epochs=2, watch=poison, accum_steps=2, max_skipped_steps=1, amp_dtype=amp_dtype)
+    engine.logger.removeHandler(caplog.handler)
+    assert same_bits(weights[4], weights[6])
+    assert [record.get("skipped_steps") for record in records_in(tmp_path)] == [None, 1.0]
+    assert all(math.isfinite(record["train_loss"]) for record in records_in(tmp_path))
+    said = {record.getMessage() for record in caplog.records if "skipped" in record.getMessage()}
+    assert said == {f"epoch 1  step {min(bad) - 4} skipped: its loss is not finite"}
+
+
+def test_two_skipped_updates_are_more_than_one(tmp_path):
+    def poison(state, batch):
+        return batch._replace(images=batch.images * float("nan")) if state.epoch == 1 else batch
+
+    with pytest.raises(RunError, match="not finite in epoch 1 at step 2"):
+        run(tmp_path, epochs=2, watch=poison, accum_steps=2, max_skipped_steps=1)
+
+
 def test_a_non_finite_last_update_is_not_saved(tmp_path):
     # the loss before it was finite, so only the weights tell
     def break_the_last_step(state, batch):

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import logging
+import math
 import os
 import resource
 import socket
@@ -545,6 +546,16 @@ def test_the_rate_is_that_of_the_steps_the_device_has_done(device, monkeypatch):
 
 def test_an_epoch_without_steps_has_no_means():
     assert set(StepLog(epoch=0, num_steps=0, batch_images=8, interval=1).close()) == {"images_per_second"}
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4, 5])
+def test_skipped_updates_of_several_steps_are_counted_whatever_the_interval(interval):
+    log = StepLog(epoch=0, num_steps=9, batch_images=8, interval=interval, max_skipped=2)
+    for step, loss in enumerate([1.0, 1.0, 1.0, math.inf, math.nan, math.nan, 1.0, math.nan, 4.0]):
+        log.update({"loss": torch.tensor(loss), "lr": 0.1}, step // 3)
+    stats = log.close()
+    assert stats["skipped_steps"] == 2  # the second and the third
+    assert stats["loss"] == pytest.approx(8 / 5)
 
 
 def test_the_log_file_has_one_json_object_per_line(tmp_path):
