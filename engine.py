@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
@@ -172,23 +173,30 @@ _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 def build_optimizer(
     model: nn.Module, name: str, *, lr: float, betas: Sequence[float] | None = None, **options: Any
 ) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, without weight decay on biases, norms and what the model exempts.
+    """timm's optimizer of that name, without weight decay on biases, norms and what the model exempts.
 
     Raises:
-        UserError: a name that timm does not know, or options that the optimiser does not take.
+        UserError: a name that timm does not know, or options that the optimizer does not take.
     """
-    if betas:
-        options["betas"] = tuple(betas)
     try:
         base = get_optimizer_info(name.lower().rpartition("_")[2])  # adamw, of lookahead_adamw
+        if betas:
+            options["betas"] = tuple(betas)
+            if base.has_betas and len(betas) != base.num_betas:  # it would be noticed in the first step
+                raise ValueError(f"--opt-betas needs {base.num_betas} numbers")
         if base.opt_class in _FUSED and next(model.parameters()).device.type in ("cpu", "cuda"):
             options.setdefault("fused", True)
-        return create_optimizer_v2(model, name, lr=lr, **options)
-    except (ValueError, AssertionError, TypeError, LookupError) as error:
+        if base.opt_class is Kron:
+            options["deterministic"] = True  # else it draws from torch's generator, which differs between ranks
+        optimizer = create_optimizer_v2(model, name, lr=lr, **options)
+    except (ValueError, AssertionError, TypeError, LookupError, ImportError) as error:
         raise UserError(
-            f"--opt {name}: timm has no such optimiser, or not with these --opt-* flags ({reason(error)}); "
+            f"--opt {name}: timm has no such optimizer, or not with these --opt-* flags ({reason(error)}); "
             f"timm.optim.list_optimizers() lists them"
         ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"--opt {name}: needs second derivatives, which are not computed; use another, such as adamw")
+    return optimizer
 
 
 def select_amp(name: str, device: torch.device) -> torch.dtype | None:

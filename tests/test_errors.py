@@ -260,6 +260,10 @@ CASES = {
     "attention of a conv net": (f"{CONVOLUTIONAL} --train-scope attn", "--train-scope attn", "--train-scope head"),
     # optimisation and devices
     "unknown optimiser": (f"{DEIT} --opt adamww", "--opt adamww", "list_optimizers()"),
+    "second-order optimizer": (f"{DEIT} --opt adahessian", "--opt adahessian", "use another, such as adamw"),
+    "second-order optimizer in Lookahead": (f"{DEIT} --opt lookahead_adahessian", "second derivatives", "use another"),
+    "optimizer of another package": (f"{DEIT} --opt bnbadamw", "--opt bnbadamw", "list_optimizers()"),
+    "three betas": (f"{DEIT} --opt-betas 0.9 0.99 0.999", "--opt adamw", "--opt-betas needs 2 numbers"),
     "one beta": (f"{DEIT} --opt-betas 0.9", "--opt adamw", "--opt-* flags"),
     "unknown schedule": (f"{DEIT} --sched cosinus", "--sched: invalid choice: 'cosinus'", "'cosine'"),
     "schedule that needs a metric": (f"{DEIT} --sched plateau", "--sched: invalid choice: 'plateau'", "'cosine'"),

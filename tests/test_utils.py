@@ -549,7 +549,7 @@ def test_an_epoch_without_steps_has_no_means():
 
 
 @pytest.mark.parametrize("interval", [1, 2, 4, 5])
-def test_skipped_updates_of_several_steps_are_counted_whatever_the_interval(interval):
+def test_skipped_updates_of_several_steps_are_counted_once(interval):
     log = StepLog(epoch=0, num_steps=9, batch_images=8, interval=interval, max_skipped=2)
     for step, loss in enumerate([1.0, 1.0, 1.0, math.inf, math.nan, math.nan, 1.0, math.nan, 4.0]):
         log.update({"loss": torch.tensor(loss), "lr": 0.1}, step // 3)
