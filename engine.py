@@ -439,6 +439,9 @@ def build_state(
         images_per_batch: over all ranks.
         input_shape: of one input of `trained`.
         amp_dtype: autocast type, or None for float32.
+
+    Raises:
+        UserError: for an optimizer that cannot be built, or a batch of one image that is too small for the model.
     """
     effective_batch = images_per_batch * options.accum_steps
     lr = options.scaled_lr(effective_batch)
@@ -454,6 +457,8 @@ def build_state(
         # would silently compile no more.
         torch._dynamo.config.cache_size_limit = 4 * (SHRINK_STEPS + 1)
         model.compile()  # in place, so that parameter names keep no prefix
+    if images_per_batch == world.size:
+        check_one_image(trained, torch.zeros(1, *input_shape, device=world.device))
     wrapped = trained
     if world.size > 1:
         devices = [world.device] if world.device.type == "cuda" else None
@@ -605,12 +610,37 @@ def settle_buckets(model: DistributedDataParallel, example: torch.Tensor) -> Non
     Args:
         example: an input of two images or more (of one, gradients would have another layout in memory).
     """
-    set_train_mode(model)
-    statistics = [buffer.clone() for buffer in model.buffers()]
-    with torch.compiler.set_stance("force_eager"):
+    with _buffers_kept(model), torch.compiler.set_stance("force_eager"):
         outputs = model(example)
         sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     model.zero_grad(set_to_none=True)
+
+
+def check_one_image(model: nn.Module, example: torch.Tensor) -> None:
+    """Make sure that a model can be trained on one image at a time, before training starts.
+
+    Args:
+        example: an input of one image.
+
+    Raises:
+        UserError: if batch normalization would see one value per channel.
+    """
+    try:
+        with torch.no_grad(), _buffers_kept(model), torch.compiler.set_stance("force_eager"):
+            model(example)
+    except ValueError as error:
+        raise UserError(
+            f"--batch-size 1: batch normalization cannot train on it ({reason(error)}); use --batch-size 2 or more, or "
+            f"a larger --input-size"
+        ) from None
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Training mode for a forward pass that leaves no trace in the batch statistics."""
+    set_train_mode(model)
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    yield
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), statistics, strict=True):
             buffer.copy_(value)

@@ -1072,6 +1072,35 @@ def test_a_non_finite_last_update_is_not_saved(tmp_path):
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
+@pytest.mark.parametrize(
+    "name, size, scope, trains",
+    [
+        ("test_resnet", 64, "all", True),
+        ("test_resnet", 32, "all", False),
+        ("test_resnet", 32, "head", True),  # its statistics are frozen
+        ("levit_128s", 224, "all", False),  # normalizes the pooled features: at any size
+        ("test_vit", 32, "all", True),
+    ],
+)
+def test_one_image_at_a_time_trains_or_is_refused(name, size, scope, trains):
+    options = {"img_size": size} if name == "test_vit" else {}
+    model = timm.create_model(name, num_classes=10, **options)
+    models.freeze(model, scope)
+    before = weights_in(model)
+    arguments = (model, model, engine.OptimizerOptions(model_ema=False), 1, (3, size, size), None, WORLD)
+    batch = Batch(torch.randn(1, 3, size, size), torch.tensor([3]), torch.arange(1))
+    if trains:
+        state = engine.build_state(*arguments)
+        assert same_bits(before, model.state_dict())
+        models.set_train_mode(model)
+        take_step(state, batch)
+        return
+    with pytest.raises(UserError, match="^--batch-size 1: batch normalization [^\n]*; use --batch-size 2"):
+        engine.build_state(*arguments)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):  # what the first step would have said
+        model.train()(batch.images)
+
+
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 

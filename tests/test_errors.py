@@ -227,6 +227,11 @@ CASES = {
     "taxonomy level not there": (f"{INATURALIST} {{w}}/inat --inat-category genus", "--inat-category genus", "use one"),
     "batch larger than the data": (f"{DEIT} --batch-size 5000", "--batch-size 5000", "lower --batch-size"),
     "update larger than the data": (f"{DEIT} --accum-steps 99", "--batch-size 64", "lower --batch-size"),
+    "batch too small for batch normalization": (
+        "--model test_resnet --drop-path 0 --batch-size 1 --mixup 0 --cutmix 0",
+        "--batch-size 1: batch normalization cannot train on it (Expected more than 1 value per channel",
+        "use --batch-size 2",
+    ),
     "odd batch with Mixup": (f"{DEIT} --batch-size 63", "--batch-size 63", "--mixup 0 --cutmix 0"),
     "unknown augmentation": (f"{DEIT} --aa magic", "--aa magic", "none"),
     # models
