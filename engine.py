@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
+from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
 from models import load_weights, set_train_mode, weights_of
@@ -159,11 +160,56 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
         noise_std=options.lr_noise_std,
         noise_seed=options.seed,
     )
+    _warn_of_pointless_rates(learning_rate, options)
+    if state.ema is not None:
+        _warn_of_long_average(state.ema, options.epochs * updates_per_epoch)
     if not evit_blocks(state.module):
         return [learning_rate]
     start = 10 if options.shrink_start_epoch is None else options.shrink_start_epoch
     models = modules_of(state).values()
-    return [learning_rate, KeepRate(models, updates_per_epoch, start, options.shrink_epochs or 0)]
+    keep_rate = KeepRate(models, updates_per_epoch, start, options.shrink_epochs or 0)
+    shrunk = keep_rate.shrunk(options.epochs * updates_per_epoch - 1)
+    if shrunk < 1 and keep_rate.value < 1:
+        lowest = 1 - shrunk * (1 - keep_rate.value)  # now it is the final one
+        logger.warning(
+            "the run ends at keep rate %.3g, not at --base-keep-rate %.3g: --shrink-start-epoch %d and --shrink-epochs "
+            "%d go beyond its %d epochs; lower them",
+            *(lowest, keep_rate.value, start, options.shrink_epochs or 0, options.epochs),
+        )
+    return [learning_rate, keep_rate]
+
+
+def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptions) -> None:
+    """Warn of rates that are each allowed but make no schedule together."""
+    peak = max(learning_rate.scheduler.base_values)
+    if options.min_lr > peak and "min_lr" in SCHEDULES[options.sched]:
+        logger.warning(
+            "--min-lr %.3g is above the peak learning rate %.3g, so the rate rises to it; lower it",
+            options.min_lr,
+            peak,
+        )
+    if options.warmup_epochs and options.warmup_lr > peak:
+        logger.warning(
+            "--warmup-lr %.3g is above the peak learning rate %.3g, so the warm-up falls; lower it",
+            *(options.warmup_lr, peak),
+        )
+    first = {"step": options.decay_epochs, "multistep": min(options.decay_milestones or [0])}.get(options.sched, 0)
+    if first >= options.epochs:
+        logger.warning(
+            "--sched %s: the first decay, at epoch %g, is beyond the %d epochs: the rate never falls",
+            *(options.sched, first, options.epochs),
+        )
+
+
+def _warn_of_long_average(ema: ModelEmaV3, updates: int) -> None:
+    """Warn of EMA weights that stay near the first weights of the run."""
+    share = ema.decay ** (updates - 1)  # the first update copies the weights
+    if share > 0.1 and not ema.use_warmup:
+        logger.warning(
+            "--model-ema-decay %g is too long for %d updates: %.0f %% of the EMA weights are still the first weights; "
+            "lower it, or add --model-ema-warmup",
+            *(ema.decay, updates, 100 * share),
+        )
 
 
 # Those with a fused implementation: one pass over the weights, and in fp16 no wait for the device.

@@ -199,8 +199,17 @@ ONE_VIEW = {
     "drop_path": 0,
 }
 
-# timm's schedules that can follow updates
-SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant")
+# timm's schedules that can follow updates, each with those of its flags that act in it
+SCHEDULES = {
+    "cosine": ("min_lr",),
+    "step": ("decay_epochs", "decay_rate"),
+    "multistep": ("decay_milestones", "decay_rate"),
+    "tanh": ("min_lr",),
+    "poly": ("min_lr", "poly_power"),
+    "wsd": ("min_lr", "decay_epochs"),
+    "rsqrt": ("min_lr", "decay_epochs"),
+    "constant": (),
+}
 
 # Arguments of timm's models that fetch or read files.
 _FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}

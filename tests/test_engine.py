@@ -675,6 +675,56 @@ def test_a_schedule_that_timm_refuses_gives_its_reason(words, why):
         engine.build_schedules(state, 7, fill(engine.ScheduleOptions, args))
 
 
+BELOW = "--warmup-epochs 0 --epochs 10 --no-model-ema"
+LONG_DECAY = f"--model-ema-decay {0.1 ** (1 / 69) * 1.001:.6f}"  # 10 epochs of 7 updates, of which the first copies
+WARNINGS = {
+    "--min-lr 0.11": "--min-lr 0.11 is above the peak learning rate 0.1",
+    "--min-lr 0.1": "",  # a constant rate, as published for fine-tuning at 384 px
+    "--min-lr 0.11 --sched step --decay-epochs 3": "",  # which does not take it
+    "--warmup-epochs 1 --warmup-lr 0.2": "--warmup-lr 0.2 is above the peak learning rate 0.1",
+    "--warmup-epochs 0 --warmup-lr 0.2": "",
+    "--sched step": "--sched step: the first decay, at epoch 30, is beyond the 10 epochs",
+    "--sched multistep --decay-milestones 12 10": "--sched multistep: the first decay, at epoch 10, is beyond",
+    "--sched multistep --decay-milestones 12 9": "",
+    "--model-ema": "--model-ema-decay 0.99996 is too long for 70 updates: 100 % of the EMA weights",
+    f"--model-ema {LONG_DECAY}": "for 70 updates: 11 % of the EMA weights are still the first weights",
+    "--model-ema --model-ema-decay 0.967": "",
+    "--model-ema --model-ema-warmup": "",
+    "--model evit": "the run ends at keep rate 1, not at --base-keep-rate 0.7: --shrink-start-epoch 10 and",
+    "--model evit --shrink-start-epoch 5 --shrink-epochs 10": "the run ends at keep rate 0.85, not at",
+    "--model evit --shrink-start-epoch 9": "",
+    "--model evit --shrink-start-epoch 0 --shrink-epochs 10": "",
+    "--model evit --base-keep-rate 1": "",
+}
+
+
+@pytest.mark.parametrize("words", WARNINGS)
+def test_settings_that_make_a_run_pointless_give_a_warning(words, caplog, monkeypatch):
+    monkeypatch.setattr(engine.logger, "propagate", True)
+    args = parse_args([*BELOW.split(), *words.split()])
+    model = build_deit()
+    if args.model == "evit":
+        options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "drop_loc": (1,)}
+        model = timm.create_model("evit_tiny_patch16_224", keep_rate=args.base_keep_rate or 0.7, **options)
+    ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.1), ema=ema)
+    engine.build_schedules(state, 7, fill(engine.ScheduleOptions, args))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == bool(WARNINGS[words]) and WARNINGS[words] in "".join(said)
+
+
+def test_the_share_of_the_first_weights_that_is_told_is_true(caplog, monkeypatch):
+    monkeypatch.setattr(engine.logger, "propagate", True)
+    model = nn.Linear(1, 1)
+    state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=1.0), ema=ModelEmaV3(model, 0.9))
+    engine.build_schedules(state, 4, engine.ScheduleOptions(epochs=3, warmup_epochs=0))
+    for update in range(12):
+        with torch.no_grad():
+            model.weight.fill_(1.0 if update == 0 else 0.0)
+        state.ema.update(model, step=update + 1)
+    assert f"{100 * state.ema.module.weight.item():.0f} % of the EMA weights" in caplog.text
+
+
 # -- one epoch ---------------------------------------------------------------------------------------------------------
 
 

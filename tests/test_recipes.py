@@ -7,10 +7,13 @@ import shlex
 import pytest
 import timm
 import tiny
+import torch
+from timm.utils import ModelEmaV3
 
 import datasets
+import engine
 import run_with_submitit
-from flags import check_flags, get_parser, parse_args
+from flags import check_flags, fill, get_parser, parse_args
 
 RECIPES = sorted((tiny.REPOSITORY / "recipes").glob("*.args"))
 # facebookresearch/deit main.py; `--color-jitter` is 0.3 in its last version
@@ -129,6 +132,25 @@ class TestRecipe:
                 assert args.data_path, "data that are not downloaded need a folder"
             if recipe.stem.endswith("_imagenet"):
                 assert args.batch_size * args.accum_steps * processes(words) == 1024
+
+
+IMAGES = {"IMNET": 1281167, "INAT": 437513, "INAT19": 265213, "CIFAR10": 50000, "CIFAR100": 50000}
+IMAGES |= {"CARS": 8144, "FLOWERS": 2040, "DIGITS": 1442}  # of the training parts
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_no_pointless_run(recipe, monkeypatch, caplog):
+    monkeypatch.chdir(tiny.REPOSITORY)
+    monkeypatch.setattr(engine.logger, "propagate", True)
+    for words in commands(recipe):
+        args = parse_args(words[words.index(f"@recipes/{recipe.name}") :])
+        batch = args.batch_size * args.accum_steps * processes(words)
+        model = timm.create_model("evit_tiny_patch16_224" if args.model.startswith("evit") else "test_vit")
+        optimizer = torch.optim.SGD(model.parameters(), lr=fill(engine.OptimizerOptions, args).scaled_lr(batch))
+        ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+        state = engine.TrainState(model, model, optimizer, ema=ema)
+        engine.build_schedules(state, IMAGES[args.data_set] // batch, fill(engine.ScheduleOptions, args))
+    assert caplog.text == ""
 
 
 def test_a_teacher_recipe_writes_what_its_student_reads():
