@@ -12,9 +12,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from timm.optim import get_optimizer_info, list_optimizers
+
 import datasets
 import models
 import models_evit
+from augment import SMALL_IMAGE
 from checkpoints import flags_of, read_checkpoint
 from utils import UserError, escaped, is_utf8, regular_file
 
@@ -210,6 +213,53 @@ SCHEDULES = {
     "rsqrt": ("min_lr", "decay_epochs"),
     "constant": (),
 }
+
+
+def _cuts(args: argparse.Namespace) -> bool:
+    return args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _is_large(args: argparse.Namespace) -> bool:
+    return max(args.input_size) > SMALL_IMAGE
+
+
+def _distills(*kinds: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: args.distillation_type in kinds
+
+
+def _scheduled(name: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: name in SCHEDULES[args.sched]
+
+
+def _optimizer_has(option: str) -> Callable[[argparse.Namespace], bool]:
+    def has(args: argparse.Namespace) -> bool:
+        base = args.opt.lower().rpartition("_")[2]  # adamw, of lookahead_adamw
+        return base not in list_optimizers() or getattr(get_optimizer_info(base), f"has_{option}")
+
+    return has
+
+
+# Flags of a training run that act in some runs only: whether they do, and what it takes.
+ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
+    ("mixup_prob mixup_mode", lambda args: args.mixup > 0 or _cuts(args), "--mixup or --cutmix"),
+    ("mixup_switch_prob", lambda args: args.mixup > 0 and _cuts(args), "both --mixup and --cutmix"),
+    ("cutmix", lambda args: args.cutmix_minmax is None, "no --cutmix-minmax, which replaces it"),
+    ("remode recount", lambda args: args.reprob > 0, "--reprob"),
+    ("color_jitter", lambda args: args.aa in ("", "none") or "3a" in args.aa, "--aa none or 3a; policies replace it"),
+    ("train_interpolation", lambda args: args.train_interpolation != "random" or _is_large(args), "random crops"),
+    ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
+    ("train_split val_split", lambda args: "/" in args.data_set, "a data set of timm's"),
+    ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
+    ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
+    *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
+    ("warmup_lr", lambda args: args.warmup_epochs > 0, "--warmup-epochs"),
+    ("lr_noise_pct lr_noise_std", lambda args: bool(args.lr_noise), "--lr-noise"),
+    ("momentum", _optimizer_has("momentum"), "another --opt"),
+    ("opt_betas", _optimizer_has("betas"), "another --opt"),
+    ("opt_eps", _optimizer_has("eps"), "another --opt"),
+    ("teacher_model teacher_model_kwargs distillation_alpha", _distills("soft", "hard"), "--distillation-type"),
+    ("distillation_tau distillation_scale teacher_cache_topk", _distills("soft"), "--distillation-type soft"),
+]
 
 # Arguments of timm's models that fetch or read files.
 _FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
@@ -592,6 +642,17 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+
+
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """The flags that a training run does not use though they differ from their defaults, each in a sentence."""
+    defaults = parse_args([])
+    return [
+        f"{spelled(name)} has no effect: it needs {needed}"
+        for names, acts, needed in ACTS_IF
+        for name in _names(names)
+        if getattr(args, name) != getattr(defaults, name) and not acts(args)
+    ]
 
 
 def _check_features(args: argparse.Namespace) -> None:

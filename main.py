@@ -39,7 +39,17 @@ import sources
 import teachers
 import utils
 from augment import Normalization, ViewOptions
-from flags import FREE_ON_RESUME, TRAINED, check_flags, fill, parse_args, parse_command, shaping, spelled
+from flags import (
+    FREE_ON_RESUME,
+    TRAINED,
+    check_flags,
+    fill,
+    parse_args,
+    parse_command,
+    shaping,
+    spelled,
+    without_effect,
+)
 from samplers import Batch
 from sources import Data
 from utils import Preempted, RunError, UserError, World, escaped, logger
@@ -368,6 +378,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         evaluate_only(run)
         return utils.shut_down_distributed()
+    for sentence in without_effect(args):
+        logger.warning(sentence)
     loader, trained = training_batches(run)
     teacher = find_teacher(run, loader)
     if args.precompute_teacher:

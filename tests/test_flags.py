@@ -1,9 +1,12 @@
 """Flags: how they are parsed and checked, the table of what they shape, and the option classes that they fill."""
 
 import dataclasses
+import shlex
 
 import pytest
+import timm.optim
 import tiny
+import torch
 
 import augment
 import datasets
@@ -106,6 +109,90 @@ def test_flags_of_cached_features_that_do_not_fit_are_a_line(words, remedy, caps
 
 def test_one_view_flags_satisfy_the_check():
     flags.check_flags(parse_args([*HEAD, *ONE_VIEW]))
+
+
+# -- flags that do not act --------------------------------------------------------------------------------------------
+
+
+WITHOUT_EFFECT = {
+    "--mixup 0 --cutmix 0 --mixup-prob 0.5 --mixup-mode elem": ["--mixup-prob", "--mixup-mode"],
+    "--mixup 0 --mixup-prob 0.5 --mixup-mode elem": [],
+    "--mixup 0 --mixup-switch-prob 0.1": ["--mixup-switch-prob"],
+    "--cutmix 0.5 --cutmix-minmax 0.1 0.2": ["--cutmix"],
+    "--reprob 0 --remode const --recount 2": ["--remode", "--recount"],
+    "--color-jitter 0.4": ["--color-jitter"],
+    "--color-jitter 0.4 --ThreeAugment": [],
+    "--input-size 32 --train-interpolation random --eval-crop-ratio 1": ["--train-interpolation", "--eval-crop-ratio"],
+    "--input-size 32 --train-interpolation bilinear": [],
+    "--data-set CIFAR --train-split a --val-split b --inat-category genus": [
+        *("--train-split", "--val-split", "--inat-category"),
+    ],
+    "--data-set hfds/a --train-split a --val-split b": [],
+    "--no-model-ema --model-ema-decay 0.9 --model-ema-warmup": ["--model-ema-decay", "--model-ema-warmup"],
+    "--sched step --min-lr 0 --warmup-epochs 0 --warmup-lr 0": ["--min-lr", "--warmup-lr"],
+    "--decay-rate 0.5 --decay-epochs 10 --poly-power 2": ["--decay-epochs", "--decay-rate", "--poly-power"],
+    "--lr-noise-pct 0.5 --lr-noise-std 2": ["--lr-noise-pct", "--lr-noise-std"],
+    "--lr-noise 0.1 --lr-noise-pct 0.5 --lr-noise-std 2": [],
+    "--opt sgd --opt-betas 0.8 0.9 --opt-eps 1e-6 --momentum 0.8": ["--opt-betas", "--opt-eps"],
+    "--opt-betas 0.8 0.9 --opt-eps 1e-6 --momentum 0.8": ["--momentum"],
+    "--opt lookahead_lion --opt-eps 1e-6": ["--opt-eps"],
+    "--opt '' --momentum 0.8": [],  # which is refused later
+    "--teacher-model resnet18 --distillation-alpha 0.1": ["--teacher-model", "--distillation-alpha"],
+    "--distillation-type hard --teacher-model resnet18 --distillation-tau 3": ["--distillation-tau"],
+    "--distillation-type soft --distillation-scale legacy --teacher-cache-topk 9": [],
+    "--cooldown-epochs 3 --patience-epochs 3 --world-size 8 --dist-eval": [],  # their help says so
+}
+
+
+@pytest.mark.parametrize("words", WITHOUT_EFFECT)
+def test_flags_without_effect_are_named(words):
+    sentences = flags.without_effect(parse_args(shlex.split(words)))
+    assert [sentence.split()[0] for sentence in sentences] == WITHOUT_EFFECT[words]
+    assert all("has no effect: it needs" in sentence for sentence in sentences)
+
+
+def test_a_run_says_which_flags_have_no_effect_and_goes_on(tmp_path, capsys):
+    words = [*tiny.TINY, "--train-fraction", "0.1", "--momentum", "0.8", "--output-dir", str(tmp_path)]
+    main.cli(words)
+    assert " --momentum has no effect: it needs another --opt\n" in capsys.readouterr().err
+    main.cli(["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--momentum", "0.8"])
+    assert "no effect" not in capsys.readouterr().err  # nothing of training has one
+
+
+@pytest.mark.parametrize("option", ["momentum", "betas", "eps"])
+def test_an_optimizer_takes_what_the_table_says(option):
+    weight = torch.nn.Linear(2, 2)
+    flag = {"momentum": "momentum"}.get(option, f"opt_{option}")
+    (acts,) = [acts for names, acts, _ in flags.ACTS_IF if flag in names.split()]
+    for name in timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian"]):
+        betas = (0.8, 0.85, 0.95)[: timm.optim.get_optimizer_info(name).num_betas]
+        changed = {"momentum": 0.7, "betas": betas, "eps": 1e-5}[option]
+        groups = [
+            engine.build_optimizer(weight, name, lr=1.0, **options).param_groups[0]
+            for options in ({"momentum": 0.9, "eps": 1e-8}, {"momentum": 0.9, "eps": 1e-8, option: changed})
+        ]
+        differing = {key for key in groups[0] if key != "params" and groups[0][key] != groups[1][key]}
+        assert bool(differing) is acts(parse_args(["--opt", name])), (name, differing)
+
+
+@pytest.mark.parametrize("sched", flags.SCHEDULES)
+@pytest.mark.parametrize("words", ["--min-lr 1e-2", "--decay-epochs 3", "--decay-rate 0.7", "--poly-power 2"])
+def test_a_schedule_takes_what_the_table_says(sched, words):
+    rates = []
+    for changed in ([], words.split()):
+        milestones = ["--decay-milestones", "4"] if sched == "multistep" else []
+        args = parse_args(["--sched", sched, "--epochs", "9", "--decay-epochs", "4", *milestones, *changed])
+        model = torch.nn.Linear(2, 2)
+        state = engine.TrainState(model, model, torch.optim.SGD(model.parameters(), lr=1.0))
+        (schedule,) = engine.build_schedules(state, 5, flags.fill(engine.ScheduleOptions, args))
+        rates.append([schedule.step_update(update) or schedule.value for update in range(45)])
+    acts = words.split()[0][2:].replace("-", "_") in flags.SCHEDULES[sched]
+    assert (rates[0] != rates[1]) is acts
+
+
+def test_flags_that_do_not_always_act_are_flags_of_training():
+    names = {name for names, _, _ in flags.ACTS_IF for name in names.split()}
+    assert names <= set(NAMES) - {*flags.SHAPES["original"]}
 
 
 # -- the table of what flags shape -------------------------------------------------------------------------------------

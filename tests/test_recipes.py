@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 import datasets
 import engine
 import run_with_submitit
-from flags import check_flags, fill, get_parser, parse_args
+from flags import check_flags, fill, get_parser, parse_args, without_effect
 
 RECIPES = sorted((tiny.REPOSITORY / "recipes").glob("*.args"))
 # facebookresearch/deit main.py; `--color-jitter` is 0.3 in its last version
@@ -108,6 +108,7 @@ class TestRecipe:
     def test_parses_and_its_flags_agree(self, recipe):
         args = parse(f"@{recipe}")
         check_flags(args)
+        assert without_effect(args) == []
         assert args.data_set in datasets.NAMES
         assert args.output_dir == f"output/{recipe.stem}"
 
