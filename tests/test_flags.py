@@ -151,7 +151,7 @@ def test_flags_without_effect_are_named(words):
     assert all("has no effect: it needs" in sentence for sentence in sentences)
 
 
-def test_a_run_says_which_flags_have_no_effect_and_goes_on(tmp_path, capsys):
+def test_a_run_names_its_flags_without_effect_in_a_warning(tmp_path, capsys):
     words = [*tiny.TINY, "--train-fraction", "0.1", "--momentum", "0.8", "--output-dir", str(tmp_path)]
     main.cli(words)
     assert " --momentum has no effect: it needs another --opt\n" in capsys.readouterr().err
