@@ -140,6 +140,8 @@ class ScheduleOptions:
     seed: int = 0
     shrink_start_epoch: int | None = None
     shrink_epochs: int | None = None
+    pretrained: bool = False  # this and the next: whether the first weights are good ones
+    finetune: str = ""
 
 
 def build_schedules(state: TrainState, updates_per_epoch: int, options: ScheduleOptions) -> list[Schedule]:
@@ -161,7 +163,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
         noise_seed=options.seed,
     )
     _warn_of_pointless_rates(learning_rate, options)
-    if state.ema is not None:
+    if state.ema is not None and not (options.pretrained or options.finetune):
         _warn_of_long_average(state.ema, options.epochs * updates_per_epoch)
     if not evit_blocks(state.module):
         return [learning_rate]

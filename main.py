@@ -408,28 +408,13 @@ def cli(argv: Sequence[str] | None = None) -> None:
             _end(f"main.py: error: {error}", 2)
         if isinstance(error, Preempted):
             _end(f"main.py: {rank}{error}", 75)
-        why = _fault(error)
+        why = utils.fault(error)
         if not why and not utils.is_distributed():
             raise
         if not why:
             sys.stderr.write("".join(f"{escaped(line)}\n" for line in traceback.format_exc().splitlines()))
         why = why or f"{type(error).__name__}: {utils.last_line(error)}"
         _end(f"main.py: {rank}run ended: {why}{_what_is_kept(args)}", 1)
-
-
-def _fault(error: Exception) -> str:
-    """What ended a run, in words; '' for what is not known."""
-    said = utils.last_line(error)
-    if isinstance(error, RunError):
-        return said
-    if utils.is_full_memory(error):
-        remedy = "pass --num-workers 0, or give the machine or container more (docker run --shm-size)"
-        return f"the shared memory, /dev/shm, is full ({said}); {remedy}"
-    if utils.is_lost_loader(error):
-        return f"a data-loader worker is gone ({said}); if memory ran out, lower --num-workers or --ram-cache"
-    if utils.is_distributed() and utils.is_lost_peer(error):
-        return "another process is gone (its own message says why)"
-    return ""
 
 
 def _what_is_kept(args: argparse.Namespace | None) -> str:

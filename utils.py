@@ -330,6 +330,21 @@ def is_full_memory(error: Exception) -> bool:
     return missing or (isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None)
 
 
+def fault(error: Exception) -> str:
+    """What ended a run, in words; '' for what is not known."""
+    said = last_line(error)
+    if isinstance(error, RunError):
+        return said
+    if is_full_memory(error):
+        remedy = "pass --num-workers 0, or give the machine or container more (docker run --shm-size)"
+        return f"the shared memory, /dev/shm, is full ({said}); {remedy}"
+    if is_lost_loader(error):
+        return f"a data-loader worker is gone ({said}); if memory ran out, lower --num-workers or --ram-cache"
+    if is_distributed() and is_lost_peer(error):
+        return "another process is gone (its own message says why)"
+    return ""
+
+
 def barrier() -> None:
     if is_distributed():
         dist.barrier()
