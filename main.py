@@ -52,7 +52,7 @@ from flags import (
 )
 from samplers import Batch
 from sources import Data
-from utils import Preempted, RunError, UserError, World, escaped, logger
+from utils import Preempted, UserError, World, escaped, logger
 
 
 def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
