@@ -500,7 +500,8 @@ class EndingSignals(StopSignals):
 def kill_workers() -> None:
     """End the data-loader workers, which ignore SIGTERM and may be stuck: Python would wait for them."""
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:
+            process.kill()
 
 
 def ignore_stop_signals(worker: int) -> None:
