@@ -63,9 +63,11 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
                 _link(new, folder / BEST)
             if latest.exists():
                 _link(latest, folder / PREVIOUS)
-    # torch.save turns a full disk into a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write a checkpoint to {folder}: {reason(error)}") from error
+        why: BaseException | None = error  # torch.save turns a full disk into a RuntimeError of its zip writer
+        while why is not None and not isinstance(why, OSError):
+            why = why.__context__
+        raise RunError(f"cannot write a checkpoint to {folder}: {reason(why or error)}") from error
 
 
 def _link(source: Path, target: Path) -> None:
