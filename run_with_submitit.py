@@ -12,10 +12,8 @@ from typing import Any
 
 import submitit
 
-import checkpoints
 import flags
-import utils
-from utils import UserError
+from utils import UserError, escaped
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
@@ -45,7 +43,11 @@ def get_parser() -> flags.Parser:
 
 
 class Job:
-    """One process of the job; submitit calls it on every task."""
+    """One process of the job; submitit calls it on every task.
+
+    It imports what takes seconds when it is called. submitit heeds signals from shortly before then on, and not while
+    it reads the job.
+    """
 
     def __init__(self, args: argparse.Namespace, restarted: bool = False) -> None:
         self.args, self.restarted, self.repository = args, restarted, REPOSITORY
@@ -53,6 +55,7 @@ class Job:
     def __call__(self) -> None:
         sys.path.insert(0, self.repository)
         import main
+        import utils
 
         environment = submitit.JobEnvironment()
         if environment.cluster == "slurm":
@@ -74,6 +77,8 @@ class Job:
     def _args_of(self, job_id: str) -> argparse.Namespace:
         folder = Path(self.args.output_dir or Path(self.args.job_dir) / job_id)
         changes: dict[str, Any] = {"output_dir": str(folder)}
+        import checkpoints
+
         restarted = self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         if restarted and checkpoints.holds_checkpoint(folder):
             changes |= {"resume": "auto", "overwrite": False}
@@ -129,7 +134,7 @@ def cli(argv: list[str] | None = None) -> None:
         args = flags.parse_command(argv, get_parser())
         job = submit(args)
     except UserError as error:
-        print(f"run_with_submitit.py: error: {utils.escaped(str(error))}", file=sys.stderr)
+        print(f"run_with_submitit.py: error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
     print(f"job {job.job_id}: logs in {Path(args.job_dir).resolve() / job.job_id}", flush=True)
     if args.cluster == "slurm":

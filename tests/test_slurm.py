@@ -83,19 +83,19 @@ def submit(slurm, job_dir, *flags):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm, tmp_path_factory):
-    """The same two processes where nobody disturbs them, at work beside the first job."""
-    run = chaos.Run(tmp_path_factory.mktemp("undisturbed") / "output", FLAGS, processes=2, restarts=0)
-    yield run
-    chaos.kill(run.living())
+def undisturbed(tmp_path_factory):
+    """Folder of the same two processes where nobody disturbs them."""
+    return tmp_path_factory.mktemp("undisturbed") / "output"
 
 
 def assert_same_epochs(undisturbed, job):
     """All epochs are in log.txt once, with the losses of the undisturbed run to the last digit."""
     ours = tiny.log_of(job.folder)
-    job.wait("overtaken by the undisturbed run", lambda: len(tiny.log_of(undisturbed.folder)) >= len(ours))
-    chaos.kill(undisturbed.living())  # which has done its work
-    theirs = tiny.log_of(undisturbed.folder)[: len(ours)]
+    run = chaos.Run(undisturbed, FLAGS, processes=2, restarts=0)  # beside the job, it would slow its start down
+    logged = undisturbed / "log.txt"
+    job.wait("overtaken by the undisturbed run", lambda: logged.exists() and len(tiny.log_of(undisturbed)) >= len(ours))
+    chaos.kill(run.living())
+    theirs = tiny.log_of(undisturbed)[: len(ours)]
     for record in (*ours, *theirs):
         del record["images_per_second"]
     assert [record["epoch"] for record in ours] == list(range(len(ours)))
