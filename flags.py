@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
                     raise UnicodeError
                 words += shlex.split(line, comments=True)
         except OSError as error:
-            self.error(f"@{path[:80]}: {error.strerror}; the recipes are in recipes/")
+            self.error(f"@{path[:200]}: {error.strerror}; the recipes are in recipes/")
         except UnicodeError:
             self.error(f"@{path}: is not text; the recipes are in recipes/")
         except ValueError as error:

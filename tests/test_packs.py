@@ -282,7 +282,7 @@ def test_a_damaged_jpeg_ends_a_run_in_a_line(tmp_path, place):
     _, offset, length, *_ = train.images.index[1].item()
     flip_byte(tmp_path / "train_00000.bin", offset + int(place * length))
     np.testing.assert_array_equal(np.asarray(train[0][0]).shape, expected(IMAGES[0]).shape)
-    with pytest.raises(RunError, match=r"cannot read image number 1 of train in .*wrong checksum.*--skip-broken-image"):
+    with pytest.raises(RunError, match=r"cannot read image number 1 of train in .*wrong checksum.*; fix or remove it"):
         train[1]
     assert len(verify(tmp_path)) == 1
 
