@@ -242,8 +242,7 @@ def test_a_signal_while_a_run_starts_ends_it_with_status_75(name, later, tmp_pat
     assert process.returncode == 75 and "Traceback" not in output, output
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
-@pytest.mark.parametrize("mode", ["eval", "precompute"])
+@pytest.mark.parametrize("mode, name", [("eval", "SIGTERM"), ("eval", "SIGINT"), ("precompute", "SIGUSR2")])
 def test_a_signal_while_nothing_is_trained_ends_with_status_75(mode, name, whole, tmp_path, monkeypatch, capsys):
     def stop(*_):
         os.kill(os.getpid(), getattr(signal, name))
