@@ -801,7 +801,7 @@ class Saver:
         Other ranks may be stuck: they are not asked for their part of the log's means.
         """
         if not self.world.is_main:
-            return "rank 0 saves"
+            return "only rank 0 saves"
         if self.world.size == 1:
             log.report()
         _require_finite(self.state)

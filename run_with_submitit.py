@@ -45,8 +45,7 @@ def get_parser() -> flags.Parser:
 class Job:
     """One process of the job; submitit calls it on every task.
 
-    It imports what takes seconds when it is called. submitit heeds signals from shortly before then on, and not while
-    it reads the job.
+    The slow imports are inside the methods: submitit handles no signal while it unpickles the job.
     """
 
     def __init__(self, args: argparse.Namespace, restarted: bool = False) -> None:

@@ -454,8 +454,10 @@ class StopSignals:
         self._save = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a data-loader worker that is just starting
-            return
+        if os.getpid() == self._process:  # not a data-loader worker that is just starting
+            self._react(number)
+
+    def _react(self, number: int) -> None:
         if number == self.received == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
@@ -472,7 +474,7 @@ class StopSignals:
                 self._end(number)
 
     def _end(self, number: int) -> None:
-        kept = "the last checkpoint is kept"
+        kept = "run the same command again"
         if self._save is not None and self._computes.acquire(blocking=False):  # the main thread continues no more
             try:
                 kept = self._save()
@@ -488,9 +490,7 @@ class StopSignals:
 class EndingSignals(StopSignals):
     """While it is open, a stop signal raises `Interrupted`: there is nothing to save."""
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return
+    def _react(self, number: int) -> None:
         if self.received:
             os._exit(75)
         self.received = number
