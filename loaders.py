@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +24,7 @@ from timm.data import Mixup
 from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+import models
 from augment import EvalTransform, Normalization, TrainAugmentation, ViewOptions, is_supported
 from datasets import build_eval_transform, build_train_transform
 from samplers import Batch, KeyedSampler, random_key, seed_generators, signed
@@ -47,6 +51,7 @@ class LoaderOptions:
     batch_size: int = 64  # images per process and forward pass
     accum_steps: int = 1  # forward passes per update
     repeated_aug: bool = True  # three views of each of a third of the images per epoch
+    class_balanced: bool = False  # draw equally many images of each class
     num_workers: int | None = None  # data-loader workers per rank; None: its CPUs, at most `MOST_WORKERS`
     pin_mem: bool = True  # page-locked batches on CUDA
     seed: int = 0
@@ -317,19 +322,23 @@ def build_epoch_loader(
         )
     updates = len(source) // per_update
     if isinstance(source, StreamingImages):
+        if options.class_balanced:
+            raise UserError("--class-balanced: a stream cannot be drawn from by class; drop the flag, or pack it first")
         counter, loader = source, _stream_loader(source, view, options, world)
     else:
         counter = KeyedSampler(
             len(source),
             seed=options.seed,
             repeats=3 if options.repeated_aug else 1,
+            classes=source.targets[source.order] if options.class_balanced else None,
             rank=world.rank,
             world_size=world.size,
             multiple=per_update,
         )
         logger.info(
-            "an epoch holds %d views of %d different images (of %d), in %d updates",
-            *(counter.num_positions, counter.num_distinct, len(source), updates),
+            "an epoch holds %d views of %d %s (of %d), in %d updates",
+            *(counter.num_positions, counter.num_drawn),
+            *("images, as many of each class" if options.class_balanced else "different images", len(source), updates),
         )
         loader = _view_loader(source, view, counter, options, world)
     return EpochLoader(
@@ -371,6 +380,38 @@ def build_val_loader(
         sampler = KeyedSampler(len(source), shuffle=False, rank=world.rank, world_size=world.size)
         loader = _view_loader(source, view, sampler, options, world)
     return DeviceLoader(loader, world.device, _on_device(view, options, world), len(source))
+
+
+@torch.no_grad()
+def cache_features(
+    source: Data,
+    model: torch.nn.Module,
+    views: ViewOptions,
+    options: LoaderOptions,
+    world: World,
+    autocast: contextlib.AbstractContextManager,
+) -> Source:
+    """The inputs of the classification layer, as a source of [D] vectors. The images have their evaluation views.
+
+    Every process computes them all.
+
+    Raises:
+        UserError: if the data are a stream.
+    """
+    if isinstance(source, StreamingImages):
+        raise UserError(f"--cache-features: {source.name} is a stream, whose images have no index; drop the flag")
+    start, alone = time.perf_counter(), dataclasses.replace(world, rank=0, size=1)
+    rows, targets = [], []
+    model.eval()
+    for batch in build_val_loader(source, views, models.normalization(model), options, alone):
+        targets.append(batch.targets.cpu())
+        with autocast:
+            maps = model.forward_features(batch.images)
+            rows.append(model.forward_head(maps, pre_logits=True).float().cpu())
+    features = torch.cat(rows)
+    logger.info("features of %d images in %.0f s", len(features), time.perf_counter() - start)
+    order = np.arange(len(features))
+    return Source(features, torch.cat(targets).numpy(), source.num_classes, order, source.broken)
 
 
 def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Module | None:

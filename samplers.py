@@ -86,6 +86,7 @@ class KeyedSampler(Sampler):
         seed: the run's seed.
         shuffle: False keeps the data's order.
         repeats: views of each drawn image in an epoch; 1 is an ordinary epoch.
+        classes: class of each sample, to draw equally many of each class; None for the data's own distribution.
         rank, world_size: this process among all.
         multiple: the order is cut to a multiple of this many positions; 1 keeps everything (ranks may then differ by
             one sample, as an exact evaluation needs).
@@ -98,6 +99,7 @@ class KeyedSampler(Sampler):
         seed: int = 0,
         shuffle: bool = True,
         repeats: int = 1,
+        classes: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
         multiple: int = 1,
@@ -106,10 +108,14 @@ class KeyedSampler(Sampler):
         self.rank, self.world_size = rank, world_size
         self.num_positions = length // multiple * multiple
         self.epoch, self.start = 0, 0
+        self.members: list[np.ndarray] = []  # samples of each class that has any
+        if classes is not None:
+            _, counts = np.unique(classes, return_counts=True)
+            self.members = np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1])
 
     @property
-    def num_distinct(self) -> int:
-        """How many different images an epoch holds."""
+    def num_drawn(self) -> int:
+        """How many images an epoch draws, each for `repeats` views; with `classes`, some are the same image."""
         return -(-self.num_positions // self.repeats)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -120,9 +126,24 @@ class KeyedSampler(Sampler):
         """Sample index at each position, [num_positions]."""
         if not self.shuffle:
             return np.arange(self.num_positions) // self.repeats
+        drawn = self._balanced() if self.members else np.arange(self.length)
         # Sorting random keys is a permutation that no library version can change.
-        order = np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(self.length)), kind="stable")
-        return np.repeat(order[: self.num_distinct], self.repeats)[: self.num_positions]
+        order = drawn[np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(len(drawn))), kind="stable")]
+        return np.repeat(order[: self.num_drawn], self.repeats)[: self.num_positions]
+
+    def _balanced(self) -> np.ndarray:
+        """The epoch's samples: of each class equally many, or one fewer. Those of a small class come again and again.
+
+        A class is gone through in random order before any of its samples comes again.
+        """
+        share = -(-self.num_drawn // len(self.members))
+        columns = []
+        for members in self.members:
+            turn, place = np.divmod(np.arange(-(-share // len(members)) * len(members)), len(members))
+            keys = random_keys(self.seed, "balance", self.epoch, turn, members[place])
+            columns.append(members[place[np.lexsort((keys, turn))][:share]])
+        first = random_key(self.seed, "balance", self.epoch) % len(columns)  # the classes that get one fewer change
+        return np.stack(columns[first:] + columns[:first], axis=1).ravel()[: self.num_drawn]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         positions = np.arange(self.rank, self.num_positions, self.world_size)[self.start :]

@@ -154,7 +154,7 @@ def test_repeated_augmentation_draws_each_image_several_times_in_a_row(length, r
     runs = [order[start : start + repeats] for start in range(0, length, repeats)]
     assert all(len(set(run)) == 1 for run in runs)
     drawn = [run[0] for run in runs]
-    assert len(set(drawn)) == len(drawn) == sampler.num_distinct == -(-length // repeats)
+    assert len(set(drawn)) == len(drawn) == sampler.num_drawn == -(-length // repeats)
 
 
 def test_the_views_of_one_image_have_different_keys():
@@ -168,6 +168,43 @@ def test_all_images_are_drawn_in_the_course_of_the_epochs():
         sampler.set_epoch(epoch)
         seen.update(order_of(sampler))
     assert seen == set(range(50))
+
+
+# -- balanced classes --------------------------------------------------------------------------------------------------
+
+COUNTS = [1, 5, 40, 3]  # of four classes
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_balanced_epochs_hold_equally_many_of_each_class(repeats, multiple):
+    classes = np.random.default_rng(0).permutation(np.repeat(range(4), COUNTS))
+    sampler = KeyedSampler(len(classes), repeats=repeats, classes=classes, multiple=multiple)
+    seen, fewest = set(), set()
+    for epoch in range(150):
+        sampler.set_epoch(epoch)
+        drawn = order_of(sampler)[::repeats]
+        counts = np.bincount(classes[drawn], minlength=4)
+        assert len(drawn) == sampler.num_drawn and counts.max() - counts.min() <= 1
+        fewest.add(counts.argmin())
+        for label in range(4):  # none a third time before all came twice
+            times = np.bincount(drawn, minlength=len(classes))[classes == label]
+            assert times.max() - times.min() <= 1
+        seen.update(drawn)
+        assert order_of(sampler) == order_of(sampler)
+    assert seen == set(range(len(classes)))
+    assert len(fewest) > 1 or sampler.num_drawn % 4 == 0  # no class is always the one with fewer
+
+
+def test_balanced_classes_without_samples_are_left_alone():
+    assert sorted(order_of(KeyedSampler(4, classes=np.array([7, 2, 2, 2])))).count(0) == 2
+
+
+def test_ranks_share_a_balanced_epoch():
+    classes = np.array([0] * 9 + [1] * 3)
+    shares = [list(KeyedSampler(12, classes=classes, rank=rank, world_size=2)) for rank in (0, 1)]
+    whole = list(KeyedSampler(12, classes=classes))
+    assert sorted(shares[0] + shares[1], key=lambda sample: sample[1]) == whole
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
