@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import http.client
 import itertools
 import json
@@ -41,6 +42,7 @@ from sources import (
     Source,
     StreamingImages,
     class_index,
+    hold_out,
     keep_in_memory,
     take_fraction,
     whole_source,
@@ -50,10 +52,15 @@ from utils import RunError, UserError, logger, main_process_first, read_json, re
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
 SCHEMES = ("hfds/", "hfids/", "wds/", "torch/", "tfds/")
-KNOWN_NAMES = f"{', '.join(NAMES)}, or a timm name that starts with {', '.join(SCHEMES)}"
+CSV = "csv/"
+KNOWN_NAMES = f"{', '.join(NAMES)}, {CSV}FILE, or a timm name that starts with {', '.join(SCHEMES)}"
 TORCH_SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "eval", "evaluation", "test")}
 TRAIN_OR_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # timm: all but "train" is test
 WDS_IMAGES = "jpg;png;webp;jpeg;jfif;bmp;tif;tiff;gif;ppm;pgm;avif"  # timm's three first
+CSV_COLUMNS = {
+    "--image-column": ("path", "image", "image_path", "file", "filepath", "file_path", "filename", "file_name"),
+    "--label-column": ("label", "class", "class_name", "target", "category"),
+}
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -70,11 +77,12 @@ class DataOptions:
     data_set: str = "IMNET"  # one of `NAMES`, or timm's name with a scheme such as `hfds/`
     data_path: str | None = None  # CIFAR, FLOWERS and `torch/` default to ./data
     inat_category: str = "name"  # the level of iNaturalist's taxonomy to classify
-    train_split: str = "train"  # for names with a scheme
-    val_split: str = "validation"  # for names with a scheme
-    image_column: str | None = None  # for names with a scheme other than `torch/`; None: timm's default
+    train_split: str = "train"  # of a CSV file with a column "split", or a timm data set
+    val_split: str = "validation"  # likewise
+    image_column: str | None = None  # of a CSV file or timm's data sets other than `torch/`; None: the usual names
     label_column: str | None = None  # likewise
     num_classes: int | None = None  # where the data do not say
+    val_fraction: float = 0.0  # of folders and CSV files without a validation part: share of each class to hold out
     train_fraction: float = 1.0  # class-balanced share of the training data to use
     ram_cache: float = 1024  # MiB; a data set that takes no more is decoded once and kept in memory
     skip_broken_images: int = 0  # unreadable training images to tolerate
@@ -106,7 +114,7 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         UserError: unknown name, missing or badly laid-out folder, failed download.
     """
     name = options.data_set
-    if not name.startswith(SCHEMES) and name not in NAMES:
+    if not name.startswith((*SCHEMES, CSV)) and name not in NAMES:
         raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
     for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
         if column is not None and (name in NAMES or name.startswith("torch/")):
@@ -119,15 +127,19 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
                 f"{name}; name two splits that differ"
             )
         return train, val
+    if options.val_fraction and name != "IMNET" and not name.startswith(CSV):
+        raise UserError(f"--val-fraction {options.val_fraction:g}: {name} has a validation part; drop the flag")
     if options.num_classes is not None:
         raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
     if name == "DIGITS":
         return _digits()
+    if name.startswith(CSV):
+        return _csv(options)
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
         return _cifar(root, name, local_rank, eval_only)
     readers = {
-        "IMNET": lambda: _folder_tree(root / "train", root / "val", eval_only),
+        "IMNET": lambda: _image_folders(root, options.val_fraction, eval_only),
         "FLOWERS": lambda: _flowers(root, local_rank),
         "CARS": lambda: _cars(root),
         "PACKED": lambda: _packed(root),
@@ -222,8 +234,36 @@ def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Sourc
         raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
 
 
+def _image_folders(root: Path, val_fraction: float, eval_only: bool) -> tuple[Source, Source]:
+    """`train/CLASS/image` and `val/CLASS/image`; or to be split, `train/CLASS/image` or `CLASS/image` alone."""
+    has_train, has_val = ((root / part).is_dir() for part in ("train", "val"))
+    if not (has_val or val_fraction):
+        raise UserError(
+            f"--data-path {root}: has no folder {'val' if has_train else 'train'}/; it needs train/CLASS/ and "
+            f"val/CLASS/, or add --val-fraction 0.2 to hold out a part of {'train/' if has_train else ''}CLASS/"
+        )
+    if has_val:
+        if val_fraction:
+            logger.info("--val-fraction has no effect: %s has a folder val/", root)
+        return _folder_tree(root / "train", root / "val", eval_only)
+    folder = root / "train" if has_train else root
+    try:
+        folders = _class_folders(folder)
+        _warn_of_text_order(root, list(folders))
+        whole = _folder_part(folder, folders, list(folders))
+    except OSError as error:
+        raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
+    return _held_out(whole, val_fraction, folder)
+
+
+def _held_out(whole: Source, fraction: float, path: Path) -> tuple[Source, Source]:
+    train, val = hold_out(whole, fraction)
+    logger.info("%s: %d images to train, %d held out (--val-fraction %g)", path, len(train), len(val), fraction)
+    return train, val
+
+
 def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The folders of each class. Systems that decompose accents (NFD) have other bytes for the same name."""
+    """The folders of each class, sorted. Systems that decompose accents (NFD) have other bytes for the same name."""
     if not folder.is_dir():
         raise UserError(
             f"--data-path {folder.parent}: has no folder {folder.name}/; it needs train/CLASS/ and val/CLASS/"
@@ -232,6 +272,7 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(filter(Path.is_dir, folder.iterdir())):
         if _is_visible(path.name):
             found.setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
+    found = dict(sorted(found.items()))
     if not found:
         raise UserError(
             f"--data-path {folder.parent}: {folder.name}/ has no class folders; sort its images into "
@@ -290,6 +331,89 @@ def _class_samples(source: Source) -> tuple[int, ...]:
     with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
         samples[labels] = list(pool.map(checksum, first))
     return tuple(samples.tolist())
+
+
+def _csv(options: DataOptions) -> tuple[Source, Source]:
+    """Image files and their classes as a CSV file lists them, with a column "split", or split by `val_fraction`."""
+    file = Path(options.data_set.removeprefix(CSV))
+    what, folder = f"--data-set {CSV}{file}", Path(options.data_path or file.parent)
+    try:
+        rows = _csv_rows(file)
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}; check the path") from None
+    except (csv.Error, UnicodeError) as error:
+        raise UserError(f"{what}: is not a CSV file ({reason(error)}); it needs a header and UTF-8 text") from None
+    named = {"--image-column": options.image_column, "--label-column": options.label_column}
+    image, label = (_csv_column(rows, flag, column, what) for flag, column in named.items())
+    incomplete = next((number for number, row in enumerate(rows, 1) if not (row[image] and row[label])), None)
+    if incomplete is not None:
+        raise UserError(f"{what}: row {incomplete} has no {image} or no {label}; fill or remove it")
+    paths = [folder / row[image] for row in rows]
+    with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
+        missing = [path for path, exists in zip(paths, pool.map(Path.is_file, paths), strict=True) if not exists]
+    if missing:
+        raise UserError(f"{what}: {len(missing)} of {len(paths)} images are not in {folder}, first {missing[0]}; "
+                        f"name their folder with --data-path")  # fmt: skip
+    labels = [row[label] for row in rows]
+    names = sorted(set(labels), key=int if all(map(str.isdecimal, labels)) else None)
+    index = {name: number for number, name in enumerate(names)}
+    source = whole_source(PathImages(paths), [index[name] for name in labels], names)
+    source = replace(source, class_samples=_class_samples(source))
+    if "split" not in rows[0]:
+        if not options.val_fraction:
+            raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
+        return _held_out(source, options.val_fraction, file)
+    return _csv_parts(source, [row["split"] for row in rows], options, what)
+
+
+def _csv_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names in its header; separated by commas, semicolons or tabs.
+
+    Raises:
+        OSError, UnicodeError, csv.Error: if it cannot be read.
+    """
+    lines = regular_file(file).read_text(encoding="utf-8-sig").splitlines()
+    separator = max(",;\t", key=(lines or [""])[0].count)
+    rows = list(csv.DictReader(lines, delimiter=separator, strict=True, restval=""))
+    if not rows or any(None in row for row in rows):
+        raise csv.Error("a row has more fields than the header" if rows else "no rows")
+    return rows
+
+
+def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what: str) -> str:
+    """The column that a flag names, or the first of its usual names.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = next((name for name in ([column] if column else CSV_COLUMNS[flag]) if name in rows[0]), None)
+    if found is None:
+        raise UserError(
+            f"{flag} {column or CSV_COLUMNS[flag][0]}: {what} has no such column; it has {', '.join(rows[0])}"
+        )
+    return found
+
+
+def _csv_parts(source: Source, splits: Sequence[str], options: DataOptions, what: str) -> tuple[Source, Source]:
+    """The rows of the training and of the validation split.
+
+    Raises:
+        UserError: if a split has no rows.
+    """
+    if options.val_fraction:
+        logger.info('--val-fraction has no effect: %s has a column "split"', what)
+    parts = []
+    for flag, name in (("--train-split", options.train_split), ("--val-split", options.val_split)):
+        wanted = next((names for names in TORCH_SPLITS.values() if name in names), (name,))
+        order = np.flatnonzero([split.lower() in wanted or split == name for split in splits])
+        if not len(order):
+            raise UserError(f"{flag} {name}: {what} has no such split; it has {', '.join(sorted(set(splits)))}")
+        parts.append(replace(source, order=order))
+    trained = np.bincount(source.targets[parts[0].order], minlength=source.num_classes)
+    if not trained.all():
+        name = source.class_names[trained.argmin()]
+        raise UserError(f"--train-split {options.train_split}: {what} has no such row of class {name}; add some")
+    return parts[0], parts[1]
 
 
 def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ A `Source` is a sequence of (RGB image, class) whose classes are known without d
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import os
@@ -253,6 +254,30 @@ def take_fraction(source: Data, fraction: float) -> Data:
         count = max(1, round(fraction * len(members))) if len(members) else 0
         chosen.append(members[np.argsort(keys[members], kind="stable")[:count]])
     return replace(source, order=source.order[np.sort(np.concatenate(chosen))])
+
+
+def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
+    """Split image files into two parts, class by class: of each the nearest whole number to fraction · n is held out.
+
+    At least one image of each class is in either part. Which images are held out follows from their names, so a class
+    that gets more images exchanges few of them.
+
+    Raises:
+        UserError: if a class has only one image.
+    """
+    names = np.array(source.file_names().split(b"\0"))
+    is_held_out = np.zeros(len(source), dtype=bool)
+    for label in range(source.num_classes):
+        members = np.flatnonzero(source.targets[source.order] == label)
+        if len(members) < 2:
+            name = source.class_names[label]
+            raise UserError(
+                f"--val-fraction {fraction:g}: class {name} has {len(members)} images, at least 2 are needed"
+            )
+        keys = [hashlib.sha256(name).digest() for name in names[members]]
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        is_held_out[members[sorted(range(len(members)), key=keys.__getitem__)[:count]]] = True
+    return replace(source, order=source.order[~is_held_out]), replace(source, order=source.order[is_held_out])
 
 
 def keep_in_memory(source: Data, limit_mb: float) -> Data:

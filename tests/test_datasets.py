@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import unicodedata
@@ -168,6 +169,132 @@ def test_folder_without_val_is_a_user_error(tmp_path):
     write_tree(tmp_path, parts=("train",))
     with tiny.user_error("--data-path", tmp_path, "val/"):
         read("IMNET", tmp_path)
+
+
+def test_the_message_about_missing_folders_offers_to_hold_out(tmp_path):
+    write_tree(tmp_path, parts=(".",))
+    with tiny.user_error("has no folder train/", "--val-fraction 0.2"):
+        read("IMNET", tmp_path)
+
+
+@pytest.mark.parametrize("part", ["", "train"])
+def test_a_part_of_each_class_is_held_out(tmp_path, part):
+    write_tree(tmp_path / "a" / part, parts=(".",), classes=("cat", "dog", "eel"), each=10)
+    train, val = read("IMNET", tmp_path / "a", val_fraction=0.3)
+    assert train.class_names == val.class_names == ("cat", "dog", "eel")
+    assert np.bincount(targets_of(train)).tolist() == [7, 7, 7] and np.bincount(targets_of(val)).tolist() == [3, 3, 3]
+    for source in (train, val):
+        assert [Path(path).parent.name for path in ordered_paths(source)] == [
+            source.class_names[target] for target in targets_of(source)
+        ]
+    assert {*ordered_paths(train), *ordered_paths(val)} == set(map(str, (tmp_path / "a").rglob("*.png")))
+    shutil.move(tmp_path / "a", tmp_path / "b")  # neither the folder's name nor the order of its files matters
+    again = ordered_paths(read("IMNET", tmp_path / "b", val_fraction=0.3)[1])
+    assert [path.replace("/b/", "/a/") for path in again] == ordered_paths(val)
+    for number in range(100, 110):
+        save(picture(number), tmp_path / "b" / part / "cat" / f"{number}.png")
+    more = ordered_paths(read("IMNET", tmp_path / "b", val_fraction=0.3)[1])
+    assert len(more) == 12 and set(again[3:]) == set(more[6:])  # dogs and eels are the same
+
+
+def test_of_each_class_one_image_at_least_is_in_either_part(tmp_path):
+    write_tree(tmp_path, parts=(".",), each=2)
+    for fraction in (0.01, 0.9):
+        assert [targets_of(part) for part in read("IMNET", tmp_path, val_fraction=fraction)] == [[0, 1], [0, 1]]
+    (tmp_path / "dog" / "1.png").unlink()
+    with tiny.user_error("--val-fraction 0.5", "class dog has 1 images"):
+        read("IMNET", tmp_path, val_fraction=0.5)
+
+
+def test_a_validation_folder_is_used_whatever_the_fraction(tmp_path):
+    paths = write_tree(tmp_path)
+    sources = read("IMNET", tmp_path, val_fraction=0.5)
+    assert [[Path(path) for path in paths_of(source)] for source in sources] == [paths["train"], paths["val"]]
+    with tiny.user_error("--val-fraction 0.5", "DIGITS has a validation part"):
+        read("DIGITS", val_fraction=0.5)
+
+
+def ordered_paths(source):
+    return [source.images.describe(index) for index in source.order]
+
+
+# -- CSV files ---------------------------------------------------------------------------------------------------------
+
+
+def write_csv(folder, text, encoding="utf-8"):
+    for number in range(8):
+        save(picture(number), folder / "images" / f"{number}.png")
+    (folder / "list.csv").write_bytes(text.encode(encoding))
+    return f"csv/{folder / 'list.csv'}"
+
+
+def csv_rows(labels, columns="path,label", splits=None, separator=","):
+    rows = [columns.replace(",", separator)]
+    for number, label in enumerate(labels):
+        rows.append(separator.join([f"images/{number}.png", str(label), *([splits[number]] if splits else [])]))
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_csv_file_with_splits(tmp_path, separator, encoding):
+    splits = ["train", "val"] * 3 + ["Train", "unused"]
+    text = csv_rows(["dög", "cat, big", "cat, big", "dög"] * 2, "path,label,split", splits, separator)
+    text = text.replace("cat, big", '"cat, big"')
+    train, val = read(write_csv(tmp_path, text, encoding))
+    assert train.class_names == ("cat, big", "dög")
+    assert [Path(path).stem for path in ordered_paths(train)] == ["0", "2", "4", "6"]
+    assert (targets_of(train), targets_of(val)) == ([1, 0, 1, 0], [0, 1, 0])
+    assert np.array_equal(pixels_of(val)[2], np.asarray(picture(5)))
+
+
+def test_a_csv_file_is_split_by_class(tmp_path):
+    train, val = read(write_csv(tmp_path, csv_rows(list("aabbaabb"))), val_fraction=0.25)
+    assert (targets_of(train), targets_of(val)) == ([0, 0, 0, 1, 1, 1], [0, 1]) or (
+        sorted(targets_of(train)) == [0, 0, 0, 1, 1, 1] and sorted(targets_of(val)) == [0, 1]
+    )
+
+
+def test_numbers_in_a_csv_file_are_classes_in_numeric_order(tmp_path):
+    train, _ = read(write_csv(tmp_path, csv_rows([10, 10, 9, 9, 2, 2, 10, 9])), val_fraction=0.5)
+    assert train.class_names == ("2", "9", "10")
+    by_file = {Path(path).stem: target for path, target in zip(ordered_paths(train), targets_of(train), strict=True)}
+    assert all(target == {"0": 2, "1": 2, "6": 2, "4": 0, "5": 0}.get(stem, 1) for stem, target in by_file.items())
+
+
+def test_columns_and_folder_of_a_csv_file_are_flags(tmp_path):
+    name = write_csv(tmp_path, csv_rows(list("abababab"), "picture,kind").replace("images/", ""))
+    options = {"image_column": "picture", "label_column": "kind", "val_fraction": 0.5}
+    train, _ = read(name, tmp_path / "images", **options)
+    assert sorted(targets_of(train)) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "text, options, words",
+    [
+        ("path,label\n", {}, ["no rows"]),
+        ("", {}, ["no rows"]),
+        ("path,label\nimages/0.png,a,b\n", {}, ["more fields than the header"]),
+        ("path,label\nimages/0.png\n", {}, ["row 1 has no path or no label"]),
+        ("path,label\nimages/0.png,a\nimages/9.png,b\n", {}, ["1 of 2 images", "9.png", "--data-path"]),
+        ("file_,label\nimages/0.png,a\n", {}, ["--image-column path", "it has file_, label"]),
+        ("path,label\nimages/0.png,a\n", {"label_column": "x"}, ["--label-column x", "it has path, label"]),
+        (csv_rows("ab"), {}, ['no column "split"', "--val-fraction 0.2"]),
+        (csv_rows("ab", "path,label,split", ["train", "train"]), {}, ["--val-split validation", "it has train"]),
+        (csv_rows("ab", "path,label,split", ["train", "val"]), {}, ["--train-split train", "class b"]),
+        (csv_rows("ab"), {"val_fraction": 0.5}, ["class a has 1 images"]),
+    ],
+)
+def test_a_wrong_csv_file_is_a_user_error(tmp_path, text, options, words):
+    with tiny.user_error("list.csv" if "class a" not in words[0] else "--val-fraction", *words):
+        read(write_csv(tmp_path, text), **options)
+
+
+def test_a_csv_file_that_is_none_is_a_user_error(tmp_path):
+    with tiny.user_error("csv/", "No such file"):
+        read(f"csv/{tmp_path}/gone.csv")
+    with tiny.user_error("csv/", "is not a CSV file"):
+        read(write_csv(tmp_path, "path,label\nimages/ä.png,a\n", "latin-1"))
 
 
 def test_val_without_class_folders_is_a_user_error(tmp_path):
