@@ -13,6 +13,8 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import models_evit
 from checkpoints import read_checkpoint, trained_size, translated, unwrapped, weights_of
@@ -42,7 +44,7 @@ def create_model(
         UserError
     """
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        near = _near(name.split(".")[0], timm.list_models())
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
         raise UserError(f"{flag} {name}: timm has no such model; {hint}")
     try:
@@ -61,6 +63,12 @@ def create_model(
         given = " ".join(_as_flag(key, value, flag) for key, value in options.items() if value is not None)
         remedy = "add --drop-path 0" if "drop_path_rate" in why else "change or drop that"
         raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({why}); {remedy}") from error
+
+
+def _near(name: str, names: Sequence[str]) -> list[str]:
+    """Up to three names for a wrong one: those that it is the start of, else those of similar spelling."""
+    longer = sorted((each for each in names if each.startswith(name) and name), key=len)
+    return longer[:3] or difflib.get_close_matches(name, names, n=3)
 
 
 def _check_published(name: str, flag: str, options: Mapping[str, Any]) -> None:
@@ -98,6 +106,7 @@ class ModelOptions:
     grad_checkpointing: bool = False
     pretrained: bool = False  # start from timm's weights
     finetune: str = ""  # start from the weights of this checkpoint
+    head_init_scale: float | None = None  # factor of a new head's weights
     train_scope: str = "all"  # see `freeze`
     base_keep_rate: float | Sequence[float] | None = None  # this and the next two: see `models_evit.reduce_tokens`
     drop_loc: Sequence[int] | None = None
@@ -148,10 +157,33 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
     try_out(model, f"--model {name}", options.input_size)
+    heads = classifier_names(model)
+    if options.pretrained and model.pretrained_cfg["num_classes"] == num_classes:
+        heads = ()
     if options.finetune:
-        load_finetune_weights(model, options.finetune, COMPLETE if eval_only else FINETUNING)
+        report = load_finetune_weights(model, options.finetune, COMPLETE if eval_only else FINETUNING)
+        heads = tuple(name for name in heads if any(belongs_to(key, (name,)) for key in report.missing))
+    start_heads(model, heads, options.head_init_scale, replaced=bool(options.pretrained or options.finetune))
     freeze(model, options.train_scope)
     return model
+
+
+def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, replaced: bool) -> None:
+    """Initialize new classification layers.
+
+    Args:
+        heads: their names.
+        scale: factor of their weights, as timm's --head-init-scale; None for 1.
+        replaced: whether the rest of the model is pretrained. Some models start their heads with large weights, which
+            disturb the rest in a short fine-tuning: such a head starts as DeiT's does.
+    """
+    if scale is not None and not heads:
+        logger.warning("--head-init-scale has no effect: the head comes with the weights")
+    for name in heads:
+        for parameter in model.get_submodule(name).parameters():
+            if replaced:
+                nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.trunc_normal_(parameter, std=0.02)
+            parameter.data.mul_(1.0 if scale is None else scale)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -174,6 +206,21 @@ def try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
             f"drop the --*model-kwargs that say otherwise"
         ) from error
     model.train()
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, input_size: tuple[int, int]) -> int | None:
+    """Multiply-accumulates of one image of that (height, width), evaluated; None if torch cannot say."""
+    image, training = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device), model.training
+    # Fused attention on a CPU is not counted; as plain matrix products it is.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        try:
+            model.eval()(image)
+        except Exception:  # of an operation that torch cannot count: no reason to end a run
+            return None
+        finally:
+            model.train(training)
+    return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two operations
 
 
 def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
+import utils
 from checkpoints import ema_of, trained_size, weights_of
 from models import (
     COMPLETE,
@@ -263,6 +264,43 @@ def test_heads_for_other_classes_are_dropped(tmp_path, name):
     assert sorted(report.dropped) == sorted(report.missing) == sorted(heads)
     assert_same(model.state_dict(), source.state_dict(), but=heads)
     assert all(torch.equal(model.state_dict()[head], untouched[head]) for head in heads)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "efficientnet_lite0", PLAIN, DISTILLED])
+@pytest.mark.parametrize("scale", [None, 0.01])
+def test_new_heads_start_small(tmp_path, name, scale):
+    options = {"model_kwargs": {}} if name == "efficientnet_lite0" else {}
+    path = save(tmp_path / "x.pth", {"model": build(name, 1, num_classes=7, **options).state_dict()})
+    model = build(name, 2, num_classes=50, finetune=path, head_init_scale=scale, **options)
+    for head in classifier_names(model):
+        layer = model.get_submodule(head)
+        assert layer.weight.std().item() == pytest.approx(0.02 * (scale or 1), rel=0.05)
+        assert layer.weight.abs().max() <= 2 * (scale or 1) and not layer.bias.any()
+
+
+def test_heads_that_come_with_the_weights_are_kept(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    source = build(PLAIN, 1)
+    path = save(tmp_path / "x.pth", {"model": source.state_dict()})
+    model = build(PLAIN, 2, finetune=path, head_init_scale=0.5)
+    assert torch.equal(model.head.weight, source.head.weight)
+    assert "--head-init-scale has no effect" in caplog.text
+    distilled = build(DISTILLED, 2, finetune=path)  # the class head is there, that of the distillation token is new
+    assert torch.equal(distilled.head.weight, source.head.weight) and not distilled.head_dist.bias.any()
+
+
+def test_a_head_from_scratch_is_scaled_only_when_asked():
+    plain, scaled = build("resnet10t", 1), build("resnet10t", 1, head_init_scale=0.5)
+    assert_same(scaled.state_dict(), plain.state_dict(), but=parameters_of("fc"))
+    for ours, theirs in zip(scaled.fc.parameters(), plain.fc.parameters(), strict=True):
+        assert torch.equal(ours, theirs * 0.5)
+
+
+def test_a_wrong_model_name_is_told_those_that_it_begins():
+    with tiny.user_error("--model deit_tiny", "did you mean deit_tiny_patch16_224"):
+        build("deit_tiny")
+    with tiny.user_error("--model evit_smal", "did you mean evit_small_patch16_224"):
+        build("evit_smal")
 
 
 @pytest.mark.parametrize("name", [PLAIN, DISTILLED, "vit_tiny_patch16_224"])

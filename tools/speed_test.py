@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 import models_evit
-from models import create_model
+from models import count_macs, create_model
 from tools.command import errors_in_a_line
 from tools.timing import rates_in_turn, ratio_row, write_results
 from utils import available_cpus, select_device
@@ -51,15 +50,11 @@ def describe(model: nn.Module, input_size: tuple[int, int]) -> dict[str, Any]:
     tokens: list[int] = []
     blocks = getattr(model, "blocks", None) or []
     hooks = [block.register_forward_hook(lambda _m, _i, out: tokens.append(out.shape[1])) for block in blocks]
-    image = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
-    # Fused attention on a CPU is not counted; as plain matrix products it is.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
+    macs = count_macs(model, input_size)
     for hook in hooks:
         hook.remove()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    # The counter counts a multiply-accumulate as two operations.
-    return {"parameters": parameters, "macs": counter.get_total_flops() // 2, "tokens": tokens}
+    return {"parameters": parameters, "macs": macs, "tokens": tokens}
 
 
 def inference(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, steps: int) -> Callable[[], int]:
