@@ -26,26 +26,31 @@ from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
 from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
-from models import load_weights, set_train_mode, weights_of
+from models import load_weights, normalization, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
 from sources import BrokenImages
 from utils import (
+    EpochTable,
     Preempted,
     RunError,
     StepLog,
     StopSignals,
-    TensorBoard,
     UserError,
     World,
+    Writer,
     agree,
     all_reduce_sum,
     append_log,
     barrier,
+    duration,
     gather,
     logger,
+    peak_memory,
     reason,
 )
+
+FEW_IMAGES = 1000  # a model that starts from scratch learns little from fewer
 
 
 class Schedule(Protocol):
@@ -286,6 +291,7 @@ class TrainState:
         ema: moving average of the module's weights, or None.
         num_updates: optimiser updates made, or left out.
         best_acc1: best top-1 accuracy so far, in per cent, of an EViT at its final keep rate; -1 if there is none.
+        best_epoch: the epoch that reached it; -1 if there is none.
         epoch: the epoch to train next, or to resume.
         totals: of a resumed epoch, what each rank's `StepLog` had collected.
         opt: timm's name of the optimizer, or None if it is not known.
@@ -301,6 +307,7 @@ class TrainState:
     ema: ModelEmaV3 | None = None
     num_updates: int = 0
     best_acc1: float = -1.0
+    best_epoch: int = -1
     epoch: int = 0
     totals: list[dict[str, float]] = field(default_factory=list)
     opt: str | None = None
@@ -371,6 +378,7 @@ class TrainState:
             "step": self.num_updates,
             "progress": progress,
             "best_acc1": self.best_acc1,
+            "best_epoch": self.best_epoch,
         }
 
     def resume(self, checkpoint: dict[str, Any], path: str, updates_per_epoch: int, images_per_update: int = 1) -> None:
@@ -398,6 +406,8 @@ class TrainState:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch, step = int(checkpoint["epoch"]), int(checkpoint["step"])
             self.best_acc1 = float(checkpoint["best_acc1"])
+            last = self.epoch - 1 if self.best_acc1 >= 0 else -1  # what older versions do not say
+            self.best_epoch = int(checkpoint.get("best_epoch", last))
             progress = checkpoint.get("progress") or {"images": 0, "totals": []}
             images, self.totals = int(progress["images"]), list(progress["totals"])
         except (LookupError, ValueError, RuntimeError, TypeError, AttributeError):
@@ -735,13 +745,13 @@ class Output:
 
     Attributes:
         folder: of the checkpoints and log.txt, or None for nowhere.
-        writer: a TensorBoard writer on rank 0, or None.
+        writer: for TensorBoard, on rank 0, or None.
         about: what else a checkpoint holds: the run's flags and data, as JSON values.
         lock: on rank 0, the file that keeps other runs out of the folder while it is open, or None.
     """
 
     folder: Path | None = None
-    writer: TensorBoard | None = None
+    writer: Writer | None = None
     about: dict[str, Any] = field(default_factory=dict)
     lock: TextIO | None = None
 
@@ -834,18 +844,16 @@ class Saver:
         if self.world.is_main and self.output.folder is not None:
             save_checkpoint(checkpoint, self.output.folder, is_best)
 
-    def end_epoch(self, record: dict[str, Any]) -> None:
+    def end_epoch(self, record: dict[str, float]) -> None:
         """Log a finished epoch and save. An accuracy at a keep rate that is not the final one is never the best."""
         epoch, state = self.state.epoch, self.state
         is_comparable = all(schedule.is_comparable for schedule in self.schedules)
         is_best = is_comparable and record.get("test_acc1", -1.0) > state.best_acc1
-        state.best_acc1 = record["test_acc1"] if is_best else state.best_acc1
+        if is_best:
+            state.best_acc1, state.best_epoch = record["test_acc1"], epoch
         state.epoch += 1
-        trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
-        record = record | {"epoch": epoch, "n_parameters": trainable}
         if self.output.writer is not None:
-            for name, value in record.items():
-                self.output.writer.add_scalar(f"epoch/{name}", value, epoch)
+            self.output.writer.add_epoch(record, state.num_updates * state.accum_steps)
         if self.world.is_main and self.output.folder is not None:
             append_log(self.output.folder, record)  # first: a resumed run drops the lines of epochs that it repeats
         self.save(is_best=is_best)
@@ -897,6 +905,7 @@ class RunOptions:
     log_interval: int = 50  # steps between two log lines and two checks for a non-finite loss
     eval_interval: int = 1  # epochs between two evaluations; the last epoch is always evaluated
     augmentation_epochs: int | None = None  # after this many epochs the same views come again; None for never
+    early_stop: int | None = None  # end after so many epochs without a better accuracy; None for never
     checkpoint_minutes: float | None = None  # between two checkpoints within an epoch
     stop_timeout: float = 60  # seconds that a stop signal waits for the update in progress
 
@@ -923,40 +932,131 @@ def fit(
         RunError: on all ranks, if the loss or the weights are not finite, or the disk is full.
     """
     start, broken = time.time(), train_loader.broken
+    done = state.num_updates / train_loader.updates_per_epoch
+    table = EpochTable(options.epochs, done, _columns(state))
     with StopSignals(options.stop_timeout) as stop, contextlib.closing(train_loader), contextlib.closing(val_loader):
         saver = Saver(state, schedules, world, stop, output, minutes=options.checkpoint_minutes, broken=broken)
-        while state.epoch < options.epochs:
+        while state.epoch < options.epochs and not _is_early_end(state, options):
             first = _position(state, train_loader, schedules, state.epoch % options.view_epochs)
-            log = StepLog(
-                state.epoch,
-                len(train_loader),
-                train_loader.images_per_batch,
-                options.log_interval,
-                output.writer,
-                first_step=first,
-                totals=_totals(state, world.rank, first),
-                max_skipped=state.max_skipped_steps,
-            )
+            log = _step_log(state, train_loader, options, output.writer, first, _totals(state, world.rank, first))
             seeds = {"seed": options.seed, "rank": world.rank}
-            batches = stop.interruptible(train_loader, functools.partial(saver.rescue, log))
+            batches = stop.interruptible(
+                _with_pictures(train_loader, state, output), functools.partial(saver.rescue, log)
+            )
             trained = train_one_epoch(state, batches, criterion, schedules, log, after_update=saver.check, **seeds)
             _close_epoch(state, world)
-            record = _described(trained, schedules)
+            record = _described(trained, schedules) | _counts(state, train_loader)
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
                 saver.save(log)  # an evaluation can fail
                 tested = _test(state, val_loader, stop)
                 saver.check(log)  # before anything believes an evaluation that was cut short
-                logger.info(describe(tested))
                 record |= tested
             if broken is not None:
                 record["broken_images"] = broken.report()
             saver.end_epoch(record)
-    best = (
-        f"best top-1 {state.best_acc1:.2f} %"
-        if state.best_acc1 >= 0
-        else "no epoch at the final keep rate, so no best.pth"
+            table.add(record, state.best_acc1)
+    if state.best_acc1 < 0:
+        best = "no epoch at the final keep rate, so no best.pth"
+    else:
+        best = f"best top-1 {state.best_acc1:.2f} %"
+    logger.info("%d epochs in %.0f s, %s", state.epoch, time.time() - start, best)
+
+
+def rehearse(
+    state: TrainState,
+    train_loader: EpochLoader,
+    val_loader: DeviceLoader,
+    criterion: Criterion,
+    schedules: Sequence[Schedule],
+    options: RunOptions,
+    world: World,
+) -> None:
+    """Make two updates and evaluate one batch, save nothing, and log what the run would take."""
+    first, ends = _position(state, train_loader, schedules, state.epoch % options.view_epochs), [time.perf_counter()]
+    log = _step_log(state, train_loader, options, None, first, {})
+
+    def note_time(log: StepLog) -> None:
+        log.report()  # waits for the device
+        ends.append(time.perf_counter())
+
+    with contextlib.closing(train_loader), contextlib.closing(val_loader):
+        seeds = {"seed": options.seed, "rank": world.rank}
+        batches = itertools.islice(train_loader, 2 * state.accum_steps)
+        train_one_epoch(state, batches, criterion, schedules, log, after_update=note_time, **seeds)
+        batches = list(itertools.islice(val_loader, 1))
+        start = time.perf_counter()
+        for _ in evaluate_all(modules_of(state).items(), batches, state.amp_dtype):
+            pass
+        tested = time.perf_counter() - start
+    images, update = train_loader.images_per_update, ends[-1] - ends[-2]
+    epoch = update * train_loader.updates_per_epoch
+    evaluation = tested * val_loader.num_images / (len(batches[0].targets) * world.size)
+    total = (epoch + evaluation / options.eval_interval) * options.epochs
+    logger.info(
+        "dry run: an update takes %.2f s, %.0f images/s; the first took %.1f s",
+        update,
+        images / update,
+        ends[1] - ends[0],
     )
-    logger.info("%d epochs in %.0f s, %s", options.epochs, time.time() - start, best)
+    logger.info(
+        "an epoch would take about %s, an evaluation %s, all %d epochs %s; peak memory so far %.1f GiB",
+        *(duration(epoch), duration(evaluation), options.epochs, duration(total), peak_memory(world.device) / 2**30),
+    )
+
+
+def _columns(state: TrainState) -> list[str]:
+    """What else than top-1 is worth a column: top-5 of 5 classes is always 100 %."""
+    has_more = getattr(state.module, "num_classes", 6) > 5
+    return ["top-5"] * has_more + ["EMA"] * (state.ema is not None)
+
+
+def _step_log(
+    state: TrainState,
+    loader: EpochLoader,
+    options: RunOptions,
+    writer: Writer | None,
+    first_step: int,
+    totals: Mapping[str, float],
+) -> StepLog:
+    return StepLog(
+        state.epoch,
+        len(loader),
+        loader.images_per_batch,
+        options.log_interval,
+        writer,
+        first_step=first_step,
+        totals=totals,
+        max_skipped=state.max_skipped_steps,
+    )
+
+
+def _with_pictures(loader: EpochLoader, state: TrainState, output: Output) -> Iterator[Batch]:
+    """The same batches; a few images of a run's first batch go to the writer, as the model sees them."""
+    is_first = state.num_updates == 0 and output.writer is not None
+    for batch in loader:
+        if is_first and batch.images.ndim == 4:
+            mean, std = (torch.tensor(values)[:, None, None] for values in normalization(state.module))
+            views = batch.images[:8].float().cpu() * std + mean
+            output.writer.add_images("training images", views.clamp(0, 1), 0)
+        is_first = False
+        yield batch
+
+
+def _counts(state: TrainState, loader: EpochLoader) -> dict[str, float]:
+    """What is counted at the end of an epoch."""
+    trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+    images = (state.epoch + 1) * loader.num_positions
+    return {"epoch": state.epoch, "n_parameters": trainable, "images": images}
+
+
+def _is_early_end(state: TrainState, options: RunOptions) -> bool:
+    """Whether --early-stop ends the run: its last epochs have not been better than an earlier one."""
+    if options.early_stop is None or state.best_epoch < 0 or state.totals:
+        return False
+    waited = state.epoch - 1 - state.best_epoch
+    if waited >= options.early_stop:
+        logger.info("ended early: no better top-1 in %d epochs (--early-stop)", waited)
+    return waited >= options.early_stop
 
 
 def _test(state: TrainState, loader: Iterable[Batch], stop: StopSignals) -> dict[str, float]:

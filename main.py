@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 import sys
-import time
 import traceback
 import zlib
 from collections.abc import Callable, Sequence
@@ -26,7 +25,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 import checkpoints
@@ -153,35 +151,11 @@ def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
     """The training batches, and what is trained on them: the model, or its head on the features of the rest."""
     mixup = fill(loaders.MixupOptions, run.args)
     if run.args.cache_features:
-        features, head = cache_features(run)
+        head = models.linear_head(run.model, run.args.model)
+        features = loaders.cache_features(run.train, run.model, run.views, run.loading, run.world, run.autocast)
         return loaders.build_epoch_loader(features, torch.clone, mixup, run.loading, run.world), head
     loader = loaders.build_train_loader(run.train, run.views, run.normalization, mixup, run.loading, run.world)
     return loader, run.model
-
-
-@torch.no_grad()
-def cache_features(run: Run) -> tuple[sources.Source, torch.nn.Linear]:
-    """The inputs of the classification layer as a data set, and the layer. The images have their evaluation views.
-
-    Every process computes them all.
-
-    Raises:
-        UserError: if the data are a stream, or the model does not end in one linear layer.
-    """
-    if not isinstance(run.train, sources.Source):
-        raise UserError(f"--cache-features: {run.args.data_set} is a stream, whose images have no index; drop the flag")
-    head, start = models.linear_head(run.model, run.args.model), time.perf_counter()
-    alone = dataclasses.replace(run.world, rank=0, size=1)
-    rows, targets = [], []
-    run.model.eval()
-    for batch in loaders.build_val_loader(run.train, run.views, run.normalization, run.loading, alone):
-        targets.append(batch.targets.cpu())
-        with run.autocast:
-            maps = run.model.forward_features(batch.images)
-            rows.append(run.model.forward_head(maps, pre_logits=True).float().cpu())
-    features, order = torch.cat(rows), np.arange(len(run.train))
-    logger.info("features of %d images in %.0f s", len(features), time.perf_counter() - start)
-    return sources.Source(features, torch.cat(targets).numpy(), run.train.num_classes, order, run.train.broken), head
 
 
 def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], torch.Tensor] | None:
@@ -234,6 +208,32 @@ def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
         "class_names": list(run.train.class_names),
         "class_samples": {"train": list(run.train.class_samples), "val": list(run.val.class_samples)},
     }
+
+
+def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
+    """Log what is about to be trained: model, data, device, length and output folder."""
+    args, device, (height, width) = run.args, run.world.device, run.views.input_size
+    weights = list(run.model.parameters())
+    trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad) / 1e6
+    size, cost = sum(map(torch.numel, weights)) / 1e6, f", {macs / 1e9:.2f} GMACs" if macs else ""
+    part = "" if trained == size else f" ({trained:.2f} M trained)"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    precision = str(run.amp_dtype or torch.float32).removeprefix("torch.")
+    images = f"{len(run.train)} training and {len(run.val)} validation images"
+    updates = f"{loader.updates_per_epoch} updates of {loader.images_per_update} images"
+    for title, text in {
+        "model": f"{args.model}: {size:.2f} M parameters{part}{cost} at {height} x {width} px",
+        "data": f"{args.data_set} {args.data_path or ''}: {images}, {run.train.num_classes} classes",
+        "device": f"{run.world.size} x {device.type} ({name}), {precision}",
+        "training": f"{args.epochs} epochs of {updates}",
+        "output": args.output_dir or "none",
+    }.items():
+        logger.info("%-8s  %s", title, text)
+    if len(run.train) < engine.FEW_IMAGES and not (args.pretrained or args.finetune or args.resume):
+        logger.warning(
+            "%d images are too few to train %s from scratch; start from --pretrained, or --finetune FILE",
+            *(len(run.train), args.model),
+        )
 
 
 def resume(
@@ -296,7 +296,11 @@ def open_output(
         config = vars(args) | {"class_names": about["class_names"]}
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         step = state.num_updates * state.accum_steps
-        return engine.Output(folder, utils.TensorBoard(folder / "tensorboard", step, state.epoch), about, lock)
+        writer = utils.Writer(folder / "tensorboard", step, config, args.log_wandb)
+        if not state.totals:  # a viewer drops the last epoch's values, which stand at the step that comes next
+            for record in utils.read_log(folder)[-1:]:
+                writer.add_epoch(record, step)
+        return engine.Output(folder, writer, about, lock)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
 
@@ -350,14 +354,19 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
     """Train to the last epoch, from the start or from `--resume`."""
     args, world = run.args, run.world
     shape = (3, *run.views.input_size) if trained is run.model else (trained.in_features,)
-    options = fill(engine.OptimizerOptions, args)
+    options, macs = fill(engine.OptimizerOptions, args), models.count_macs(run.model, run.views.input_size)
     state = engine.build_state(run.model, trained, options, loader.images_per_batch, shape, run.amp_dtype, world)
     schedules = engine.build_schedules(state, loader.updates_per_epoch, fill(engine.ScheduleOptions, args))
     about = describe_run(run, loader)
     if args.resume:
         resume(args, state, loader, about)
-    output = open_output(args, state, about, world)
+    announce(run, loader, macs)
     options = fill(engine.RunOptions, args)
+    if args.dry_run:
+        if args.output_dir:
+            checkpoints.check_folder(Path(args.output_dir), args.resume, args.overwrite)
+        return engine.rehearse(state, loader, run.val_loader, criterion, schedules, options, world)
+    output = open_output(args, state, about, world)
     engine.fit(state, loader, run.val_loader, criterion, schedules, options, world, output)
     output.close()
 

@@ -11,6 +11,7 @@ import logging
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -461,6 +462,8 @@ class StopSignals:
         if number == self.received == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
+        if number == signal.SIGINT and os.isatty(2):
+            os.write(2, b"\n")  # below the terminal's ^C
 
     def _watch(self) -> None:
         """Wait for a signal, then for the answer to it."""
@@ -713,9 +716,17 @@ class _OneLine(logging.Formatter):
         return escaped(super().format(record))
 
 
+class _AboveBars(logging.StreamHandler):
+    """Writes lines above the progress bars of a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def set_up_logging(world: World) -> None:
     """Send this run's log lines to standard error; only rank 0 says anything below an error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AboveBars(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.lastResort.setFormatter(_OneLine())  # of loggers without a handler, such as timm's
     logger.handlers[:] = [handler]
@@ -796,41 +807,148 @@ def _say_what_a_thread_raised(thread: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(thread)
 
 
-class TensorBoard:
-    """Scalars named `step/...` and `epoch/...`, in two folders, since their places are counted differently.
+class Writer:
+    """What TensorBoard shows of a run, and Weights & Biases if there is a project: `step/...` and `epoch/...` scalars.
+
+    Both count steps, so that an epoch's values stand where its last step ends.
 
     Args:
-        folder: of the files.
-        next_step, next_epoch: what will be written first; viewers drop what an earlier run wrote from there on.
+        folder: of the files; wandb's go there too.
+        next_step: viewers drop what an earlier run wrote from there on.
+        config: the run's flags, by name.
+        project: of Weights & Biases; "" for none.
     """
 
-    def __init__(self, folder: Path, next_step: int = 0, next_epoch: int = 0) -> None:
+    LAYOUT = {
+        "training and validation": {
+            "loss": ["Multiline", ["epoch/train_loss", "epoch/test_loss", "epoch/test_ema_loss"]],
+            "top-1 accuracy": ["Multiline", ["epoch/test_acc1", "epoch/test_ema_acc1"]],
+        }
+    }
+
+    def __init__(
+        self, folder: Path, next_step: int = 0, config: Mapping[str, Any] | None = None, project: str = ""
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
 
         threading.excepthook = _say_what_a_thread_raised
-        self.writers = {
-            "step": SummaryWriter(str(folder / "steps"), purge_step=next_step),
-            "epoch": SummaryWriter(str(folder / "epochs"), purge_step=next_epoch),
-        }
+        is_new = not any(folder.glob("events*"))
+        self.board = SummaryWriter(str(folder), purge_step=next_step)
+        self.wandb = _start_wandb(folder, config or {}, project) if project else None
+        if is_new and config:
+            self._introduce(config)
 
-    def add_scalar(self, name: str, value: float, place: int) -> None:
-        """Add the value that belongs to a step or an epoch.
+    def _introduce(self, config: Mapping[str, Any]) -> None:
+        """Write the flags, as a table and as hyperparameters, and which curves belong together."""
+        from torch.utils.tensorboard.summary import hparams
+
+        rows = "\n".join(f"| {name} | {escaped(str(value))} |" for name, value in sorted(config.items()))
+        values = {name: value if isinstance(value, int | float) else str(value) for name, value in config.items()}
+        with _disk_faults("TensorBoard files"):
+            self.board.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
+            for summary in hparams(values, {"epoch/test_acc1": 0}):
+                self.board.file_writer.add_summary(summary)
+            self.board.add_custom_scalars(self.LAYOUT)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add the value that belongs to a step.
 
         Raises:
             RunError: if the disk takes no more.
         """
         with _disk_faults("TensorBoard files"):
-            self.writers[name.partition("/")[0]].add_scalar(name, value, place)
+            self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log({name: value}, step=step)
+
+    def add_epoch(self, record: Mapping[str, float], step: int) -> None:
+        """Add a line of log.txt; `step` is the number of steps up to the end of its epoch."""
+        for name in record.keys() - {"epoch"}:
+            self.add_scalar(f"epoch/{name}", record[name], step)
+
+    def add_images(self, name: str, images: torch.Tensor, step: int) -> None:
+        """Add RGB images [B, 3, H, W] with values from 0 to 1."""
+        with _disk_faults("TensorBoard files"):
+            self.board.add_images(name, images, step)
 
     def flush(self) -> None:
         """Bring everything so far to the files."""
         with _disk_faults("TensorBoard files"):
-            for writer in self.writers.values():
-                writer.flush()
+            self.board.flush()
 
     def close(self) -> None:
-        for writer in self.writers.values():
-            writer.close()
+        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(folder: Path, config: Mapping[str, Any], project: str) -> Any:
+    """A run of Weights & Biases; a resumed run continues the one that the folder names.
+
+    Raises:
+        UserError: if the package is missing or cannot start.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--log-wandb {project}: the package is missing; pip install wandb") from None
+    try:
+        write_first(folder / "wandb_id", uuid.uuid4().hex.encode())
+        number = (folder / "wandb_id").read_text()
+        return wandb.init(project=project, id=number, resume="allow", dir=folder, config=dict(config))
+    except Exception as error:  # the network, an account, a service of its own
+        raise UserError(
+            f"--log-wandb {project}: cannot start ({reason(error)}); log in, set WANDB_MODE=offline, or drop the flag"
+        ) from None
+
+
+def duration(seconds: float) -> str:
+    """`3723` -> `1:02:03`."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has used at most so far, on the GPU if the device is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class EpochTable:
+    """A line per epoch that stays on the screen, of at most 71 characters; accuracies in per cent.
+
+    Args:
+        epochs: of the run.
+        done: epochs that are done already, with a fraction.
+        columns: those to show of "top-5" and "EMA".
+    """
+
+    EVERY = 20  # lines between two headings
+
+    def __init__(self, epochs: int, done: float, columns: Collection[str]) -> None:
+        self.epochs, self.first, self.start = epochs, done, time.perf_counter()
+        names = ("epochs", "loss", "lr", "top-1", "top-5", "EMA", "best", "images/s", "left")
+        widths = dict(zip(names, (9, 6, 7, 6, 6, 6, 6, 8, 8), strict=True))
+        self.widths = {name: widths[name] for name in names if name not in ("top-5", "EMA") or name in columns}
+        self.lines = 0
+
+    def add(self, record: Mapping[str, float], best: float) -> None:
+        """Log an epoch's line of log.txt; `best` is the best top-1 so far, negative if there is none."""
+        if self.lines % self.EVERY == 0:
+            logger.info(self._line({name: name for name in self.widths}))
+        self.lines += 1
+        done = record["epoch"] + 1
+        per_epoch = (time.perf_counter() - self.start) / max(done - self.first, 1e-9)
+        found = {"top-1": "test_acc1", "top-5": "test_acc5", "EMA": "test_ema_acc1"}
+        cells = {name: f"{record[key]:.2f}" if key in record else "-" for name, key in found.items()}
+        cells |= {"epochs": f"{done}/{self.epochs}", "loss": f"{record['train_loss']:.3f}"}
+        cells |= {"lr": f"{record['train_lr']:.1e}", "best": f"{best:.2f}" if best >= 0 else "-"}
+        cells |= {"images/s": f"{record['images_per_second']:.0f}", "left": duration(per_epoch * (self.epochs - done))}
+        logger.info(self._line(cells))
+
+    def _line(self, cells: Mapping[str, str]) -> str:
+        return " ".join(f"{cells[name]:>{width}}" for name, width in self.widths.items())
 
 
 @contextlib.contextmanager
@@ -917,20 +1035,24 @@ class Progress:
         self.bar.total -= number
         self.bar.refresh()
 
-    def advance(self, number: int = 1, status: str = "", line: str = "") -> None:
-        """Count units as done.
-
-        Args:
-            status: shown beside the bar.
-            line: logged where there is no bar; by default the rate and the time left, every `LINE_SECONDS`.
-        """
+    def move(self, number: int = 1) -> None:
+        """Count units as done, on the bar alone."""
         self.done += number
-        self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(number)
+
+    def advance(self, number: int = 1) -> None:
+        """Count units as done; where there is no bar, log the rate and the time left every `LINE_SECONDS`."""
+        self.move(number)
         now = time.perf_counter()
-        if self.bar.disable and (line or now - self.said > self.LINE_SECONDS):
+        if self.bar.disable and now - self.said > self.LINE_SECONDS:
             self.said = now
-            logger.info(line or self._default_line(now))
+            logger.info(self._default_line(now))
+
+    def say(self, status: str, line: str) -> None:
+        """Show `status` beside the bar, or log `line` where there is no bar."""
+        self.bar.set_postfix_str(status)
+        if self.bar.disable:
+            logger.info(line)
 
     def _default_line(self, now: float) -> str:
         rate = (self.done - self.first) / max(1e-9, now - self.start)
@@ -997,6 +1119,7 @@ class StepLog:
         self.updates.append(self.step if num_updates is None else num_updates)
         self.pending.append({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
         self.step += 1
+        self.progress.move()
         if self.sent is not None:
             self.sent.look()
         if self.step == self.num_steps:
@@ -1053,13 +1176,12 @@ class StepLog:
                 self.totals[name] = self.totals.get(name, 0.0) + value
                 if self.writer is not None:
                     self.writer.add_scalar(f"step/{name}", value, self.epoch * self.num_steps + first + step)
-        self._say(rows[-1], len(rows))
+        self._say(rows[-1])
 
-    def _say(self, latest: dict[str, float], steps: int) -> None:
+    def _say(self, latest: dict[str, float]) -> None:
         rate = self.images_per_second
         seconds_left = (self.num_steps - self.done) * self.batch_images / rate
-        self.progress.advance(
-            steps,
+        self.progress.say(
             status=f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {rate:.0f} images/s",
             line=f"epoch {self.epoch}  step {self.done}/{self.num_steps}  loss {latest['loss']:.4f}  "
             f"lr {latest['lr']:.2e}  {rate:.0f} images/s  {seconds_left:.0f} s left in the epoch",

@@ -57,18 +57,19 @@ def test_log_has_a_line_per_epoch_with_the_published_keys(plain_run):
         }
 
 
-def events_in(folder, kind):
-    events = EventAccumulator(str(folder / "tensorboard" / kind))
+def events_in(folder):
+    events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return events
 
 
 def test_tensorboard_has_the_log_and_every_step(plain_run):
-    log, events = tiny.log_of(plain_run), events_in(plain_run, "epochs")
+    log, events = tiny.log_of(plain_run), events_in(plain_run)
     for name in PUBLISHED_KEYS - {"epoch"}:
         values = [event.value for event in events.Scalars(f"epoch/{name}")]
         assert values == pytest.approx([record[name] for record in log], rel=1e-6)
-    events = events_in(plain_run, "steps")
+        assert [event.step for event in events.Scalars(f"epoch/{name}")] == [22, 44]
+    assert "epoch/epoch" not in events.Tags()["scalars"]
     steps = events.Scalars("step/loss")
     assert [event.step for event in steps] == list(range(44))  # 22 updates in each of two epochs
     rates = [event.value for event in events.Scalars("step/lr")]
@@ -76,10 +77,85 @@ def test_tensorboard_has_the_log_and_every_step(plain_run):
     assert sum(event.value for event in steps[:22]) / 22 == pytest.approx(log[0]["train_loss"], rel=1e-5)
 
 
+def test_tensorboard_has_flags_layout_and_training_images(plain_run):
+    events = events_in(plain_run)
+    assert {"flags/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
+    assert any(name.startswith("_hparams_") for name in events.summary_metadata)
+    text = events.Tensors("flags/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| model | deit_tiny_patch16_224 |" in text and "| batch_size | 64 |" in text
+    pictures = events.Images("training images") if "training images" in events.Tags()["images"] else []
+    assert len(pictures) == 1 and (pictures[0].step, pictures[0].height) == (0, 32)
+
+
+def test_epochs_are_a_table_of_80_columns(tmp_path, capsys):
+    log = run(tmp_path, "--epochs", "2")
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if " 1/2 " in line or " 2/2 " in line or "top-1 " in line
+    ]
+    heading, *rows = [line for line in lines if "best top-1" not in line]
+    assert heading.split()[1:] == ["epochs", "loss", "lr", "top-1", "top-5", "EMA", "best", "images/s", "left"]
+    for row, record in zip(rows, log, strict=True):
+        cells = dict(zip(heading.split(), row.split(), strict=True))
+        assert len(row) <= 80 and cells["loss"] == f"{record['train_loss']:.3f}"
+        assert [cells[name] for name in ("top-1", "top-5", "EMA")] == [
+            f"{record[f'test_{name}']:.2f}" for name in ("acc1", "acc5", "ema_acc1")
+        ]
+    assert rows[1].split()[-1] == "0:00:00"
+
+
+def test_a_run_says_first_what_it_trains(tmp_path, capsys):
+    run(tmp_path, "--train-scope", "head")
+    said = capsys.readouterr().err
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2,
+                              num_heads=3, num_classes=10)  # fmt: skip
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    # patches, and of 18 tokens: qkv, attention (twice 18 x 48), projection, MLP; two heads
+    tokens, width = 18, 48
+    block = tokens * width * (3 * width + 2 * tokens + width + 8 * width)
+    macs = 16 * 3 * 64 * width + 2 * block + 2 * width * 10
+    assert f"{size:.2f} M parameters (0.00 M trained), {macs / 1e9:.2f} GMACs at 32 x 32 px" in said
+    assert models.count_macs(model, (32, 32)) == macs
+    assert "1442 training and 355 validation images, 10 classes" in said
+    assert "1 epochs of 22 updates of 64 images" in said and str(tmp_path) in said
+
+
+def test_a_dry_run_saves_nothing_and_says_what_a_run_would_take(tmp_path, capsys):
+    main.cli([*tiny.TINY, "--output-dir", str(tmp_path / "x"), "--dry-run", "--epochs", "30", "--accum-steps", "2"])
+    said = capsys.readouterr().err
+    assert "dry run: an update takes" in said and "all 30 epochs 0:" in said and "GiB" in said
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        main.cli([*tiny.TINY, "--dry-run", "--eval", "--pretrained"])
+    assert "--dry-run: --eval trains nothing" in capsys.readouterr().err
+
+
+def test_few_images_from_scratch_are_a_warning(tmp_path, capsys):
+    flags = ["--train-fraction", "0.1", "--batch-size", "32"]
+    run(tmp_path / "scratch", *flags)
+    assert "are too few to train deit_tiny_distilled_patch16_224 from scratch" in capsys.readouterr().err
+    run(tmp_path / "tuned", *flags, "--finetune", tmp_path / "scratch" / "checkpoint.pth")
+    assert "are too few" not in capsys.readouterr().err
+
+
+def test_weights_and_biases_gets_every_value(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    seen, log = [], wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run, "log", lambda run, values, **at: (seen.append((values, at)), log(run, values, **at))
+    )
+    (record,) = run(tmp_path, "--log-wandb", "mine")
+    values = {name: value for each, at in seen for name, value in each.items() if name.startswith("epoch/")}
+    assert values == {f"epoch/{name}": value for name, value in record.items() if name != "epoch"}
+    assert sum("step/loss" in each for each, _ in seen) == 22
+    assert list((tmp_path / "tensorboard" / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_checkpoints_are_plain_and_hold_the_flags_as_json(plain_run):
     checkpoint = torch.load(plain_run / "checkpoint.pth", weights_only=True)
     expected = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "step", "best_acc1", "args"}
-    expected |= {"progress", "broken_images", "run", "class_names", "class_samples"}
+    expected |= {"progress", "broken_images", "run", "class_names", "class_samples", "best_epoch"}
     assert checkpoint.keys() == expected
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 44)
     assert json.loads(json.dumps(checkpoint["args"]))["model"] == "deit_tiny_patch16_224"
@@ -199,7 +275,7 @@ def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
     # 16 images in each of 4 forward passes: 5e-4 x 64 / 512, x its root, x 1
     run(tmp_path, "--lr-scaling", scaling, "--batch-size", "16", "--accum-steps", "4")
     assert f"effective batch 64 images, peak learning rate {lr}" in capsys.readouterr().err
-    events = events_in(tmp_path, "steps")
+    events = events_in(tmp_path)
     assert events.Scalars("step/lr")[0].value == pytest.approx(float(lr), rel=5e-3)  # there is no warm-up
 
 

@@ -152,15 +152,45 @@ def test_skipped_images_are_not_read(tmp_path, monkeypatch):
     assert len(read) == (UPDATES - 16) * 64 + 2 * 355  # the rest of the epoch, and two evaluations
 
 
+@pytest.mark.parametrize("where", ["within an epoch", "between two epochs"])
+def test_tensorboard_of_a_resumed_run_is_that_of_the_whole(where, whole, tmp_path):
+    at = {"within an epoch": 2 * UPDATES - 2, "between two epochs": 2 * UPDATES}[where]
+    with at_update(at, kill), pytest.raises(Killed):
+        run(tmp_path)
+    run(tmp_path, "--resume", "auto")
+    logs = []
+    for folder in (whole, tmp_path):
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        names = [name for name in events.Tags()["scalars"] if not name.endswith("images_per_second")]
+        logs.append({name: [(event.step, event.value) for event in events.Scalars(name)] for name in names})
+    assert logs[0] == logs[1] and len(logs[0]["epoch/test_acc1"]) == 3
+
+
+def test_an_early_end_is_kept_when_resumed(tmp_path, monkeypatch, capsys):
+    accuracies = iter([50.0, 40.0, 45.0, 60.0, 70.0])
+    monkeypatch.setattr(engine, "_test", lambda *_: {"test_acc1": next(accuracies)})
+    short = ["--train-fraction", "0.1", "--epochs", "9", "--early-stop", "2", "--batch-size", "32"]
+    with at_update(3 * 2 + 1, send(signal.SIGTERM)):
+        run(tmp_path, *short)  # ended before that update
+    saved = checkpoint(tmp_path)
+    assert (saved["epoch"], saved["best_epoch"], saved["best_acc1"]) == (3, 0, 50)
+    assert "no better top-1 in 2 epochs (--early-stop)" in capsys.readouterr().err
+    run(tmp_path, *short, "--resume", "auto")
+    assert len(tiny.log_of(tmp_path)) == 3
+    run(tmp_path, *short, "--resume", "auto", "--early-stop", "3", "--epochs", "5")
+    assert [record["test_acc1"] for record in tiny.log_of(tmp_path)] == [50, 40, 45, 60, 70]
+
+
 def test_tensorboard_has_no_zigzag(tmp_path):
     with at_update(2 * UPDATES + 9, kill), pytest.raises(Killed):
         run(tmp_path, "--log-interval", "1")  # nine steps that nothing remembers
     run(tmp_path, "--resume", "auto")
-    for kind, count in (("steps", 3 * UPDATES), ("epochs", 3)):
-        events = EventAccumulator(str(tmp_path / "tensorboard" / kind))
-        events.Reload()
-        for name in events.Tags()["scalars"]:
-            assert [event.step for event in events.Scalars(name)] == list(range(count)), name
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    at = {"step": list(range(3 * UPDATES)), "epoch": [UPDATES, 2 * UPDATES, 3 * UPDATES]}
+    for name in events.Tags()["scalars"]:
+        assert [event.step for event in events.Scalars(name)] == at[name.partition("/")[0]], name
     assert [record["epoch"] for record in tiny.log_of(tmp_path)] == [0, 1, 2]
 
 
