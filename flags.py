@@ -25,25 +25,58 @@ MOST_WORDS, MOST_RECIPES = 10_000, 100  # of a command line
 LONGEST_RECIPE = 2**16  # bytes
 
 
+# Flags that exclude each other: one that is typed replaces the other in a recipe.
+ALTERNATIVES = (("--pretrained", "--finetune"), ("--teacher-pretrained", "--teacher-path"))
+EXAMPLES = """Train and evaluate data-efficient image transformers.
+
+train          python main.py --model deit_tiny_distilled_patch16_224 --data-set CIFAR
+4 GPUs         torchrun --nproc-per-node 4 main.py --model deit_small_patch16_224 --data-path /path/to/imagenet
+your photos    python main.py @recipes/finetune_photos.args --data-path photos
+resume         python main.py FLAGS --resume auto
+evaluate       python main.py --eval --resume output/best.pth
+"""
+
+
+class _Help(argparse.HelpFormatter):
+    """Keeps the lines of descriptions, and names the defaults that say something."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is True:
+            return f"{action.help}; default: on"
+        is_said = "default" in (action.help or "") or action.default is argparse.SUPPRESS
+        says_nothing = action.default is False or action.default in (None, "", {}) and action.default != 0
+        return (action.help or "") + ("" if is_said or says_nothing else "; default: %(default)s")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, underscored spellings of every flag, and @recipes that have comments."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = self._expanded(sys.argv[1:] if args is None else args)
-        return super().parse_known_args([_hyphenated(word) for word in words], namespace)
+        return super().parse_known_args(words, namespace)
 
     def _expanded(self, words: Sequence[str]) -> list[str]:
-        """The words with those of a recipe in place of each `@file`, also in a recipe."""
+        """The words with those of a recipe in place of each `@file`, also in a recipe; hyphenated."""
+        typed = {_hyphenated(word).partition("=")[0] for word in words}
+        pairs = [*ALTERNATIVES, *((new, old) for old, new in ALTERNATIVES)]
+        replaced = {old for old, new in pairs if new in typed and old not in typed}
         found: list[str] = []
         recipes = 0
         pending = [(word, ()) for word in reversed(words)]  # with the recipes that each is in
         while pending:
             word, within = pending.pop()
             if not word.startswith("@"):
-                found.append(word)
+                flag, equals, _ = (word := _hyphenated(word)).partition("=")
+                if not (within and flag in replaced):
+                    found.append(word)
+                elif not equals and pending and not pending[-1][0].startswith("-"):
+                    pending.pop()  # its value
                 continue
             path, recipes = os.path.realpath(word[1:]), recipes + 1
             if path in within:
@@ -74,8 +107,9 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions.keys() - {"--overwrite", "--no-overwrite"}  # a typo must not delete a run
         for word in message.partition("unrecognized arguments: ")[2].split():
-            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.75)
             message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {escaped(message)}; --help lists the flags\n")
 
@@ -159,11 +193,13 @@ SHAPES = {
     "tokens": _names("base_keep_rate drop_loc fuse_token shrink_start_epoch shrink_epochs"),
     # the images and classes that a checkpoint is evaluated on
     "evaluation": _names("""
-        data_set data_path inat_category train_split val_split image_column label_column num_classes eval_crop_ratio
+        data_set data_path inat_category train_split val_split val_fraction image_column label_column num_classes
+        eval_crop_ratio
     """),
     # the training views; the batch size only with Mixup
     "views": _names("""
-        data_set image_column train_fraction seed input_size repeated_aug hflip color_jitter aa train_interpolation
+        data_set image_column train_fraction val_fraction class_balanced seed input_size repeated_aug hflip
+        color_jitter aa train_interpolation
         reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
     """),
     # a teacher's predictions for these views, as they are cached
@@ -179,9 +215,10 @@ SHAPES = {
     """),
     # nothing that a resumed run would not check by itself: free to change on resume
     "nothing": _names("""
-        output_dir overwrite resume finetune pretrained eval eval_interval log_interval num_workers pin_mem
-        device amp augment checkpoint_minutes data_path ram_cache teacher_cache teacher_path
-        teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs allow_class_mismatch stop_timeout
+        output_dir overwrite resume finetune pretrained head_init_scale early_stop dry_run log_wandb eval
+        eval_interval log_interval num_workers pin_mem device amp augment checkpoint_minutes data_path ram_cache
+        teacher_cache teacher_path teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs
+        allow_class_mismatch stop_timeout
     """),
     # accepted so that original command lines work, without effect
     "original": _names("dist_eval distributed world_size dist_url cooldown_epochs patience_epochs"),
@@ -248,7 +285,7 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("color_jitter", lambda args: args.aa in ("", "none") or "3a" in args.aa, "--aa none or 3a; policies replace it"),
     ("train_interpolation", lambda args: args.train_interpolation != "random" or _is_large(args), "random crops"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
-    ("train_split val_split", lambda args: "/" in args.data_set, "a data set of timm's"),
+    ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
     ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
@@ -287,8 +324,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     overdue = "seconds after a stop signal without an update until the run saves the last one and ends anyway"
     add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
     add("--max-skipped-steps", type=_NATURAL, default=0, metavar="N", help="skip up to N non-finite updates per epoch")
+    dry = "make two updates, evaluate one batch, say what the run would take, and save nothing"
+    add("--dry-run", action=_SWITCH, default=False, help=dry)
+    add("--log-wandb", metavar="PROJECT", default="", help="log to this project of Weights & Biases too")
     add("--eval", action=_SWITCH, default=False, help="evaluate only")
     add("--eval-interval", type=_COUNT, default=1, help="epochs between evaluations; the last is always evaluated")
+    early = "end after N epochs without a better top-1; default: train all --epochs"
+    add("--early-stop", type=_COUNT, metavar="N", help=early)
     add("--log-interval", type=_COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
     add("--num-workers", type=_NATURAL, help="data-loader workers per rank; default: its CPUs, at most 10")
     add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
@@ -324,6 +366,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
     finetune = "start from the weights of this checkpoint (file or https address)"
     add("--finetune", type=path_name, default="", help=finetune)
+    add("--head-init-scale", type=_POSITIVE, metavar="S", help="multiply the weights of a new head by S; default: 1")
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
     add(
         "--cache-features", action=_SWITCH, default=False, help="with --train-scope head: run the frozen part only once"
@@ -364,14 +407,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-set", default="IMNET", help=datasets.KNOWN_NAMES)
     add("--data-path", type=path_name, help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", help="level of iNaturalist's taxonomy")
-    add("--train-split", default="train", help="name of the training split, for timm's data sets")
-    add("--val-split", default="validation", help="name of the validation split, for timm's data sets")
+    add("--train-split", default="train", help="name of the training split, for CSV files and timm's data sets")
+    add("--val-split", default="validation", help="name of the validation split, for CSV files and timm's data sets")
     columns = "hfds/, hfids/ and tfds/; default: {}; for wds/ {}"
     image = columns.format("image", "a file suffix, by default any of an image")
-    add("--image-column", metavar="NAME", help=f"column of the images, for {image}")
+    add("--image-column", metavar="NAME", help=f"column of the images, for csv/, {image}")
     label = columns.format("label", "a field of the json files; default: the cls files")
-    add("--label-column", metavar="NAME", help=f"column of the class numbers, for {label}")
+    add("--label-column", metavar="NAME", help=f"column of the classes, for csv/, {label}")
     add("--num-classes", type=_COUNT, help="number of classes; default: what the data say")
+    held_out = "hold out this share of each class as validation data, if a folder has no val/ or a CSV file no splits"
+    add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     add("--train-fraction", type=_SHARE, default=1.0, help="class-balanced share of the training data to use")
     cache = "decode a data set of at most this size once and keep it in memory"
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help=cache)
@@ -393,6 +438,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
     add("--repeated-aug", action=_SWITCH, default=True, help="three views of each of a third of the images per epoch")
+    balanced = "draw equally many images of each class in an epoch; those of small classes come several times"
+    add("--class-balanced", action=_SWITCH, default=False, help=balanced)
     add("--reprob", type=_RATE, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills erased regions")
     add("--recount", type=_COUNT, default=1, help="largest number of erased regions")
@@ -475,7 +522,8 @@ def _epoch_range(text: str) -> range:
 
 def get_parser(**options: Any) -> Parser:
     """The flags of a run; `options` go to `argparse.ArgumentParser`."""
-    parser = Parser(description="Train and evaluate data-efficient image transformers.", **options)
+    options = {"prog": "main.py", "usage": "%(prog)s [@RECIPE] [flags]", "description": EXAMPLES} | options
+    parser = Parser(**options)
     _add_run_arguments(parser)
     _add_model_arguments(parser)
     _add_token_arguments(parser)
@@ -597,8 +645,9 @@ def check_flags(args: argparse.Namespace) -> None:
     automatic = args.resume == "auto"
     if automatic and (args.eval or args.overwrite):
         raise UserError(f"--resume auto: resumes a run; {'--eval' if args.eval else '--overwrite'} does not fit")
-    if args.checkpoint_minutes is not None and not args.output_dir:
-        raise UserError("--checkpoint-minutes: there is no place for a checkpoint; add --output-dir FOLDER")
+    if not args.output_dir and (args.checkpoint_minutes is not None or args.log_wandb):
+        flag = "--log-wandb" if args.log_wandb else "--checkpoint-minutes"
+        raise UserError(f"{flag}: there is no folder for its files; add --output-dir FOLDER")
     if not is_utf8(args.output_dir):
         raise UserError(f"--output-dir {args.output_dir}: is not UTF-8, which TensorBoard needs; name another folder")
     starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)]
@@ -608,6 +657,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--{starts[0]} and --{starts[1]} both say where the weights come from; pass one of them")
     if args.eval and not starts:
         raise UserError("--eval: there are no weights to evaluate; add --resume FILE, --finetune FILE or --pretrained")
+    if args.dry_run and (args.eval or args.precompute_teacher):
+        raise UserError(f"--dry-run: {'--eval' if args.eval else '--precompute-teacher'} trains nothing; drop one")
     if args.distillation_type == "none" and (args.teacher_path or args.teacher_pretrained):
         raise UserError("--teacher-path: no distillation is asked for; add --distillation-type hard, or drop it")
     if args.teacher_path and args.teacher_pretrained:

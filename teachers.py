@@ -356,7 +356,9 @@ class TeacherCache:
         except BlockingIOError:
             raise RunError(f"{FLAG}: another run is adding to {path}; wait for it, or split the epochs") from None
         except OSError as error:
-            raise RunError(f"{FLAG}: {path} cannot be written ({error.strerror}); what is there is intact") from None
+            raise RunError(
+                f"{FLAG}: {path} cannot be written ({error.strerror}); fix that and repeat the command"
+            ) from None
         rows = self._load(path, self.rank, "r+")
         self.left = int(self.codec.missing(rows).sum())
         return rows
@@ -546,7 +548,8 @@ def check_fingerprint(
     differing = [
         f"{name} ({reprlib.repr(stored.get(name))} there, {reprlib.repr(ours.get(name))} here)"
         for name in {**stored, **ours}
-        if ours.get(name) is not None and stored.get(name) != ours.get(name)
+        # flags that are newer than the cache are missing there: they had no effect
+        if ours.get(name) is not None and (stored.get(name) or None) != (ours.get(name) or None)
     ]
     if differing:
         raise UserError(f"{FLAG} {folder}: is of another run: {', '.join(differing)}; match the flags, or name another")

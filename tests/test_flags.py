@@ -1,6 +1,7 @@
 """Flags: how they are parsed and checked, the table of what they shape, and the option classes that they fill."""
 
 import dataclasses
+import re
 import shlex
 
 import pytest
@@ -57,6 +58,55 @@ def test_layers_are_read_in_every_spelling(spelling):
 def test_keep_rates_are_read_one_or_per_layer():
     assert parse_args(["--base_keep_rate", "0.5"]).base_keep_rate == 0.5
     assert parse_args(["--base-keep-rate", "0.7,0.7,0.5"]).base_keep_rate == [0.7, 0.7, 0.5]
+
+
+@pytest.mark.parametrize(
+    "recipe, typed, expected",
+    [
+        ("--pretrained\n--epochs 3", ["--finetune", "x.pth"], (False, "x.pth")),
+        ("--pretrained", ["--finetune=x.pth"], (False, "x.pth")),
+        ("--finetune x.pth\n--epochs 3", ["--pretrained"], (True, "")),
+        ("--finetune=x.pth --epochs 3", ["--pretrained"], (True, "")),
+        ("--pretrained", [], (True, "")),
+        ("--pretrained", ["--no-pretrained", "--finetune", "x.pth"], (False, "x.pth")),
+    ],
+)
+def test_typed_weights_replace_those_of_a_recipe(recipe, typed, expected, tmp_path):
+    (tmp_path / "inner.args").write_text(recipe)
+    (tmp_path / "x.args").write_text(f"--epochs 3\n@{tmp_path}/inner.args")
+    for words in ([f"@{tmp_path}/x.args", *typed], [*typed, f"@{tmp_path}/x.args"]):
+        args = parse_args(words)
+        assert (args.pretrained, args.finetune, args.epochs) == (*expected, 3)
+
+
+def test_typed_teacher_weights_replace_those_of_a_recipe(tmp_path):
+    (tmp_path / "x.args").write_text("--teacher-pretrained\n--distillation-type hard")
+    args = parse_args([f"@{tmp_path}/x.args", "--teacher_path", "t.pth"])
+    assert (args.teacher_pretrained, args.teacher_path, args.distillation_type) == (False, "t.pth", "hard")
+
+
+def test_two_typed_weights_are_refused(capsys):
+    assert "pass one of them" in refused([*tiny.TINY, "--pretrained", "--finetune", "x.pth"], capsys)
+
+
+@pytest.mark.parametrize(
+    "typo, hint", [("--overwit", ""), ("--overwritee", ""), ("--src", ""), ("--cosub", ""), ("--epoch", "--epochs"),
+                   ("--weight-decy", "--weight-decay")]
+)  # fmt: skip
+def test_suggestions_are_close_and_never_delete_a_run(typo, hint, capsys):
+    said = refused([*tiny.TINY, typo], capsys)
+    assert (f"did you mean {hint}?" in said) if hint else ("did you mean" not in said)
+
+
+def test_help_opens_with_commands_and_names_no_empty_default(capsys):
+    with pytest.raises(SystemExit):
+        main.cli(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: main.py [@RECIPE] [flags]\n") and len(said.split("options:")[0].splitlines()) <= 11
+    for words in re.findall(r"python main.py (.*)", said.split("options:")[0]):
+        known = [word for word in shlex.split(words) if word != "FLAGS"]
+        parse_args([f"@{tiny.REPOSITORY / word[1:]}" if word.startswith("@") else word for word in known])
+    assert not re.search(r"default: (None|True|False|\{|''|;|$)", " ".join(said.split()))
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------
