@@ -36,9 +36,9 @@ from utils import (
     RunError,
     StepLog,
     StopSignals,
+    TensorBoard,
     UserError,
     World,
-    Writer,
     agree,
     all_reduce_sum,
     append_log,
@@ -751,7 +751,7 @@ class Output:
     """
 
     folder: Path | None = None
-    writer: Writer | None = None
+    writer: TensorBoard | None = None
     about: dict[str, Any] = field(default_factory=dict)
     lock: TextIO | None = None
 
@@ -1014,7 +1014,7 @@ def _step_log(
     state: TrainState,
     loader: EpochLoader,
     options: RunOptions,
-    writer: Writer | None,
+    writer: TensorBoard | None,
     first_step: int,
     totals: Mapping[str, float],
 ) -> StepLog:

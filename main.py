@@ -215,7 +215,7 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
     args, device, (height, width) = run.args, run.world.device, run.views.input_size
     weights = list(run.model.parameters())
     trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad) / 1e6
-    size, cost = sum(map(torch.numel, weights)) / 1e6, f", {macs / 1e9:.2f} GMACs" if macs else ""
+    size, cost = sum(map(torch.numel, weights)) / 1e6, f", {macs / 1e9:.3g} GMACs" if macs else ""
     part = "" if trained == size else f" ({trained:.2f} M trained)"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision = str(run.amp_dtype or torch.float32).removeprefix("torch.")
@@ -223,7 +223,7 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
     updates = f"{loader.updates_per_epoch} updates of {loader.images_per_update} images"
     for title, text in {
         "model": f"{args.model}: {size:.2f} M parameters{part}{cost} at {height} x {width} px",
-        "data": f"{args.data_set} {args.data_path or ''}: {images}, {run.train.num_classes} classes",
+        "data": f"{' '.join(filter(None, (args.data_set, args.data_path)))}: {images}, {run.train.num_classes} classes",
         "device": f"{run.world.size} x {device.type} ({name}), {precision}",
         "training": f"{args.epochs} epochs of {updates}",
         "output": args.output_dir or "none",
@@ -296,7 +296,7 @@ def open_output(
         config = vars(args) | {"class_names": about["class_names"]}
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         step = state.num_updates * state.accum_steps
-        writer = utils.Writer(folder / "tensorboard", step, config, args.log_wandb)
+        writer = utils.TensorBoard(folder / "tensorboard", step, config, args.log_wandb)
         if not state.totals:  # a viewer drops the last epoch's values, which stand at the step that comes next
             for record in utils.read_log(folder)[-1:]:
                 writer.add_epoch(record, step)

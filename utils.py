@@ -807,7 +807,7 @@ def _say_what_a_thread_raised(thread: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(thread)
 
 
-class Writer:
+class TensorBoard:
     """What TensorBoard shows of a run, and Weights & Biases if there is a project: `step/...` and `epoch/...` scalars.
 
     Both count steps, so that an epoch's values stand where its last step ends.
@@ -1040,19 +1040,19 @@ class Progress:
         self.done += number
         self.bar.update(number)
 
-    def advance(self, number: int = 1) -> None:
-        """Count units as done; where there is no bar, log the rate and the time left every `LINE_SECONDS`."""
+    def advance(self, number: int = 1, status: str = "", line: str = "") -> None:
+        """Count units as done and say so.
+
+        Args:
+            status: shown next to the bar.
+            line: logged where there is no bar; by default the rate and the time left, every `LINE_SECONDS`.
+        """
+        self.bar.set_postfix_str(status, refresh=False)
         self.move(number)
         now = time.perf_counter()
-        if self.bar.disable and now - self.said > self.LINE_SECONDS:
+        if self.bar.disable and (line or now - self.said > self.LINE_SECONDS):
             self.said = now
-            logger.info(self._default_line(now))
-
-    def say(self, status: str, line: str) -> None:
-        """Show `status` beside the bar, or log `line` where there is no bar."""
-        self.bar.set_postfix_str(status)
-        if self.bar.disable:
-            logger.info(line)
+            logger.info(line or self._default_line(now))
 
     def _default_line(self, now: float) -> str:
         rate = (self.done - self.first) / max(1e-9, now - self.start)
@@ -1181,7 +1181,8 @@ class StepLog:
     def _say(self, latest: dict[str, float]) -> None:
         rate = self.images_per_second
         seconds_left = (self.num_steps - self.done) * self.batch_images / rate
-        self.progress.say(
+        self.progress.advance(
+            0,
             status=f"loss {latest['loss']:.3f}, lr {latest['lr']:.1e}, {rate:.0f} images/s",
             line=f"epoch {self.epoch}  step {self.done}/{self.num_steps}  loss {latest['loss']:.4f}  "
             f"lr {latest['lr']:.2e}  {rate:.0f} images/s  {seconds_left:.0f} s left in the epoch",
