@@ -141,7 +141,8 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
 
     Args:
         distilled: in training mode the model returns the pair (class logits, distillation logits).
-        eval_only: refuse weights that leave a tensor, such as the head for other classes, as it was initialized.
+        eval_only: no dropout, and refuse weights that leave a tensor, such as the head for other classes, as it was
+            initialized.
 
     Raises:
         UserError: unknown model or option, no distillation head where one is needed, or weights of another model.
@@ -155,8 +156,8 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
         num_classes=num_classes,
         input_size=options.input_size,
         pretrained=options.pretrained,
-        drop_rate=options.drop or None,
-        drop_path_rate=options.drop_path or None,
+        drop_rate=None if eval_only else options.drop or None,  # not every model has them
+        drop_path_rate=None if eval_only else options.drop_path or None,
         **{"patch_size": options.patch_size}
         | {key: value for key, value in tokens.items() if value is not None}
         | dict(options.model_kwargs),

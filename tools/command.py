@@ -93,7 +93,7 @@ def load_model(
         UserError: if the weights are not those of the model that the flags describe, or not finite.
     """
     options = flags.fill(ModelOptions, run)
-    model = build_model(options, _num_classes(options, weights))
+    model = build_model(options, _num_classes(options, weights), eval_only=True)
     load_weights(model, weights, "--resume", path, EVALUATION, run.trained_size or options.input_size)
     return place(model, device).eval()
 
@@ -105,7 +105,7 @@ def _num_classes(options: ModelOptions, weights: Mapping[str, torch.Tensor]) -> 
     if heads:
         names = [f"{head}.weight" for head in ([heads] if isinstance(heads, str) else heads)]
     else:  # the model does not say: a layer that has as many rows as classes are asked for
-        tensors = build_model(options, PROBE).state_dict()
+        tensors = build_model(options, PROBE, eval_only=True).state_dict()
         names = [name for name, tensor in tensors.items() if tensor.shape[:1] == (PROBE,)]
     for name in names:
         keys = [key for key in weights if f".{key}".endswith(f".{name}")]  # of a module around the model, perhaps
