@@ -382,7 +382,7 @@ def unwrapped(
 
 def translated(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights of another layout in timm's names, by the model's own `checkpoint_filter_fn`, if that can read them."""
-    name = model.pretrained_cfg.get("architecture") or ""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
     module = model_entrypoint(name).__module__ if is_model(name) else type(model).__module__
     translate = getattr(sys.modules[module], "checkpoint_filter_fn", None)
     if translate is None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,7 +38,7 @@ def create_model(
     Args:
         name: any model of timm's.
         flag: the flag that named the model, for error messages.
-        input_size: (height, width) in pixels; handed on to models that are built for one size.
+        input_size: (height, width) in pixels; passed to models that are built for one size.
         pretrained: download timm's weights.
         options: keyword arguments of the model; those that are None are left out.
 
@@ -48,12 +50,15 @@ def create_model(
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
         raise UserError(f"{flag} {name}: timm has no such model; {hint}")
     try:
-        config = timm.get_pretrained_cfg(name)
-        if config is not None and config.fixed_input_size:
+        takes_size = _takes_size(name)
+        if takes_size:
             options = {"img_size": input_size} | options
         if pretrained:
             _check_published(name, flag, {key: value for key, value in options.items() if value is not None})
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+        create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=num_classes)
+        return _create_sized(create, input_size, options) if takes_size is None else create(**options)
+    except UserError:
+        raise
     except Exception as error:  # a folder's config.json, of local-dir:, can be anything
         why = reason(error)
         if pretrained and not isinstance(error, (TypeError, AssertionError)):  # which speak of the options
@@ -71,8 +76,34 @@ def _near(name: str, names: Sequence[str]) -> list[str]:
     return longer[:3] or difflib.get_close_matches(name, names, n=3)
 
 
+def _takes_size(name: str) -> bool | None:
+    """Whether a model is built for one image size. None if only building it tells: its config is not timm's."""
+    config, architecture = timm.get_pretrained_cfg(name), name.split(".")[0]
+    if config is not None and config.fixed_input_size:
+        return True
+    is_timms = config is not None and timm.model_entrypoint(architecture).__module__.startswith("timm.")
+    return False if is_timms else None
+
+
+def _create_sized(
+    create: Callable[..., nn.Module], input_size: tuple[int, int], options: Mapping[str, Any]
+) -> nn.Module:
+    """Build a model of that image size, or of none if it takes none."""
+    try:
+        return create(**{"img_size": input_size} | dict(options))
+    except TypeError as error:
+        if "img_size" in options or "img_size" not in str(error):
+            raise
+        return create(**options)
+
+
 def _check_published(name: str, flag: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that add or remove tensors: for other classes, timm loads a part of its weights silently."""
+    """Refuse a model without weights, and options that add or remove tensors.
+
+    For other classes, timm loads a part of its weights silently.
+    """
+    if ":" not in name and timm.get_pretrained_cfg(name) is None:
+        raise UserError(f"{flag} {name}: has no pretrained weights; drop {flag.replace('model', 'pretrained')}")
     changed = [key for key in options if key not in ("img_size", "patch_size", "drop_rate", "drop_path_rate")]
     if not changed:
         return
@@ -119,7 +150,8 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
 
     Args:
         distilled: in training mode the model returns the pair (class logits, distillation logits).
-        eval_only: refuse weights that leave a tensor, such as the head for other classes, as it was initialized.
+        eval_only: no dropout, and refuse weights that leave a tensor, such as the head for other classes, as it was
+            initialized.
 
     Raises:
         UserError: unknown model or option, no distillation head where one is needed, or weights of another model.
@@ -133,16 +165,17 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
         num_classes=num_classes,
         input_size=options.input_size,
         pretrained=options.pretrained,
-        drop_rate=options.drop or None,
-        drop_path_rate=options.drop_path or None,
+        drop_rate=None if eval_only else options.drop or None,  # not every model has them
+        drop_path_rate=None if eval_only else options.drop_path or None,
         **{"patch_size": options.patch_size}
         | {key: value for key, value in tokens.items() if value is not None}
         | dict(options.model_kwargs),
     )
-    if eval_only and options.pretrained and model.pretrained_cfg["num_classes"] != num_classes:
+    published = pretrained_config(model).get("num_classes")
+    if eval_only and options.pretrained and published != num_classes:
         raise UserError(
-            f"--eval --pretrained: the weights of {name} know {model.pretrained_cfg['num_classes']} classes, the data "
-            f"have {num_classes}; train the head with --pretrained and without --eval first"
+            f"--eval --pretrained: the weights of {name} know {published} classes, the data have "
+            f"{num_classes}; train the head with --pretrained and without --eval first"
         )
     if distilled:
         if not hasattr(model, "set_distilled_training"):
@@ -239,10 +272,15 @@ def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int]) -> 
                 )
 
 
+def pretrained_config(model: nn.Module) -> Mapping[str, Any]:
+    """timm's description of a model's weights and images; {} if it was built without `build_model_with_cfg`."""
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The per-channel (mean, std) that the model's published weights expect of images scaled to [0, 1]."""
-    config = model.pretrained_cfg
-    return tuple(config["mean"]), tuple(config["std"])
+    """The per-channel (mean, std) that the model expects of images scaled to [0, 1]; ImageNet's if it does not say."""
+    config = pretrained_config(model)
+    return tuple(config.get("mean") or IMAGENET_DEFAULT_MEAN), tuple(config.get("std") or IMAGENET_DEFAULT_STD)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -276,9 +314,17 @@ def _listed(names: list[str], most: int = 6) -> str:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classification layers, e.g. `("head", "head_dist")`."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    """Names of the classification layers, e.g. `("head", "head_dist")`; () if the model does not say.
+
+    They are those of its pretrained config, else those of `get_classifier()` and its submodules.
+    """
+    names = pretrained_config(model).get("classifier") or ()
+    if names:
+        return (names,) if isinstance(names, str) else tuple(names)
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+    parts = {part for head in heads if isinstance(head, nn.Module) for part in head.modules()}
+    return tuple(name for name, module in model.named_modules() if module in parts)
 
 
 def belongs_to(key: str, modules: tuple[str, ...]) -> bool:
@@ -391,7 +437,7 @@ def _fit_pos_embed(
     A distillation token that only the model has keeps the row it was initialised with.
     """
     current = model.pos_embed
-    has_grid = hasattr(model, "num_prefix_tokens") and hasattr(model.patch_embed, "grid_size")
+    has_grid = hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size")
     if not has_grid or pos_embed.ndim != 3 or pos_embed.shape[-1] != current.shape[-1]:
         return pos_embed  # taken as it is, or of another model: the caller says so
     grid = tuple(model.patch_embed.grid_size)
@@ -504,11 +550,16 @@ def freeze(model: nn.Module, scope: str) -> None:
             classification layers (Touvron et al. 2022, "Three things everyone should know about ViTs", section 4).
 
     Raises:
-        UserError: "attn" with a model that has no attention.
+        UserError: the model has no such layers, or does not say which they are.
     """
     if scope == "all":
         return
     heads = classifier_names(model)
+    if not any(belongs_to(name, heads) for name, _ in model.named_parameters()):
+        raise UserError(
+            f"--train-scope {scope}: this model does not name its classification layer; add get_classifier() to "
+            f"{type(model).__name__}, or use --train-scope all"
+        )
     for name, parameter in model.named_parameters():
         trained = belongs_to(name, heads) or (scope == "attn" and (".attn." in name or name == "pos_embed"))
         parameter.requires_grad_(trained)

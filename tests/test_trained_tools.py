@@ -1,4 +1,4 @@
-"""Tools that take a trained model: the patches they draw, the accuracies they measure, the files they export."""
+"""Tools that take a trained model: the patches they draw, the accuracies they measure."""
 
 import argparse
 import json
@@ -6,7 +6,6 @@ import os
 import sys
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import tiny
@@ -305,66 +304,7 @@ def test_what_has_no_tradeoff_is_a_line(checkpoint, tmp_path, capsys):
     assert "has 2 classes, the model 10" in line_of(capsys, tradeoff, *flags)
 
 
-# -- export ------------------------------------------------------------------------------------------------------------
-
-
-def exported_class_names(file):
-    if file.suffix == ".onnx":
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-    extra = {"class_names": ""}
-    torch.export.load(file, extra_files=extra)
-    return json.loads(extra["class_names"])
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_exported_files_compute_what_the_model_computes(checkpoint, tmp_path, suffix, fuse, capsys):
-    file, trained = tmp_path / f"model{suffix}", tmp_path / "trained.pth"
-    saved = torch.load(checkpoint, weights_only=True)
-    torch.save(saved | {"args": saved["args"] | {"fuse_token": fuse}}, trained)
-    export.main(["--resume", str(trained), "--output", str(file)])
-    assert "logits within" in capsys.readouterr().out
-    assert exported_class_names(file) == [str(digit) for digit in range(10)]
-    model = model_of(checkpoint)
-    evit_blocks(model)[0].fuse_token = fuse
-    for batch in (1, 5):
-        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
-        with torch.no_grad():
-            expected = model(images)
-        if suffix == ".onnx":
-            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-        else:
-            found = torch.export.load(file).module()(images)
-        assert torch.allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("rate", [1.0, 0.4])
-def test_the_keep_rate_of_the_file_is_that_of_the_flags(checkpoint, tmp_path, rate):
-    export.main(["--resume", checkpoint, "--output", str(tmp_path / "m.onnx"), "--base-keep-rate", str(rate)])
-    model, images = model_of(checkpoint), torch.randn(2, 3, 32, 32)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    with torch.no_grad():
-        assert not torch.allclose(found, model(images), atol=1e-5)
-        assert torch.allclose(found, reduce_tokens(model, rate, drop_loc=(0,))(images), atol=1e-5)
-
-
-@pytest.mark.parametrize("which", [1, 3])  # images in the batch
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_do_not_agree(which, value):
-    def damaged(images):
-        logits = images.mean(dim=(2, 3))
-        return torch.where(torch.tensor(len(images) == which), value, logits)
-
-    def sound(images):
-        return images.mean(dim=(2, 3))
-
-    for pair in ((sound, damaged), (damaged, sound), (damaged, damaged)):
-        assert not export.difference(*pair, (8, 8)) <= export.TOLERANCE
-    assert export.difference(sound, sound, (8, 8)) == 0
-    assert export.difference(lambda images: 0 * sound(images), lambda images: 0 * sound(images), (8, 8)) == 0
+# -- all of them ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tool", [export, tradeoff, visualize_tokens])
@@ -374,14 +314,3 @@ def test_weights_that_are_not_finite_are_a_line(checkpoint, tmp_path, capsys, to
     torch.save(saved, file := tmp_path / "nan.pth")
     output = ["--output", tmp_path / "out.pt2"]
     assert f"{file}: norm.weight is not finite" in line_of(capsys, tool, "--resume", file, *output)
-
-
-def test_what_cannot_be_exported_is_a_line(checkpoint, tmp_path, capsys, monkeypatch):
-    assert "name it .onnx or .pt2" in line_of(
-        capsys, export, "--resume", checkpoint, "--output", tmp_path / "model.bin"
-    )
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
-    assert "do not use it" in line_of(capsys, export, "--resume", checkpoint, "--output", tmp_path / "m.onnx")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    error = line_of(capsys, export, "--resume", checkpoint, "--output", tmp_path / "m.onnx")
-    assert "pip install onnx onnxscript onnxruntime" in error

@@ -17,6 +17,8 @@ from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
 from utils import RunError, UserError, escaped
 
+PROBE = 1009  # classes of a model that is built to find its classification layer; the width of no other layer
+
 
 @contextlib.contextmanager
 def errors_in_a_line(tool: str) -> Iterator[None]:
@@ -91,15 +93,23 @@ def load_model(
         UserError: if the weights are not those of the model that the flags describe, or not finite.
     """
     options = flags.fill(ModelOptions, run)
-    model = build_model(options, _num_classes(run.model, weights))
+    model = build_model(options, _num_classes(options, weights), eval_only=True)
     load_weights(model, weights, "--resume", path, EVALUATION, run.trained_size or options.input_size)
     return place(model, device).eval()
 
 
-def _num_classes(model: str, weights: Mapping[str, torch.Tensor]) -> int:
-    config = timm.get_pretrained_cfg(model)
+def _num_classes(options: ModelOptions, weights: Mapping[str, torch.Tensor]) -> int:
+    """Number of classes: the rows of the classification layer, which may be more than there are class names."""
+    config = timm.get_pretrained_cfg(options.model)
     heads = config.classifier if config is not None else None
-    name = f"{heads if isinstance(heads, str) else (heads or [''])[0]}.weight"
-    keys = [key for key in weights if f".{key}".endswith(f".{name}")]  # of a module around the model, perhaps
-    keys = [key for key in keys if weights[key].ndim and weights[key].numel()]
-    return len(weights[min(keys, key=len)]) if keys else 1000
+    if heads:
+        names = [f"{head}.weight" for head in ([heads] if isinstance(heads, str) else heads)]
+    else:  # the model does not say: a layer that has as many rows as classes are asked for
+        tensors = build_model(options, PROBE, eval_only=True).state_dict()
+        names = [name for name, tensor in tensors.items() if tensor.shape[:1] == (PROBE,)]
+    for name in names:
+        keys = [key for key in weights if f".{key}".endswith(f".{name}")]  # of a module around the model, perhaps
+        keys = [key for key in keys if weights[key].ndim and weights[key].numel()]
+        if keys:
+            return len(weights[min(keys, key=len)])
+    return 1000  # of timm's models

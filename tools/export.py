@@ -1,76 +1,82 @@
-"""Write a trained model as one file that runs without this repository: ONNX, or a program of torch.export.
+"""Hand a trained model over: as ONNX, as a program of torch.export, or as a folder that timm loads.
 
     python -m tools.export --resume output/best.pth --output model.onnx
     python -m tools.export --resume output/best.pth --output model.pt2 --base-keep-rate 0.5
+    python -m tools.export --resume output/best.pth --output my_model
 
-Images go in normalised, [B, 3, H, W] with any B; logits [B, classes] come out. An EViT keeps its final keep rate. The
-file is read back and compared with the model.
+None of them needs this repository. Normalized images [B, 3, H, W] with any B go in, logits [B, classes] come out. An
+EViT keeps its final keep rate. What is written also says the class names and the preprocessing. It is read back and
+compared with the model before it takes its name.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
+from augment import SMALL_IMAGE, ViewOptions
 from checkpoints import class_names_of
+from flags import fill
+from models import normalization, pretrained_config
+from models_evit import evit_blocks, is_evit, plain_name
 from tools import command
-from utils import UserError
+from utils import UserError, escaped, is_utf8, read_json, reason, write_whole
 
 TOLERANCE = 1e-3  # of the largest logit
+TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of timm's create_transform
+FILES = {"config.json", "model.safetensors", "README.md", "__pycache__"}
+EXPORTER = "tools.export"  # what config.json says of who wrote it
+LISTED_CLASSES = 20  # in README.md
+
+Exported = Callable[[torch.Tensor], torch.Tensor]  # images -> logits, by what was written
 
 
-def export(model: nn.Module, input_size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """`torch.export` of the model in evaluation mode, for any number of images of that (height, width)."""
-    batch = {0: torch.export.Dim("batch", max=2**20)}  # torch 2.6 wants a limit
-    # Two images: an example of one would fix the batch size.
-    return torch.export.export(model.eval(), (torch.zeros(2, 3, *input_size),), dynamic_shapes=(batch,))
-
-
-def save(
-    program: torch.export.ExportedProgram, file: Path, class_names: Sequence[str] = ()
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Write the program by the file's suffix; returns what the file computes.
-
-    The class names go in as JSON: in a .pt2 as the extra file `class_names`, in an .onnx as metadata of that name.
+def describe(model: nn.Module, run: argparse.Namespace, trained: command.Trained) -> dict[str, Any]:
+    """What an exported model says of itself, in timm's words: its classes and its evaluation transform.
 
     Raises:
-        UserError: another suffix, or packages that are not installed.
+        UserError: if there are more class names than classes.
     """
-    names = json.dumps(list(class_names))
-    if file.suffix == ".pt2":
-        content = io.BytesIO()  # torch aborts on a path that is not UTF-8
-        torch.export.save(program, content, extra_files={"class_names": names})
-        file.write_bytes(content.getvalue())
-        return torch.export.load(io.BytesIO(file.read_bytes())).module()
-    if file.suffix != ".onnx":
-        raise UserError(f"--output {file}: name it .onnx or .pt2")
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter needs it
-    except ImportError as error:
-        raise UserError(f"--output {file}: {error.name} is missing; pip install onnx onnxscript onnxruntime") from None
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    torch.onnx.export(program, (), file, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,
-                      external_data=False)  # fmt: skip
-    written = onnx.load(file)
-    onnx.helper.set_model_props(written, {"class_names": names})
-    onnx.save(written, file)
-    # From memory: as a path it takes no name that is not UTF-8.
-    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+    views = fill(ViewOptions, run)
+    with torch.no_grad():
+        num_classes = model(torch.zeros(1, 3, *views.input_size)).shape[1]
+    names, path = class_names_of(trained.about), trained.own.resume
+    if len(names) > num_classes:
+        raise UserError(f"--resume {path}: names {len(names)} classes, its model has {num_classes}; give another file")
+    # The config of an EViT has the name of its DeiT. That of a local-dir: model is in its config only.
+    name = pretrained_config(model)["architecture"] if ":" in run.model else run.model.partition(".")[0]
+    mean, std = normalization(model)
+    is_small = max(views.input_size) <= SMALL_IMAGE  # is resized to the exact size
+    return {
+        "architecture": name,
+        "num_classes": num_classes,
+        "class_names": list(names),
+        "input_size": [3, *views.input_size],
+        "interpolation": "bicubic",
+        "mean": list(mean),
+        "std": list(std),
+        "crop_pct": 1.0 if is_small else views.eval_crop_ratio,
+        "crop_mode": "squash" if is_small else "center",
+    }
 
 
 @torch.no_grad()
-def difference(
-    model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], input_size: tuple[int, int]
-) -> float:
+def difference(model: nn.Module, exported: Exported, input_size: tuple[int, int]) -> float:
     """Largest difference of a logit between the two, for 1 and 3 images of noise, in parts of the largest logit.
 
     NaN if any logit is.
@@ -84,19 +90,279 @@ def difference(
     return torch.stack(parts).max().item()  # Python's max would lose a NaN
 
 
+def check_agreement(model: nn.Module, exported: Exported, about: Mapping[str, Any], output: str) -> float:
+    """`difference`, in one line if it is too large."""
+    worst = difference(model, exported, tuple(about["input_size"][1:]))
+    if not worst <= TOLERANCE:  # NaN is no agreement
+        raise UserError(f"--output {output}: its logits would differ by {worst:.1e} of the largest; it is not written")
+    return worst
+
+
+# -- one file ----------------------------------------------------------------------------------------------------------
+
+
+def program_of(model: nn.Module, input_size: tuple[int, int]) -> torch.export.ExportedProgram:
+    """`torch.export` of the model in evaluation mode, for any number of images of that (height, width)."""
+    batch = {0: torch.export.Dim("batch", max=2**20)}  # torch 2.6 wants a limit
+    # Two images: an example of one would fix the batch size.
+    return torch.export.export(model.eval(), (torch.zeros(2, 3, *input_size),), dynamic_shapes=(batch,))
+
+
+def as_pt2(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Exported]:
+    """The content of a .pt2 file, with the metadata as extra files, and what it computes."""
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=dict(metadata))
+    return content.getvalue(), torch.export.load(io.BytesIO(content.getvalue())).module()
+
+
+def as_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Exported]:
+    """The content of an .onnx file, with its metadata, and what it computes.
+
+    Raises:
+        UserError: if a package is missing.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise UserError(f"--output: {error.name} is missing; pip install onnx onnxscript onnxruntime") from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    written = torch.onnx.export(
+        program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+    ).model_proto
+    onnx.helper.set_model_props(written, dict(metadata))
+    content = written.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def export_file(model: nn.Module, output: str, about: Mapping[str, Any]) -> float:
+    """Write an .onnx or .pt2 file, whose metadata are JSON values; returns how much the logits differ.
+
+    Raises:
+        UserError: if packages are missing, or the logits differ too much.
+    """
+    program = program_of(model, tuple(about["input_size"][1:]))
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    content, exported = (as_pt2 if output.endswith(".pt2") else as_onnx)(program, metadata)
+    worst = check_agreement(model, exported, about, output)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(output), content)
+    return worst
+
+
+# -- a folder for timm -------------------------------------------------------------------------------------------------
+
+
+def load(trained: command.Trained, run: argparse.Namespace) -> nn.Module:
+    """The model that these flags describe."""
+    model = command.load_model(run, trained.weights, trained.own.resume, torch.device("cpu"))
+    return model.to(memory_format=torch.contiguous_format)  # which the formats want
+
+
+def load_for_timm(trained: command.Trained) -> tuple[nn.Module, argparse.Namespace]:
+    """The model and its flags. An EViT that keeps all patches becomes the DeiT that it then is, which timm knows."""
+    run = trained.run
+    model = load(trained, run)
+    if is_evit(run.model) and all(block.keep_rate == 1 for block in evit_blocks(model)):
+        tokens = ("keep_rate", "drop_loc", "fuse_token")
+        kwargs = {key: value for key, value in run.model_kwargs.items() if key not in tokens}
+        plain = {"model": plain_name(run.model), "model_kwargs": kwargs}
+        plain |= dict.fromkeys(("base_keep_rate", "drop_loc", "fuse_token"))
+        run = argparse.Namespace(**{**vars(run), **plain})
+        model = load(trained, run)
+    return model, run
+
+
+def modules_of(architecture: str, output: str) -> list[Path]:
+    """The file that registers a model with timm, and the files next to it that it imports; [] for timm's models.
+
+    Raises:
+        UserError: if it is more than files, which can be copied.
+    """
+    name = timm.model_entrypoint(architecture).__module__
+    if name.startswith("timm."):
+        return []
+    if "." in name:
+        raise UserError(f"--output {output}: {architecture} is of the package {name}; use .onnx or .pt2")
+    files = [Path(sys.modules[name].__file__)]
+    for file in files:  # which grows
+        for imported in sorted(_imports_of(file)):
+            sibling = file.with_name(f"{imported}.py")
+            if file.with_name(imported).is_dir() and file.with_name(imported).joinpath("__init__.py").exists():
+                raise UserError(f"--output {output}: {file.name} imports the folder {imported}; use .onnx or .pt2")
+            if sibling.exists() and sibling not in files:
+                files.append(sibling)
+    return files
+
+
+def _imports_of(file: Path) -> set[str]:
+    """Names of the top-level modules that a Python file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+    return names
+
+
+def check_folder(output: str) -> Path:
+    """The folder to write, resolved.
+
+    Raises:
+        UserError: if timm cannot read that name, or there is something other than an earlier export.
+    """
+    folder = Path(output).resolve()
+    if not is_utf8(str(folder)):
+        raise UserError(f"--output {output}: is not UTF-8, which timm needs; name another folder")
+    if folder.is_dir():
+        found = {path.name for path in folder.iterdir()}
+        try:
+            config = read_json(folder / "config.json") if found else {}
+        except (OSError, ValueError):
+            config = {}
+        config = config if isinstance(config, dict) and config.get("exporter") == EXPORTER else {}
+        modules = config.get("modules")
+        own = (FILES | set(map(str, modules if isinstance(modules, list) else ()))) if config else set()
+        if found - own:
+            raise UserError(f"--output {output}: holds {min(found - own)}, no earlier export; name another folder")
+    elif os.path.lexists(folder):
+        raise UserError(f"--output {output}: is a file; name it .onnx or .pt2, or name another folder")
+    return folder
+
+
+def loading_lines(folder: str, modules: Sequence[Path]) -> list[str]:
+    """The lines of Python that load a folder."""
+    lines = [f"folder = {folder!r}"]
+    if modules:
+        lines += ["import sys", f"sys.path.insert(0, folder)  # holds {modules[0].name}"]
+        lines += [f"import {modules[0].stem}  # registers the model with timm"]
+    return [*lines, "import timm", 'model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()']
+
+
+def readme(about: Mapping[str, Any], modules: Sequence[Path], best_acc1: Any) -> str:
+    """README.md of a folder. Text of the checkpoint stands in indented blocks, a line each: nothing in it is markup."""
+    names, size = about["class_names"], " x ".join(map(str, about["input_size"][1:]))
+    accuracy = ""
+    if type(best_acc1) in (int, float) and 0 <= best_acc1 <= 100:
+        accuracy = f"The best epoch of its training run had {best_acc1:.2f} % top-1 accuracy on the validation data."
+    classes = [f"{index}: {escaped(name)[:80]}" for index, name in enumerate(names[:LISTED_CLASSES])]
+    more = f"The other {len(names) - len(classes)} are in `config.json`." if len(names) > len(classes) else ""
+    crop = "resized to that size" if about["crop_mode"] == "squash" else "resized, and cropped to the center"
+    code = loading_lines(".", modules)
+    code[0] += "  # this folder"
+    parts = [
+        "---\nlibrary_name: timm\npipeline_tag: image-classification\n---",
+        f"# {about['architecture']}",
+        f"An image classifier with {about['num_classes']} classes for images of {size} px. {accuracy}".rstrip(),
+        f"## Load it\n\nWith timm {timm.__version__} or newer:",
+        _indented(code),
+        f"## Preprocess images\n\nImages are {crop}, and normalized:",
+        _indented([
+            "config = timm.data.resolve_model_data_config(model)",
+            "transform = timm.data.create_transform(**config, is_training=False)",
+            'logits = model(transform(image.convert("RGB"))[None])  # image: a PIL image',
+        ]),
+        _indented([f"{key}: {about[key]}" for key in TRANSFORM]),
+        *(["## Classes", _indented(classes), more] if names else []),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def save_for_timm(model: nn.Module, folder: Path, about: Mapping[str, Any], modules: Sequence[Path]) -> None:
+    """timm's `save_for_hf`: model.safetensors, and a config.json with all that builds the model.
+
+    Raises:
+        ValueError: if timm cannot describe or save the model.
+    """
+    of_source = ("tag", "license", "description", "origin_url", "notes", "label_names", "label_descriptions")
+    config = {
+        "label_names": about["class_names"],
+        "pretrained_cfg": {"architecture": about["architecture"]} | dict.fromkeys(of_source),
+        "exporter": EXPORTER,
+        "modules": [module.name for module in modules],
+    }
+    transform = {key: about[key] for key in TRANSFORM}
+    try:
+        save_for_hf(model, str(folder), model_config=config, safe_serialization=True, data_config=transform)
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        raise ValueError(reason(error)) from error
+    weights = folder / "model.safetensors"
+    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
+
+
+def export_folder(model: nn.Module, output: str, about: Mapping[str, Any], best_acc1: Any) -> tuple[float, list[str]]:
+    """Write a folder that timm loads, whole or not at all; returns how much the logits differ, and how to load it.
+
+    Raises:
+        UserError: if timm cannot load it, or it would replace something other than an earlier export.
+    """
+    folder, modules = check_folder(output), modules_of(about["architecture"], output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        try:
+            save_for_timm(model, new, about, modules)
+            loaded = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
+        except OSError:
+            raise
+        except Exception as error:  # of whatever the model's own entry point does
+            raise UserError(
+                f"--output {output}: timm cannot load {about['architecture']} from a folder ({reason(error)}); build "
+                f"it with timm's build_model_with_cfg, or use .onnx or .pt2"
+            ) from error
+        worst = check_agreement(model, loaded, about, output)
+        (new / "README.md").write_text(readme(about, modules, best_acc1), encoding="utf-8")
+        for module in modules:
+            shutil.copyfile(module, new / module.name)
+        _swap(new, check_folder(output), old)
+    return worst, loading_lines(str(folder), modules)
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    """Give a new folder its name; what had that becomes `old`."""
+    for file in new.iterdir():
+        with open(file, "rb+") as stream:
+            os.fsync(stream.fileno())
+    existed = folder.exists()
+    if existed:
+        os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if existed:
+            os.rename(old, folder)
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("export", __doc__)
-    parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .pt2")
+    parser.add_argument(
+        "--output", required=True, help="NAME.onnx, NAME.pt2, or a folder for timm: no suffix, or NAME/"
+    )
     with command.errors_in_a_line("export"):
-        own, run, weights, about = command.parse(parser, argv)
-        input_size = run.input_size[0], run.input_size[-1]
-        model = command.load_model(run, weights, own.resume, torch.device("cpu"))
-        own.output.parent.mkdir(parents=True, exist_ok=True)
-        exported = save(export(model, input_size), own.output, class_names_of(about))
-        worst = difference(model, exported, input_size)
-        if not worst <= TOLERANCE:  # NaN is no agreement
-            raise UserError(f"--output {own.output}: its logits differ by {worst:.1e} of the largest; do not use it")
-        print(f"{own.output}: {own.output.stat().st_size / 2**20:.1f} MiB, logits within {worst:.1e} of the largest")
+        trained = command.parse(parser, argv)
+        output, lines = trained.own.output, []
+        if output.endswith("/") or not Path(output).suffix:
+            check_folder(output)
+            model, run = load_for_timm(trained)
+            worst, lines = export_folder(model, output, describe(model, run, trained), trained.about.get("best_acc1"))
+            files = list(Path(output).iterdir())
+        elif output.endswith((".onnx", ".pt2")):
+            model = load(trained, trained.run)
+            worst, files = export_file(model, output, describe(model, trained.run, trained)), [Path(output)]
+        else:
+            raise UserError(f"--output {output}: name it .onnx or .pt2, or without a suffix for a folder")
+        size = sum(file.stat().st_size for file in files) / 2**20
+        print(f"{output}: {size:.1f} MiB, logits within {worst:.1e} of the largest")
+        for line in lines:
+            print(f"    {escaped(line)}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m tools.tradeoff --resume output/best.pth --keep-rates 1 0.9 0.8 0.7 0.6 0.5 --output tradeoff.json
 
-A DeiT can be asked as well: add `--model` with the evit_* model of its size. Speed is that of inference, in turn in one
-process.
+A DeiT can be asked as well: add `--model` with the evit_* model of its size. A model of your own needs EViT blocks and
+an entry point that takes `keep_rate`. Speed is that of inference, in turn in one process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from datasets import DataOptions, build_sources
 from flags import TRAINED, fill, in_range, keep_rates
 from loaders import LoaderOptions, build_val_loader
 from models import normalization
-from models_evit import is_evit
+from models_evit import evit_blocks, is_evit
 from tools import command
 from tools.speed_test import describe, inference
 from tools.timing import rates_in_turn, ratio_row, write_results
@@ -32,12 +32,12 @@ from utils import UserError, World, available_cpus, init_distributed
 def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
     """A row for each keep rate; the ratios of images/s are to the first."""
     own, run = trained.own, trained.run
-    if not is_evit(run.model):
+    if not is_evit(run.model) and not evit_blocks(command.load_model(run, trained.weights, own.resume, world.device)):
         raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
     models = []
     for rate in own.keep_rates:
         changed = copy.copy(run)
-        changed.base_keep_rate = rate
+        changed.model_kwargs = {**run.model_kwargs, "keep_rate": rate}  # which comes before --base-keep-rate
         models.append(command.load_model(changed, trained.weights, own.resume, world.device))
         if run.compile:
             models[-1].compile()
