@@ -24,7 +24,7 @@ def create_model(
     name: str,
     *,
     flag: str,
-    num_classes: int,
+    num_classes: int | None,
     input_size: tuple[int, int],
     pretrained: bool = False,
     **options: Any,
@@ -34,6 +34,7 @@ def create_model(
     Args:
         name: any model of timm's.
         flag: the flag that named the model, for error messages.
+        num_classes: None for as many as timm's weights have.
         input_size: (height, width) in pixels; handed on to models that are built for one size.
         pretrained: download timm's weights.
         options: keyword arguments of the model; those that are None are left out.
@@ -105,10 +106,13 @@ class ModelOptions:
     seed: int = 0  # of the initial weights
 
 
-def build_model(options: ModelOptions, num_classes: int, distilled: bool = False, eval_only: bool = False) -> nn.Module:
+def build_model(
+    options: ModelOptions, num_classes: int | None, distilled: bool = False, eval_only: bool = False
+) -> nn.Module:
     """Build the model to train with its first weights, on the CPU.
 
     Args:
+        num_classes: None for as many as timm's weights have.
         distilled: in training mode the model returns the pair (class logits, distillation logits).
         eval_only: refuse weights that leave a tensor, such as the head for other classes, as it was initialized.
 
