@@ -195,7 +195,8 @@ def find_files(paths: Sequence[str], flag: str) -> list[str]:
             raise UserError(f"{flag} {path}: holds no images ({', '.join(IMG_EXTENSIONS)})")
         if skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
-            logger.warning("%s %s: %d files are not read: %s", flag, path, skipped.total(), kinds)
+            # Escaped here as well: not every tool has set up its log by now.
+            logger.warning("%s", escaped(f"{flag} {path}: {skipped.total()} files are not read: {kinds}"))
         files += found
     return files
 

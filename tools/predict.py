@@ -85,7 +85,7 @@ def read_views(
             with decoding():
                 return transform(open_rgb(file, upright=True))
         except ImageError as error:
-            return str(error)
+            return getattr(error.__cause__, "strerror", None) or str(error)  # without the path
 
     waiting: deque[list[Future]] = deque()
     with ThreadPoolExecutor(threads) as pool:  # decoding and resizing release the interpreter's lock
@@ -200,9 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     with command.errors_in_a_line("predict"):
         own, run, weights, about = command.parse(parser, argv, reads_data=False)
-        files = command.find_files(own.images, "images")
         world = init_distributed(run.device)
         set_up_logging(world)
+        files = command.find_files(own.images, "images")
         model = command.load_model(run, weights, own.resume, world.device)
         names, score, amp_dtype = class_names(about, model), score_name(about), engine.select_amp(run.amp, world.device)
         if score == "sigmoid":

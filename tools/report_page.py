@@ -216,8 +216,9 @@ def _mistakes(report: dict[str, Any]) -> str:
         return note + _table(("true class", "predicted class", "probability"), cells, (2,))
     figures = [
         f'<figure><img src="{row["picture"]}" alt="image {row["position"]}"><figcaption>'
-        f"<b>{_text(row['predicted'])}</b> {_percent(100 * row['probability'])}<br>true class: {_text(row['true'])} "
-        f"{_percent(100 * row['true_probability'])}<br>{_text(row['image'])}</figcaption></figure>"
+        f"predicted: <b>{_text(row['predicted'])}</b> {_percent(100 * row['probability'])}<br>"
+        f"true class: {_text(row['true'])} {_percent(100 * row['true_probability'])}<br>"
+        f"{_text(row['image'])}</figcaption></figure>"
         for row in rows
     ]
     return '<div class="mistakes">\n' + "\n".join(figures) + "\n</div>"
