@@ -192,6 +192,14 @@ def test_weights_that_are_not_clear_are_a_line(checkpoint, photos, tmp_path, cap
     assert "did you mean --topk" in line("--resume", checkpoint, "--topk1")
 
 
+def test_flags_of_main_keep_their_values_among_those_of_the_tool(checkpoint):
+    words = ["--no-pin-mem", "a.jpg", "b.jpg", "--num_workers", "0", "--topk=3", *KWARGS, "--amp=off", "--ema"]
+    own, args, weights, _ = command.parse(predict.build_parser(), ["--resume", checkpoint, *words], reads_data=False)
+    assert (own.images, own.topk, own.ema, own.resume) == (["a.jpg", "b.jpg"], 3, True, checkpoint)
+    assert (args.pin_mem, args.num_workers, args.amp, args.model_kwargs["depth"]) == (False, 0, "off", 2)
+    assert torch.equal(weights["norm.weight"], torch.load(checkpoint, weights_only=True)["model_ema"]["norm.weight"])
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +223,7 @@ def test_images_that_cannot_be_read_are_named_and_the_others_predicted(checkpoin
     assert list(table_of(said.out)) == [str(tmp_path / "b.png"), str(tmp_path / "z.png")]
     for name in ("broken.jpg", "cut.png", "lost.jpg", "pipe.jpg"):
         assert said.err.count(f"cannot predict {tmp_path / name} (") == 1
+    assert "pipe.jpg (is a FIFO, not a regular file)" in said.err
     assert "4 of 6 images have no prediction" in said.err and "1 files are not read: 1 .txt" in said.err
     said = run(capsys, "--resume", checkpoint, tmp_path / "broken.jpg", "--format", "json", status=1)
     assert json.loads(said.out) == []

@@ -19,7 +19,7 @@ import datasets
 import flags
 from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
-from utils import RunError, UserError, escaped, logger
+from utils import RunError, UserError, escaped, fault, logger
 
 
 @contextlib.contextmanager
@@ -39,6 +39,11 @@ def errors_in_a_line(tool: str) -> Iterator[None]:
     except (UserError, RunError, OSError) as error:
         print(f"{tool}: error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not (why := fault(error)):  # such as a data-loader worker that is gone
+            raise
+        print(f"{tool}: {escaped(why)}", file=sys.stderr)
+        sys.exit(1)
 
 
 class _PassOn(argparse.Action):
@@ -61,8 +66,12 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
         epilog="The model and the data are those that the checkpoint names. Flags of main.py may be added and take "
         "precedence: --data-path, --device, --batch-size, --num-workers, --amp, --model, --base-keep-rate, ...",
     )
-    resume = "checkpoint (file or https address), such as output/best.pth"
-    parser.add_argument("--resume", required=not weights, help=resume + (f"; default: {weights}" if weights else ""))
+    # Set before the flags, so that these can hide it from the help, which says it in words.
+    parser.set_defaults(resume="", main_flags=[])
+    resume = "checkpoint (file or https address), such as output/best.pth" + (
+        f"; default: {weights}" if weights else ""
+    )
+    parser.add_argument("--resume", required=not weights, default=argparse.SUPPRESS, help=resume)
     parser.add_argument("--ema", action="store_true", help="use its EMA weights")
     # Known to this parser, so that it does not take their values for arguments of the tool.
     for action in flags.get_parser()._actions:
@@ -70,7 +79,6 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
             parser.add_argument(
                 *action.option_strings, action=_PassOn, nargs=action.nargs, dest="main_flags", help=argparse.SUPPRESS
             )
-    parser.set_defaults(main_flags=[])
     return parser
 
 

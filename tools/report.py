@@ -9,6 +9,7 @@ several keep rates.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -347,15 +348,16 @@ def write(report: dict[str, Any], files: Data, folder: Path) -> None:
 
 def build_parser() -> Parser:
     parser = command.get_parser("report", __doc__)
+    parser.set_defaults(output=None, keep_rates=None)
     add = parser.add_argument
     folder = (
         "folder of the report, of which an earlier report is replaced; default: report/ next to the checkpoint, or "
         "./report for an address"
     )
-    add("--output", type=Path, metavar="FOLDER", help=folder)
+    add("--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=folder)
     rates = "keep rates to evaluate an EViT at: one for all reducing layers, or one per layer: 0.7,0.7,0.5; default: "
     shown = " ".join(f"{rate:g}" for rate in DEFAULT_RATES)
-    add("--keep-rates", nargs="+", type=keep_rates, metavar="RATE", help=rates + shown)
+    add("--keep-rates", nargs="+", type=keep_rates, default=argparse.SUPPRESS, metavar="RATE", help=rates + shown)
     add("--num-mistakes", type=in_range(int, 0, 99), default=24, help="most confident mistakes to show")
     return parser
 
