@@ -163,6 +163,25 @@ def test_timm_weights_have_their_own_size_crop_and_names(photos, tmp_path, capsy
     assert {p["class"] for p in json.loads(out)[0]["predictions"]} == {"n1", "second", "n3", "n4"}
 
 
+def test_a_name_of_timm_has_the_size_crop_and_normalization_of_its_weights(photos, capsys, monkeypatch):
+    def without_network(name, pretrained=False, num_classes=None, **options):
+        torch.manual_seed(5)
+        return create(name, **({"num_classes": num_classes} if num_classes else {}), **options)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", without_network)
+    name = "vit_tiny_patch16_384.augreg_in21k_ft_in1k"
+    out = run(capsys, "--model", name, "--pretrained", photos / "b.png", "--topk", "1000", "--format", "json").out
+    (row,) = table_of(out).values()
+    model = without_network(name, num_classes=1000).eval()
+    transform = create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        view = transform(Image.open(photos / "b.png").convert("RGB"))[None]
+        wanted = model(view).softmax(dim=1)[0]
+    assert view.shape == (1, 3, 384, 384)
+    assert torch.allclose(torch.tensor([row[index] for index in range(1000)]), wanted, atol=1e-6)
+
+
 def test_an_official_file_has_the_classes_of_imagenet(photos, tmp_path, capsys):
     model = new_model(PLAIN, num_classes=1000)
     torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
