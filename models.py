@@ -28,7 +28,7 @@ def create_model(
     name: str,
     *,
     flag: str,
-    num_classes: int,
+    num_classes: int | None,
     input_size: tuple[int, int],
     pretrained: bool = False,
     **options: Any,
@@ -38,6 +38,7 @@ def create_model(
     Args:
         name: any model of timm's.
         flag: the flag that named the model, for error messages.
+        num_classes: None for as many as timm's weights have.
         input_size: (height, width) in pixels; passed to models that are built for one size.
         pretrained: download timm's weights.
         options: keyword arguments of the model; those that are None are left out.
@@ -145,10 +146,13 @@ class ModelOptions:
     seed: int = 0  # of the initial weights
 
 
-def build_model(options: ModelOptions, num_classes: int, distilled: bool = False, eval_only: bool = False) -> nn.Module:
+def build_model(
+    options: ModelOptions, num_classes: int | None, distilled: bool = False, eval_only: bool = False
+) -> nn.Module:
     """Build the model to train with its first weights, on the CPU.
 
     Args:
+        num_classes: None for as many as timm's weights have.
         distilled: in training mode the model returns the pair (class logits, distillation logits).
         eval_only: no dropout, and refuse weights that leave a tensor, such as the head for other classes, as it was
             initialized.
@@ -172,7 +176,8 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
         | dict(options.model_kwargs),
     )
     published = pretrained_config(model).get("num_classes")
-    if eval_only and options.pretrained and published != num_classes:
+    comes_with_head = options.pretrained and num_classes in (None, published)
+    if eval_only and options.pretrained and not comes_with_head:
         raise UserError(
             f"--eval --pretrained: the weights of {name} know {published} classes, the data have "
             f"{num_classes}; train the head with --pretrained and without --eval first"
@@ -190,9 +195,7 @@ def build_model(options: ModelOptions, num_classes: int, distilled: bool = False
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
     try_out(model, f"--model {name}", options.input_size)
-    heads = classifier_names(model)
-    if options.pretrained and model.pretrained_cfg["num_classes"] == num_classes:
-        heads = ()
+    heads = () if comes_with_head else classifier_names(model)
     if options.finetune:
         report = load_finetune_weights(model, options.finetune, COMPLETE if eval_only else FINETUNING)
         heads = tuple(name for name in heads if any(belongs_to(key, (name,)) for key in report.missing))

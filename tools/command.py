@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+import datasets
 import flags
 from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
-from utils import RunError, UserError, escaped
+from utils import RunError, UserError, escaped, fault, logger
 
 PROBE = 1009  # classes of a model that is built to find its classification layer; the width of no other layer
 
@@ -30,21 +34,53 @@ def errors_in_a_line(tool: str) -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does by default
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        sys.exit(1)
     except (UserError, RunError, OSError) as error:
         print(f"{tool}: error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not (why := fault(error)):  # such as a data-loader worker that is gone
+            raise
+        print(f"{tool}: {escaped(why)}", file=sys.stderr)
+        sys.exit(1)
 
 
-def get_parser(tool: str, description: str | None) -> flags.Parser:
-    """A parser with `--resume` and `--ema`, for a tool that also takes the flags of main.py."""
+class _PassOn(argparse.Action):
+    """Keeps a flag of main.py and its values as words, for main.py's own parser."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        words = [option_string, *values] if isinstance(values, list) else [f"{option_string}={values}"]
+        namespace.main_flags = [*namespace.main_flags, *words]
+
+
+def get_parser(tool: str, description: str | None, weights: str = "") -> flags.Parser:
+    """A parser with `--resume` and `--ema`, for a tool that also takes the flags of main.py.
+
+    Args:
+        weights: where the weights come from without `--resume`, for its help; by default it is required.
+    """
     parser = flags.Parser(
         prog=f"python -m tools.{tool}",
         description=description,
-        epilog="The model and the data are those that the checkpoint names. Flags of main.py may follow and go before "
-        "those: --data-path, --device, --batch-size, --num-workers, --amp, --model, --base-keep-rate, ...",
+        epilog="The model and the data are those that the checkpoint names. Flags of main.py may be added and take "
+        "precedence: --data-path, --device, --batch-size, --num-workers, --amp, --model, --base-keep-rate, ...",
     )
-    parser.add_argument("--resume", required=True, help="checkpoint (file or https address), such as output/best.pth")
-    parser.add_argument("--ema", action="store_true", help="take its averaged weights")
+    # Set before the flags, so that these can hide it from the help, which says it in words.
+    parser.set_defaults(resume="", main_flags=[])
+    resume = "checkpoint (file or https address), such as output/best.pth" + (
+        f"; default: {weights}" if weights else ""
+    )
+    parser.add_argument("--resume", required=not weights, default=argparse.SUPPRESS, help=resume)
+    parser.add_argument("--ema", action="store_true", help="use its EMA weights")
+    # Known to this parser, so that it does not take their values for arguments of the tool.
+    for action in flags.get_parser()._actions:
+        if action.dest not in ("help", "resume"):
+            parser.add_argument(
+                *action.option_strings, action=_PassOn, nargs=action.nargs, dest="main_flags", help=argparse.SUPPRESS
+            )
     return parser
 
 
@@ -54,48 +90,125 @@ class Trained(NamedTuple):
     Attributes:
         own: the tool's flags.
         run: the flags of main.py; model and data are those that the checkpoint names, unless given.
-        weights: of the model, by name.
+        weights: of the model, by name; None for timm's pretrained weights.
         about: what else the checkpoint says, such as its class names.
     """
 
     own: argparse.Namespace
     run: argparse.Namespace
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor] | None
     about: Mapping[str, Any]
 
 
-def parse(parser: flags.Parser, argv: Sequence[str] | None) -> Trained:
+# Data that are there everywhere, for a tool that reads none: those of the checkpoint may be on another machine.
+_NO_DATA = ("--data-set=DIGITS", "--data-path=.", "--train-split=train", "--val-split=validation")
+
+
+def parse(parser: flags.Parser, argv: Sequence[str] | None, reads_data: bool = True) -> Trained:
     """Read the tool's own flags and the checkpoint.
+
+    Args:
+        reads_data: False for a tool that takes photos. It needs no data, and an input size that neither the checkpoint
+            nor the user gives is that of timm's weights of the model; with `--pretrained` the crop ratio as well.
 
     Raises:
         UserError
     """
-    own, rest = parser.parse_known_args(argv)
-    checkpoint = read_checkpoint(own.resume, "--resume")
-    weights = (ema_of if own.ema else weights_of)(checkpoint, "--resume", own.resume)
-    if weights is None:
-        raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
+    own = parser.parse_args(argv)
+    words = own.main_flags if reads_data else [*_NO_DATA, *own.main_flags]
+    checkpoint = read_checkpoint(own.resume, "--resume") if own.resume else {}
+    weights = _weights_of(own, checkpoint)
     run_parser = flags.get_parser(prog=parser.prog)
-    run_parser.set_defaults(model=None, trained_size=trained_size(checkpoint))
-    run = flags.parse_trained(run_parser, rest, checkpoint, own.resume)
-    if run.model is None:
-        raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
+    # Stochastic depth is for training, and not every model has it.
+    run_parser.set_defaults(model=None, drop_path=0.0, trained_size=trained_size(checkpoint))
+    run = flags.parse_trained(run_parser, words, checkpoint, own.resume)
+    _check_start(own, run)
+    if not reads_data and run.trained_size is None:
+        run_parser.set_defaults(**_preprocessing(run))
+        run = flags.parse_trained(run_parser, words, checkpoint, own.resume)
     flags.check_flags(run)
     return Trained(own, run, weights, checkpoint)
 
 
+def _weights_of(own: argparse.Namespace, checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    if not own.resume:
+        return None
+    weights = (ema_of if own.ema else weights_of)(checkpoint, "--resume", own.resume)
+    if weights is None:
+        raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
+    return weights
+
+
+def _check_start(own: argparse.Namespace, run: argparse.Namespace) -> None:
+    """Make sure that it is clear which model and which weights are meant."""
+    if run.finetune:
+        raise UserError(f"--finetune {run.finetune}: starts a training; pass the file as --resume {run.finetune}")
+    if own.resume and run.pretrained:
+        raise UserError("--resume and --pretrained both say where the weights come from; pass one of them")
+    if not own.resume and (not run.pretrained or run.model is None):
+        raise UserError("--resume: there are no weights; add --resume FILE, or --model NAME --pretrained")
+    if not own.resume and own.ema:
+        raise UserError("--ema: timm's pretrained weights have no EMA weights beside them; drop the flag")
+    if run.model is None:
+        raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
+
+
+def _preprocessing(run: argparse.Namespace) -> dict[str, Any]:
+    """The flags that say how timm's weights of the model see an image, as far as they are not known otherwise."""
+    if timm.is_model(run.model.split(".")[0]):
+        config = timm.get_pretrained_cfg(run.model).to_dict()
+    else:
+        try:
+            config = timm.create_model(run.model).pretrained_cfg  # reads the config.json of local-dir: and hf-hub:
+        except Exception:  # building it says what is wrong
+            return {}
+    _, height, width = config["input_size"]
+    return {"input_size": [height, width]} | ({"eval_crop_ratio": config["crop_pct"]} if run.pretrained else {})
+
+
 def load_model(
-    run: argparse.Namespace, weights: Mapping[str, torch.Tensor], path: str, device: torch.device
+    run: argparse.Namespace, weights: Mapping[str, torch.Tensor] | None, path: str, device: torch.device
 ) -> nn.Module:
     """The trained model, to be evaluated.
+
+    Args:
+        weights, path: the weights and the file they are from; None and '' for timm's pretrained weights.
 
     Raises:
         UserError: if the weights are not those of the model that the flags describe, or not finite.
     """
     options = flags.fill(ModelOptions, run)
-    model = build_model(options, _num_classes(options, weights), eval_only=True)
-    load_weights(model, weights, "--resume", path, EVALUATION, run.trained_size or options.input_size)
+    model = build_model(options, None if weights is None else _num_classes(options, weights), eval_only=True)
+    if weights is not None:
+        load_weights(model, weights, "--resume", path, EVALUATION, run.trained_size or options.input_size)
+    if not getattr(model, "num_classes", 1):
+        raise UserError(f"--model {run.model}: its weights tell no classes apart; use a model with a classifier")
     return place(model, device).eval()
+
+
+def find_files(paths: Sequence[str], flag: str) -> list[str]:
+    """The image files among these paths: files as they are named, folders searched recursively.
+
+    Args:
+        flag: the argument that names the paths, for messages.
+
+    Raises:
+        UserError: if a path does not exist, or a folder holds no images.
+    """
+    files: list[str] = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{flag} {path}: no such file or folder; check the path")
+        skipped: Counter[str] = Counter()
+        found = datasets.image_files(path, set(), skipped) if os.path.isdir(path) else [path]
+        if not found:
+            raise UserError(f"{flag} {path}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+        if skipped:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+            # Escaped here as well: not every tool has set up its log by now.
+            logger.warning("%s", escaped(f"{flag} {path}: {skipped.total()} files are not read: {kinds}"))
+        files += found
+    return files
 
 
 def _num_classes(options: ModelOptions, weights: Mapping[str, torch.Tensor]) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 import sources
@@ -125,13 +123,7 @@ def find_images(paths: Sequence[str]) -> sources.Source:
     Raises:
         UserError
     """
-    files: list[str | Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"--images {path}: no such file or folder; check the path")
-        files += datasets.image_files(path, set(), Counter()) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"--images {' '.join(paths)}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+    files = command.find_files(paths, "--images")
     count = len(files)
     return sources.Source(Photos(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
 

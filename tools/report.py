@@ -1,0 +1,389 @@
+"""Evaluate a trained model on its validation data and write a report: index.html with pictures, and report.json.
+
+    python -m tools.report --resume output/best.pth
+    python -m tools.report --resume output/best.pth --ema --keep-rates 1 0.9 0.7 --output report
+
+Accuracy as a whole and by class, confusions, the most confident mistakes, calibration and, for an EViT, the top-1 at
+several keep rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import engine
+from augment import ViewOptions
+from checkpoints import class_names_of, compare_classes
+from datasets import DataOptions, build_sources
+from flags import TRAINED, Parser, fill, in_range, keep_rates
+from loaders import DeviceLoader, LoaderOptions, build_val_loader
+from models import normalization
+from models_evit import KEEP_RATE, is_evit
+from samplers import Batch
+from sources import Data, Source, keep_in_memory, with_classes
+from tools import command, report_page
+from tools.predict import probabilities, score_name
+from tools.timing import describe_environment
+from utils import (
+    Progress,
+    UserError,
+    World,
+    init_distributed,
+    parse_json,
+    reason,
+    regular_file,
+    set_up_logging,
+    write_whole,
+)
+
+FORMAT = "deit report 1"  # in report.json; marks a folder that may be replaced
+DEFAULT_RATES = [1.0, 0.9, 0.7, 0.5]
+BINS = 15  # of the calibration
+MOST_CLASSES = 100  # whose confusion matrix is stored and drawn
+Z = 1.959964  # normal quantile of 95 % intervals
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RecordedLoader(DeviceLoader):
+    """A loader that remembers the batch that is being evaluated, and shows the progress."""
+
+    batch: Batch | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        progress = Progress("evaluation", self.num_images, "image")
+        for self.batch in super().__iter__():
+            yield self.batch
+            progress.advance(len(self.batch.positions))
+        progress.close()
+
+
+class Recorder(nn.Module):
+    """A model that notes of each image what the report needs.
+
+    Attributes:
+        rows: positions, targets, predicted class, its probability, and the probability of the true class, by batch.
+    """
+
+    def __init__(self, model: nn.Module, loader: RecordedLoader, score: str) -> None:
+        super().__init__()
+        self.model, self.loader, self.score = model, loader, score
+        self.rows: list[list[torch.Tensor]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.model(images)
+        batch, scores = self.loader.batch, probabilities(logits, self.score)
+        # As engine.evaluate finds it, so that ties fall alike.
+        predicted = logits.float().topk(min(5, logits.shape[1])).indices[:, :1]
+        chosen = [scores.gather(1, index)[:, 0] for index in (predicted, batch.targets[:, None])]
+        self.rows.append([each.cpu() for each in (batch.positions, batch.targets, predicted[:, 0], *chosen)])
+        return logits
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of each image, in the order of the data.
+
+    Attributes:
+        stats: of `engine.evaluate`.
+        positions, targets, predicted: [N] int64.
+        confidence, true_probability: [N] float64, the probability of the predicted and of the true class.
+    """
+
+    stats: dict[str, float]
+    positions: np.ndarray
+    targets: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    true_probability: np.ndarray
+
+    @property
+    def hits(self) -> np.ndarray:
+        """[N] bool."""
+        return self.targets == self.predicted
+
+
+def evaluate_images(model: nn.Module, loader: DeviceLoader, score: str, amp_dtype: torch.dtype | None) -> Outcome:
+    """`engine.evaluate`, with what became of each image."""
+    recorded = RecordedLoader(**vars(loader))
+    recorder = Recorder(model, recorded, score)
+    stats = engine.evaluate(recorder, recorded, engine.autocast(model, amp_dtype))
+    columns = [torch.cat(parts).numpy() for parts in zip(*recorder.rows, strict=True)]
+    order = np.argsort(columns[0], kind="stable")
+    positions, targets, predicted, *chosen = (column[order] for column in columns)
+    return Outcome(stats, positions, targets, predicted, *(each.astype(np.float64) for each in chosen))
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def wilson(hits: int, images: int) -> list[float] | None:
+    """Wilson's 95 % interval of a share, in per cent; None without images."""
+    if not images:
+        return None
+    share, spread = hits / images, Z * Z / images
+    center, scale = share + spread / 2, 1 + spread
+    margin = Z * np.sqrt(share * (1 - share) / images + spread / (4 * images))
+    return [100 * max(0.0, float(center - margin) / scale), 100 * min(1.0, float(center + margin) / scale)]
+
+
+def calibration(outcome: Outcome, bins: int = BINS) -> dict[str, Any]:
+    """Expected calibration error in equal-width bins of the confidence (Guo et al. 2017, equation 3), in per cent."""
+    which = np.clip(np.ceil(outcome.confidence * bins).astype(int) - 1, 0, bins - 1)  # (low, high]
+    rows, error = [], 0.0
+    for index in range(bins):
+        members = which == index
+        row = {"low": index / bins, "high": (index + 1) / bins, "images": int(members.sum())}
+        row |= {"confidence": None, "accuracy": None}
+        if members.any():
+            row["confidence"] = 100 * float(outcome.confidence[members].mean())
+            row["accuracy"] = 100 * float(outcome.hits[members].mean())
+            error += members.mean() * abs(row["accuracy"] - row["confidence"])
+        rows.append(row)
+    return {"ece": float(error), "mean_confidence": 100 * float(outcome.confidence.mean()), "bins": rows}
+
+
+def class_rows(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Top-1 of each class, by its index."""
+    images = np.bincount(outcome.targets, minlength=len(names)).tolist()
+    hits = np.bincount(outcome.targets[outcome.hits], minlength=len(names)).tolist()
+    return [
+        {
+            "index": index,
+            "class": name,
+            "images": n,
+            "correct": correct,
+            "acc1": 100 * correct / n if n else None,
+            "interval": wilson(correct, n),
+        }
+        for index, (name, n, correct) in enumerate(zip(names, images, hits, strict=True))
+    ]
+
+
+def confused_pairs(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Every pair of true and wrongly predicted class that occurs, the most frequent first."""
+    images = np.bincount(outcome.targets, minlength=len(names))
+    wrong = np.stack([outcome.targets, outcome.predicted])[:, ~outcome.hits]
+    pairs, counts = np.unique(wrong, axis=1, return_counts=True)
+    return [
+        {
+            "true": names[true],
+            "predicted": names[predicted],
+            "images": int(counts[place]),
+            "share": 100 * int(counts[place]) / int(images[true]),
+        }
+        for place in np.argsort(-counts, kind="stable")
+        for true, predicted in [pairs[:, place]]
+    ]
+
+
+def confusion_matrix(outcome: Outcome, num_classes: int) -> np.ndarray:
+    """Images by true class (rows) and predicted class (columns), [C, C]."""
+    cells = np.bincount(outcome.targets * num_classes + outcome.predicted, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def mistakes(outcome: Outcome, names: Sequence[str], source: Data, number: int) -> list[dict[str, Any]]:
+    """The wrong predictions of the highest probability, and the files of their images."""
+    wrong = np.flatnonzero(~outcome.hits)
+    chosen = wrong[np.argsort(-outcome.confidence[wrong], kind="stable")[:number]]
+    is_indexed = isinstance(source, Source)
+    return [
+        {
+            "position": int(outcome.positions[place]),
+            "image": source.images.describe(source.order[outcome.positions[place]]) if is_indexed else None,
+            "true": names[outcome.targets[place]],
+            "predicted": names[outcome.predicted[place]],
+            "probability": float(outcome.confidence[place]),
+            "true_probability": float(outcome.true_probability[place]),
+            "picture": f"mistake_{rank:02d}.png" if is_indexed else None,
+        }
+        for rank, place in enumerate(chosen)
+    ]
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def validation_data(trained: command.Trained, world: World) -> tuple[Data, Data]:
+    """The validation data as main.py evaluates them, and once more with the names of their files.
+
+    Raises:
+        UserError: if a class index means another class than in the checkpoint.
+    """
+    run, names = trained.run, class_names_of(trained.about)
+    options = fill(DataOptions, run)
+    _, files = build_sources(dataclasses.replace(options, ram_cache=0), world.local_rank, eval_only=True)
+    if files.class_names and set(files.class_names) < set(names):
+        files = with_classes(files, names)  # the images of some of the classes
+    compare_classes(trained.about, {"val": files}, f"--resume {trained.own.resume}", run.allow_class_mismatch)
+    return keep_in_memory(files, options.ram_cache), files
+
+
+def rate_rows(trained: command.Trained, loader: DeviceLoader, outcome: Outcome, world: World) -> list[dict[str, Any]]:
+    """Accuracy at each of `--keep-rates`, and at the model's own; [] for a model that keeps all patches."""
+    own, run = trained.own, trained.run
+    if not is_evit(run.model):
+        return []
+    usual = KEEP_RATE if run.base_keep_rate is None else run.base_keep_rate
+    rates = list(own.keep_rates or DEFAULT_RATES)
+    rates += [] if usual in rates else [usual]
+    rows = []
+    for rate in sorted(rates, key=lambda rate: -np.mean(rate)):
+        stats = outcome.stats
+        if rate != usual:
+            changed = copy.copy(run)
+            changed.base_keep_rate = rate
+            model = command.load_model(changed, trained.weights, own.resume, world.device)
+            stats = engine.evaluate(model, loader, engine.autocast(model, engine.select_amp(run.amp, world.device)))
+        hits = round(stats["acc1"] * stats["images"] / 100)
+        row = {"keep_rate": rate, "is_own": rate == usual, "interval": wilson(hits, stats["images"])}
+        rows.append(row | {name: stats[name] for name in ("acc1", "acc5", "loss")})
+    return rows
+
+
+def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any], Data]:
+    """Evaluate each image once; every number of the report, and the data that the mistakes are images of.
+
+    Raises:
+        UserError: if the model has other classes than the data.
+    """
+    own, run = trained.own, trained.run
+    val, files = validation_data(trained, world)
+    model = command.load_model(run, trained.weights, own.resume, world.device)
+    if val.num_classes != model.num_classes:
+        raise UserError(f"--data-set {run.data_set}: has {val.num_classes} classes, the model {model.num_classes}")
+    loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
+    score, amp_dtype = score_name(trained.about), engine.select_amp(run.amp, world.device)
+    outcome = evaluate_images(model, loader, score, amp_dtype)
+    names = list(val.class_names or class_names_of(trained.about)) or [f"class {i}" for i in range(val.num_classes)]
+    stats, correct = outcome.stats, int(outcome.hits.sum())
+    settings = {name: getattr(run, name) for name in (*TRAINED, "batch_size")}
+    settings |= {"resume": own.resume, "ema": own.ema, "precision": str(amp_dtype or torch.float32)}
+    return {
+        "format": FORMAT,
+        "environment": describe_environment(world.device),
+        "settings": settings,
+        **{name: stats[name] for name in ("images", "acc1", "acc5", "loss")},
+        "interval": wilson(correct, stats["images"]),
+        "probability": score,
+        "calibration": calibration(outcome),
+        "classes": class_rows(outcome, names),
+        "confused_pairs": confused_pairs(outcome, names),
+        "confusion_matrix": confusion_matrix(outcome, len(names)).tolist() if len(names) <= MOST_CLASSES else None,
+        "mistakes": mistakes(outcome, names, files, own.num_mistakes),
+        "keep_rates": rate_rows(trained, loader, outcome, world),
+    }, files
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+_OURS = re.compile(r"index\.html|report\.json|(confusion|reliability|keep_rates|mistake_\d+)\.png")
+
+
+def earlier_report(folder: Path) -> list[Path]:
+    """The files of the report that a folder holds; [] for a folder that is empty or not there.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file; name a folder")
+    files = sorted(folder.iterdir())
+    foreign = next((path.name for path in files if not _OURS.fullmatch(path.name)), None)
+    try:
+        about = parse_json(regular_file(folder / "report.json").read_bytes()) if files and foreign is None else {}
+    except (OSError, ValueError):
+        about = {}
+    if files and (foreign or not isinstance(about, dict) or about.get("format") != FORMAT):
+        raise UserError(f"--output {folder}: holds {foreign or 'no report'}; name a new folder or that of a report")
+    return files
+
+
+def thumbnail(image: Image.Image, side: int = 224) -> Image.Image:
+    """The image in at most `side` pixels; a small one enlarged by a whole number."""
+    zoom = side // max(image.size)
+    if zoom > 1:
+        return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+def write(report: dict[str, Any], files: Data, folder: Path) -> None:
+    """Write the report, in place of an earlier one.
+
+    Raises:
+        UserError: see `earlier_report`, or if the folder cannot be written.
+    """
+    try:
+        for path in earlier_report(folder):
+            path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        # First: it marks the folder as a report's.
+        write_whole(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+        for row in report["mistakes"]:
+            if row["picture"]:
+                thumbnail(files[row["position"]][0]).save(folder / row["picture"])
+        report_page.draw_figures(report, folder)
+        write_whole(folder / "index.html", report_page.page(report).encode())
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written ({reason(error)}); name another folder") from None
+
+
+def build_parser() -> Parser:
+    parser = command.get_parser("report", __doc__)
+    parser.set_defaults(output=None, keep_rates=None)
+    add = parser.add_argument
+    folder = (
+        "folder of the report, of which an earlier report is replaced; default: report/ next to the checkpoint, or "
+        "./report for an address"
+    )
+    add("--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=folder)
+    rates = "keep rates to evaluate an EViT at: one for all reducing layers, or one per layer: 0.7,0.7,0.5; default: "
+    shown = " ".join(f"{rate:g}" for rate in DEFAULT_RATES)
+    add("--keep-rates", nargs="+", type=keep_rates, default=argparse.SUPPRESS, metavar="RATE", help=rates + shown)
+    add("--num-mistakes", type=in_range(int, 0, 99), default=24, help="most confident mistakes to show")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    with command.errors_in_a_line("report"):
+        trained = command.parse(parser, argv)
+        own, run = trained.own, trained.run
+        if own.keep_rates and not is_evit(run.model):
+            raise UserError(f"--keep-rates: {run.model} has no EViT blocks; drop the flag")
+        folder = own.output or (Path() if "://" in own.resume else Path(own.resume).parent) / "report"
+        earlier_report(folder)
+        world = init_distributed(run.device)
+        if world.size > 1:
+            raise UserError(f"WORLD_SIZE={world.size}: one process makes the report; start it without a launcher")
+        set_up_logging(world)
+        report, files = make_report(trained, world)
+        write(report, files, folder)
+        low, high = report["interval"]
+        print(
+            f"{folder / 'index.html'}: top-1 {report['acc1']:.2f} % ({low:.2f} to {high:.2f}), top-5 "
+            f"{report['acc5']:.2f} %, loss {report['loss']:.4f}, ECE {report['calibration']['ece']:.2f} %, "
+            f"{report['images']} images"
+        )
+
+
+if __name__ == "__main__":
+    main()
