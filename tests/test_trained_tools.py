@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 
 import main
 from models_evit import EViTBlock, evit_blocks, reduce_tokens
-from tools import command, export, show_augmentation, summarize, tradeoff, visualize_tokens
+from tools import command, export, plot_runs, show_augmentation, summarize, tradeoff, visualize_tokens
 
 MODEL = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, "--drop-loc", "0", "--base-keep-rate", "0.5"]
 
@@ -214,12 +214,10 @@ def test_names_that_are_not_utf8_are_escaped(checkpoint, tmp_path, capsys):
         export.main(["--resume", checkpoint, "--output", str(folder / name)])
         assert rf"\udcff/{name}: " in capsys.readouterr().out
     (folder / "log.txt").write_text('{"epoch": 0, "test_acc1": 50.0}\n')
-    sys.argv[1:], before = [str(folder)], sys.argv[1:]
-    try:
-        summarize.main()
-    finally:
-        sys.argv[1:] = before
-    assert r"\udcff: 1 epochs" in capsys.readouterr().out
+    summarize.main([str(folder)])
+    assert r"\udcff       1    50.00" in capsys.readouterr().out
+    plot_runs.main([str(folder), "--keys", "test_acc1", "--output", str(folder / "curves.png")])
+    assert r"\udcff/curves.png: " in capsys.readouterr().out
 
 
 def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
