@@ -248,6 +248,32 @@ def test_names_of_runs_are_what_differs(folders, names):
     assert short_names([Path(folder) for folder in folders]) == names
 
 
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_sheet_has_all_panels_and_room_for_its_texts():
+    shades = np.arange(10, 130, 20).reshape(3, 2)
+    rows = [(f"label {i}", [np.full((50, 60, 3), v, np.uint8) for v in row]) for i, row in enumerate(shades)]
+    picture = np.asarray(pictures.sheet(rows, ["a", "a heading that is wider than its column"]))
+    for row in range(3):
+        for column in range(2):
+            y = picture.shape[0] - pictures.MARGIN - (2 - row) * (50 + pictures.GAP) - 50
+            x = picture.shape[1] - pictures.MARGIN - (1 - column) * (60 + pictures.GAP) - 60
+            assert (picture[y : y + 50, x : x + 60] == shades[row, column]).all()
+            assert (picture[y - 1, x : x + 60] == 255).all()  # no text runs into a panel
+            assert (picture[y : y + 50, x - 1] == 255).all()
+    assert (picture[:, -pictures.MARGIN :] == 255).all()  # nor over the edge
+    labels = picture[-60:-10, pictures.MARGIN : -pictures.MARGIN - 2 * 60 - pictures.GAP]
+    assert labels.min() < 100
+
+
+def test_texts_of_a_sheet_are_wrapped_and_escaped():
+    rows = [("", [np.zeros((50, 100, 3), np.uint8)])]
+    bare, long = pictures.sheet(rows, ["x"]), pictures.sheet(rows, ["x"], "many words " * 9 + "W" * 50, "\n\x1b\udcff")
+    assert long.width == bare.width and long.height > bare.height + 100
+    assert (np.asarray(long)[:, -pictures.MARGIN :] == 255).all()
+
+
 # -- timing ------------------------------------------------------------------------------------------------------------
 
 

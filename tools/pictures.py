@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ RC = {"font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.
 RC |= {"lines.markersize": 4.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
-_LABEL_PLACES = [  # offset in points and alignment of a label, the nearest first
-    (side * distance, up * distance, align, vertical)
-    for distance in (7, 14, 24, 36, 48)
-    for align, side in (("left", 1), ("right", -1), ("center", 0))
-    for vertical, up in (("bottom", 1), ("top", -1))
+_LABEL_PLACES = [  # above or below the error bar, offset to the side and away from it in points; the nearest first
+    (up, side * distance, up * distance)
+    for distance in (4, 15, 26, 37, 48)
+    for up in (1, -1)
+    for side in (0, 0.6, -0.6, 1.5, -1.5)
 ]
 
 GAP, MARGIN = 6, 10  # pixels between panels and around the sheet
@@ -53,12 +53,14 @@ def check_plot_name(file: Path, flag: str = "--output") -> None:
 def plot(file: Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib Figure of this size in inches, written to `file` at the end. It needs no display."""
     import matplotlib  # slow to import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc may ask for LaTeX
         matplotlib.rcParams.update(RC)
         figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)  # measures texts
         yield figure
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
@@ -96,34 +98,35 @@ def limits(
 
 
 def label_points(axes: Any, points: Sequence[tuple[float, float]], bars: Sequence[Box], labels: Sequence[str]) -> None:
-    """Write a label near each point where it covers neither another label nor a point or its error bars.
+    """Write a label above or below the error bars of each point where it covers no other label and no other bars.
 
-    A label that finds no such place is written above its point. Set the limits of the axes before.
+    A label that finds no such place is written above its bar. Set the limits of the axes before.
 
     Args:
         bars: ends of each point's error bars.
     """
+    from matplotlib.text import Text  # slow to import
+
     renderer = axes.figure.canvas.get_renderer()
     axes.figure.draw(renderer)  # fixes the layout
     taken = []
     for (x, y), (x0, y0, x1, y1) in zip(points, bars, strict=True):
         left, low, right, high = axes.transData.transform([(x0, y), (x, y0), (x1, y), (x, y1)])
         taken.append((left[0] - 5, left[1] - 5, right[0] + 5, right[1] + 5))
-        taken.append((low[0] - 5, low[1] - 5, high[0] + 5, high[1] + 5))
-    line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-    for point, label in zip(points, labels, strict=True):
-        text = axes.annotate(label, point, textcoords="offset points", arrowprops=line)
-
-        def move(place: tuple[float, float, str, str], text: Any = text) -> Box:
-            x, y, align, vertical = place
-            text.set(position=(x, y), ha=align, va=vertical)
-            return tuple(text.get_window_extent(renderer).extents)
-
-        def is_free(place: tuple[float, float, str, str], move: Callable[..., Box] = move) -> bool:
-            box = move(place)
-            return _is_inside(box, axes.bbox.extents) and not any(_overlap(box, other) for other in taken)
-
-        taken.append(move(next(filter(is_free, _LABEL_PLACES), _LABEL_PLACES[0])))
+        taken.append((low[0] - 5, low[1] - 3, high[0] + 5, high[1] + 3))
+    line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+    for (x, _), (_, y0, _, y1), label in zip(points, bars, labels, strict=True):
+        text = axes.annotate(label, (x, y1), (0, 0), textcoords="offset points", ha="center", arrowprops=line)
+        text.set_in_layout(False)  # which has been fixed
+        for place in (*_LABEL_PLACES, _LABEL_PLACES[0]):
+            up, aside, away = place
+            text.xy = (x, y1 if up > 0 else y0)
+            text.set(position=(aside, away), va="bottom" if up > 0 else "top")
+            text.update_positions(renderer)
+            box = tuple(Text.get_window_extent(text, renderer).extents)  # without the line
+            if _is_inside(box, axes.bbox.extents) and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append((box[0] - 4, box[1], box[2] + 4, box[3]))
 
 
 def _overlap(one: Box, other: Box) -> bool:
@@ -163,9 +166,9 @@ def enlarged(pixels: np.ndarray) -> np.ndarray:
 def dimmed(pixels: np.ndarray) -> np.ndarray:
     """The image [H, W, 3] in low-contrast gray with dark diagonal lines, which differs from any image."""
     height, width, _ = pixels.shape
-    gray = 0.35 * pixels.mean(axis=2) + 0.65 * 96
+    gray = 0.2 * pixels.mean(axis=2) + 0.8 * 96
     lines = np.add.outer(np.arange(height), np.arange(width)) % HATCH_PERIOD < HATCH_WIDTH
-    return np.repeat(np.where(lines, gray - 45, gray)[:, :, None], 3, axis=2).round().astype(np.uint8)
+    return np.repeat(np.where(lines, gray - 50, gray)[:, :, None], 3, axis=2).round().astype(np.uint8)
 
 
 def sheet(rows: Sequence[Row], headings: Sequence[str], title: str = "", caption: str = "") -> Image.Image:
@@ -174,47 +177,34 @@ def sheet(rows: Sequence[Row], headings: Sequence[str], title: str = "", caption
     The last panel ends `MARGIN` pixels before the right edge, and panels are `GAP` pixels apart.
 
     Args:
-        headings: one per column, perhaps of several lines.
-        title: above all; wrapped.
-        caption: below all; wrapped.
+        headings: one per column.
+        title, caption: above and below all. Texts that are too long are wrapped.
     """
     height, width, _ = rows[0][1][0].shape
     size = min(max(14, width // 16), 28)
-    face = _fitting_font(headings, width, size)
-    indent = max(math.ceil(font(size).getlength(escaped(label))) for label, _ in rows)
+    face, line = font(size), round(1.3 * size)
+    indent = max(math.ceil(face.getlength(escaped(label))) for label, _ in rows)
     left = MARGIN + (indent + MARGIN if indent else 0)
     right = left + (width + GAP) * len(headings) - GAP
-    above = _wrapped(title, font(size), right - MARGIN)
-    below = _wrapped(caption, font(size), right - MARGIN)
-    line, heading_line = round(1.3 * size), round(1.3 * face.size)
+    above, below = _wrapped(title, face, right - MARGIN), _wrapped(caption, face, right - MARGIN)
+    columns = [[part for text in heading.split("\n") for part in _wrapped(text, face, width)] for heading in headings]
     heading_top = MARGIN + line * len(above) + (GAP if above else 0)
-    top = heading_top + heading_line * max(heading.count("\n") + 1 for heading in headings) + GAP
+    top = heading_top + line * max(map(len, columns)) + GAP
     bottom = top + (height + GAP) * len(rows) - GAP
     end = bottom + (GAP + line * len(below) if below else 0)
     canvas = Image.new("RGB", (right + MARGIN, end + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
-    for number, text in enumerate(above):
-        pen.text((MARGIN, MARGIN + number * line), text, fill="black", font=font(size))
-    for number, text in enumerate(below):
-        pen.text((MARGIN, bottom + GAP + number * line), text, fill="black", font=font(size))
-    for column, heading in enumerate(headings):
-        for number, text in enumerate(heading.split("\n")):
-            place = (left + column * (width + GAP), heading_top + number * heading_line)
-            pen.text(place, escaped(text), fill="black", font=face)
+    blocks = [(MARGIN, MARGIN, above), (MARGIN, bottom + GAP, below)]
+    blocks += [(left + column * (width + GAP), heading_top, lines) for column, lines in enumerate(columns)]
+    for x, y, lines in blocks:
+        for number, text in enumerate(lines):
+            pen.text((x, y + number * line), text, fill="black", font=face)
     for number, (label, pictures) in enumerate(rows):
         y = top + number * (height + GAP)
-        pen.text((MARGIN, y + height // 2), escaped(label), fill="black", font=font(size), anchor="lm")
+        pen.text((MARGIN, y + height // 2), escaped(label), fill="black", font=face, anchor="lm")
         for column, picture in enumerate(pictures):
             canvas.paste(Image.fromarray(picture), (left + column * (width + GAP), y))
     return canvas
-
-
-def _fitting_font(texts: Sequence[str], width: int, size: int) -> ImageFont.FreeTypeFont:
-    """The largest font up to `size` in which every line fits into `width` pixels, of at least 8 pixels."""
-    lines = [escaped(line) for text in texts for line in text.split("\n")]
-    while size > 8 and max(font(size).getlength(line) for line in lines) > width:
-        size -= 1
-    return font(size)
 
 
 def _wrapped(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
