@@ -40,6 +40,7 @@ from datasets import DataOptions, read_sources
 from teachers import Labels, LogProbabilities, TeacherCache, check_fingerprint
 from tools import summarize
 from tools.pack_dataset import encode, write_pack
+from tools.runs import read_run
 
 SECONDS, GIB = 5, 2**20  # ru_maxrss is in KiB
 AT_ONCE = 50  # mutations that one process reads
@@ -125,7 +126,7 @@ def make_log(folder):
 
 
 def read_log(folder):
-    summarize.summary(folder)
+    summarize.table([summarize.summarize_run(read_run(folder))])
     utils.open_log(folder, 2)
     assert all(record["epoch"] < 2 for record in utils.read_log(folder))
 

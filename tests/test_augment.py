@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -42,7 +44,7 @@ from datasets import (
     build_train_transform,
     read_sources,
 )
-from tools import show_augmentation
+from tools import pack_dataset, pictures, show_augmentation
 
 # Differences from PIL in grey levels: their mean, their 99th percentile, the largest 4 pixels or more from an edge.
 TOLERANCES = {
@@ -822,23 +824,23 @@ def test_supported_policies_give_views(policy):
 
 
 def picture_of(folder, capsys, *flags):
-    """Sizes in panels of the picture that the tool draws, and its rows from the top."""
+    """Rows and columns of the picture that the tool draws, and its panels [rows, columns, 224, 224, 3]."""
     file = folder / "shown.png"
     show_augmentation.main([*map(str, flags), "--output", str(file)])
-    assert str(file) in capsys.readouterr().out
-    pixels = np.asarray(Image.open(file))[show_augmentation.HEADING :, show_augmentation.LEGEND :]
-    side = 96 + show_augmentation.GAP
-    assert pixels.shape[0] % side == 0 and pixels.shape[1] % side == 0
-    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
-    panels = pixels.reshape(rows, side, columns, side, 3)[:, :96, :, :96].swapaxes(1, 2)
-    return rows, columns, panels.astype(int)
+    images, rows = map(int, re.search(r"shown.png: (\d+) images, (\d+) rows", capsys.readouterr().out).groups())
+    pixels, side = np.asarray(Image.open(file)), 224 + pictures.GAP
+    bottom, right = pixels.shape[0] - pictures.MARGIN + pictures.GAP, pixels.shape[1] - pictures.MARGIN + pictures.GAP
+    pixels = np.pad(pixels, ((0, pictures.GAP), (0, pictures.GAP), (0, 0)))
+    pixels = pixels[bottom - rows * side : bottom, right - 2 * images * side : right]
+    panels = pixels.reshape(rows, side, 2 * images, side, 3)[:, :224, :, :224].swapaxes(1, 2)
+    return rows, 2 * images, panels.astype(int)
 
 
 @pytest.mark.parametrize("policy, operations", [("rand-m9-mstd0.5-inc1", 15), ("3a", 3), ("none", 0)])
 def test_picture_shows_both_codes(policy, operations, tmp_path, capsys):
-    for number, image in enumerate(photos(100, 140)):
+    for number, image in enumerate(photos(240, 330)):
         image.save(tmp_path / f"{number}.png")
-    flags = ["--images", tmp_path, "--num-images", 2, "--input-size", 96, "--views", 2, "--aa", policy]
+    flags = ["--images", tmp_path, "--num-images", 2, "--input-size", 224, "--views", 2, "--aa", policy]
     rows, columns, panels = picture_of(tmp_path, capsys, *flags)
     assert (rows, columns) == (1 + operations + 2, 4)
     image, shown = panels[0], panels[1 : 1 + operations]
@@ -855,9 +857,34 @@ def test_picture_of_a_data_set(tmp_path, capsys):
     assert (rows, columns) == (1 + len(names) + 1, 6)
 
 
+@pytest.mark.parametrize("layout", ["IMNET", "PACKED", "images", "train only"])
+def test_picture_of_a_folder_tells_by_its_content_what_it_is(layout, tmp_path, capsys):
+    data = tiny.write_folders(tmp_path / "data", ["a", "b"], per_class=1)  # two training images, then two others
+    if layout == "PACKED":
+        pack_dataset.main(["--data-set", "IMNET", "--data-path", str(data), "--output", str(tmp_path / "pack")])
+        data = tmp_path / "pack"
+    elif layout == "images":
+        data = data / "train" / "a"
+    elif layout == "train only":
+        shutil.rmtree(data / "val")
+    flags = ["--input-size", 32, "--views", 0, "--aa", "none", "--data-path", data]
+    capsys.readouterr()
+    _, columns, panels = picture_of(tmp_path, capsys, *flags)
+    train = [np.asarray(Image.open(tmp_path / "data" / "train" / name / "0.png")) for name in ("a", "b")]
+    expected = train[:1] if layout == "images" else train
+    assert columns == 2 * len(expected)
+    for panel, image in zip(panels[0, ::2], expected, strict=True):
+        assert (panel[::7, ::7] == image).all()
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (["--data-path", "{folder}/missing"], "--data-path {folder}/missing: no such file or folder"),
+        (["--data-path", "{folder}/empty"], "name its --data-set"),
+        (["--data-path", "{folder}", "--data-set", "DIGITS"], "reads no folder"),
+        (["--images", "{folder}", "--data-path", "{folder}"], "--data-path has no effect"),
+        (["--images", "{folder}", "--data-set", "CIFAR"], "--data-set has no effect"),
         (["--images", "{folder}/broken.jpg"], "broken.jpg"),
         (["--images", "{folder}/missing.jpg"], "check the path"),
         (["--aa", "augmix-m5"], "--aa augmix-m5"),
@@ -866,7 +893,8 @@ def test_picture_of_a_data_set(tmp_path, capsys):
 )
 def test_what_cannot_be_drawn_is_a_line(flags, words, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as info:
         show_augmentation.main(["--output", str(tmp_path / "x.png"), *(flag.format(folder=tmp_path) for flag in flags)])
     error = capsys.readouterr().err
-    assert info.value.code == 2 and error.count("\n") == 1 and words in error
+    assert info.value.code == 2 and error.count("\n") == 1 and words.format(folder=tmp_path) in error

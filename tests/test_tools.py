@@ -1,28 +1,280 @@
 """Tools on tiny inputs; what they time is not judged here."""
 
+import csv
+import io
 import json
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
-from tools import checkpoint_cost, distillation_cost, speed_test, summarize
+from tools import checkpoint_cost, distillation_cost, pictures, plot_runs, speed_test, summarize
+from tools.runs import read_run, short_names
 from tools.timing import describe_environment, rates_in_turn, ratio_row
 
 
-def test_summary_names_accuracies_and_files(tmp_path):
-    records = [{"epoch": 0, "test_acc1": 90.0}, {"epoch": 1}, {"epoch": 2, "test_acc1": 80.0, "test_ema_acc1": 85.0}]
-    (tmp_path / "log.txt").write_text("\n".join(json.dumps(record) for record in records) + "\n")
-    text = summarize.summary(tmp_path)
-    assert "3 epochs" in text and "80.00 % at the end, 90.00 % at best (epoch 0)" in text
-    assert "85.00 % of the averaged weights" in text
-    assert str(tmp_path / "best.pth") in text
+def write_run(folder, *records, **config):
+    """An output folder with these records, epochs counted from 0, and with a config.json of these flags."""
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"epoch": epoch} | record) + "\n" for epoch, record in enumerate(records)]
+    (folder / "log.txt").write_text("".join(lines))
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def error_line(capsys, main, *flags):
+    with pytest.raises(SystemExit) as end:
+        main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+# -- summarize ---------------------------------------------------------------------------------------------------------
+
+
+def test_summary_row_has_accuracies_epochs_and_flags(tmp_path):
+    folder = write_run(
+        tmp_path / "run",
+        {"test_acc1": 90.0, "images_per_second": 10.0},
+        {"images_per_second": 40.0},
+        {"test_acc1": 80.0, "test_ema_acc1": 85.0, "images_per_second": 30.0},
+        **{"epochs": 5, "model": "deit_tiny_patch16_224", "data_set": "CIFAR", "base_keep_rate": None},
+    )
+    row = summarize.summarize_run(read_run(tmp_path / "run"))
+    assert row == {
+        "folder": folder,
+        "epochs": 3,
+        "planned_epochs": 5,
+        "test_acc1": 80.0,
+        "best": 90.0,
+        "best_epoch": 0,
+        "test_ema_acc1": 85.0,
+        "images_per_second": 30.0,
+        "model": "deit_tiny_patch16_224",
+        "data_set": "CIFAR",
+    }
+    heading, line, files = summarize.table([row]).splitlines()
+    assert line.split() == [folder, "3/5", "80.00", "90.00", "0", "85.00", "30", "deit_tiny_patch16_224", "CIFAR"]
+    assert heading.split()[:2] == ["run", "epochs"] and "best.pth" in files
+
+
+@pytest.mark.parametrize(
+    "config, best",
+    [
+        ({"base_keep_rate": 0.5}, (60.0, 3)),
+        ({"base_keep_rate": [0.9, 0.5]}, (60.0, 3)),  # the log has the lowest rate
+        ({}, (60.0, 3)),  # without config.json, the lowest rate in the log is the final one
+        ({"base_keep_rate": None}, (70.0, 2)),  # the default is 0.7
+        ({"base_keep_rate": 0.3}, (None, None)),  # stopped before the final rate
+    ],
+)
+def test_best_accuracy_is_at_the_final_keep_rate(tmp_path, config, best):
+    rates, accuracies = (1.0, 0.8, 0.7, 0.5, 0.5), (90.0, 80.0, 70.0, 60.0, 50.0)
+    records = [{"keep_rate": r, "test_acc1": a} for r, a in zip(rates, accuracies, strict=True)]
+    write_run(tmp_path / "run", *records, **config)
+    row = summarize.summarize_run(read_run(tmp_path / "run"))
+    assert (row["best"], row["best_epoch"]) == best and row["test_acc1"] == 50.0
+
+
+@pytest.mark.parametrize(
+    "flags, order",
+    [
+        ([], "b a c d"),
+        (["--sort", "best"], "b a c d"),  # a and c tie
+        (["--sort", "test_acc1"], "c a b d"),
+        (["--sort", "epochs"], "b a c d"),  # c and d tie
+        (["--sort", "folder"], "a b c d"),
+        (["--sort", "model"], "c b a d"),
+    ],
+)
+def test_summary_is_sorted(tmp_path, capsys, flags, order):
+    folders = [
+        write_run(tmp_path / "d", {}),  # has nothing to sort by
+        write_run(tmp_path / "c", {"test_acc1": 70.0}, model="a"),
+        write_run(tmp_path / "b", {"test_acc1": 80.0}, {}, {"test_acc1": 20.0}, model="b"),
+        write_run(tmp_path / "a", {"test_acc1": 70.0}, {"test_acc1": 60.0}, model="c"),
+    ]
+    summarize.main([*folders, "--format", "json", *flags])
+    found = json.loads(capsys.readouterr().out)
+    assert " ".join(Path(row["folder"]).name for row in found) == order
+
+
+def test_summary_as_csv_and_json_hold_the_same(tmp_path, capsys):
+    name = 'a,"b"\n\x1b[31m'
+    folder = write_run(tmp_path / name, {"test_acc1": 12.345678, "images_per_second": 7.0}, model="m", epochs=2)
+    summarize.main([folder, "--format", "json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["folder"] == folder and row["best"] == 12.345678 and row["test_ema_acc1"] is None
+    summarize.main([folder, "--format", "csv"])
+    text = capsys.readouterr().out
+    (parsed,) = csv.DictReader(io.StringIO(text))
+    assert "\x1b" not in text and parsed.pop("folder").endswith(r'a,"b"\n\x1b[31m')
+    assert parsed == {key: "" if value is None else str(value) for key, value in row.items() if key != "folder"}
+
+
+def test_summary_skips_folders_without_a_log(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", {"test_acc1": 50.0})
+    (tmp_path / "empty").mkdir()
+    summarize.main([str(tmp_path / "empty"), folder])
+    output = capsys.readouterr()
+    assert output.err.startswith(f"summarize: skipped {tmp_path / 'empty' / 'log.txt'}: No such file or directory;")
+    assert output.err.count("\n") == 1
+    assert folder in output.out
 
 
 @pytest.mark.process
 def test_summary_of_no_run_is_a_line(tmp_path):
     output = tiny.run("-m", "tools.summarize", tmp_path, status=2)
     assert output.count("\n") == 1 and "log.txt: No such file" in output and "--output-dir" in output
+
+
+# -- plot_runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are written, each after it has been."""
+    written, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), written.append(self)))
+    return written
+
+
+def curves_of(axes):
+    return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+
+
+def test_plotted_values_are_those_of_the_logs(tmp_path, capsys, figures):
+    one = write_run(tmp_path / "one", {"train_loss": 2.0, "test_acc1": 10.5}, {"train_loss": 1.0, "test_acc1": 30.0})
+    two = write_run(tmp_path / "two", {"train_loss": 3.0}, {"train_loss": 2.5, "test_acc1": 20.0}, {"train_loss": 1.5})
+    plot_runs.main([one, two, one, "--output", str(tmp_path / "new" / "curves.png")])
+    (figure,) = figures
+    accuracy, loss = figure.axes
+    assert curves_of(accuracy) == [([0, 1], [10.5, 30.0]), ([1], [20.0])]  # not every epoch is evaluated
+    assert curves_of(loss) == [([0, 1], [2.0, 1.0]), ([0, 1, 2], [3.0, 2.5, 1.5])]
+    assert "%" in accuracy.get_ylabel() and accuracy.get_title() == "validation top-1 accuracy"
+    assert accuracy.get_xlabel() == "epoch"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in loss.lines]
+    assert all(first != second for first, second in zip(*styles, strict=True))  # told apart in gray, too
+    assert Image.open(tmp_path / "new" / "curves.png").width > 500
+    assert "2 runs" in capsys.readouterr().out
+
+
+def test_axes_do_not_turn_noise_into_a_trend(tmp_path, figures):
+    records = [{"test_acc1": 50.0 + x, "train_loss": 2 + x, "images_per_second": 900 + x} for x in (0.0, 0.1)]
+    folder = write_run(tmp_path / "run", *records)
+    plot_runs.main([folder, "--keys", *records[0], "--output", str(tmp_path / "x.png")])
+    limits = [axes.get_ylim() for axes in figures[0].axes]
+    assert np.ptp(limits[0]) == pytest.approx(5) and sum(limits[0]) / 2 == pytest.approx(50.05)
+    assert np.ptp(limits[1]) == pytest.approx(0.21)
+    assert limits[2][0] == 0 and limits[2][1] > 900
+
+
+@pytest.mark.parametrize(
+    "values, options, expected",
+    [
+        ([10.0, 20.0], {"narrowest": 5.0}, (9.5, 20.5)),
+        ([10.0, 10.0], {"narrowest": 5.0}, (7.5, 12.5)),
+        ([99.0, 99.5], {"narrowest": 5.0, "lowest": 0.0, "highest": 100.0}, (95.0, 100.0)),
+        ([0.1], {"narrowest": 5.0, "lowest": 0.0, "highest": 100.0}, (0.0, 5.0)),
+        ([0.0, 100.0], {"narrowest": 5.0, "lowest": 0.0, "highest": 100.0}, (0.0, 100.0)),
+    ],
+)
+def test_limits_keep_width_and_bounds(values, options, expected):
+    assert pictures.limits(values, **options) == pytest.approx(expected)
+
+
+def test_time_axis_takes_minutes_or_computes_them(tmp_path):
+    rates, images = (100.0, 50.0), (6000, 12000)
+    computed = [{"images": n, "images_per_second": rate} for n, rate in zip(images, rates, strict=True)]
+    timed = [record | {"minutes": minutes} for record, minutes in zip(computed, (1.5, 4.0), strict=True)]
+    runs = [read_run(Path(write_run(tmp_path / name, *r))) for name, r in (("a", timed), ("b", computed), ("c", [{}]))]
+    assert plot_runs.positions(runs[:1], "minutes") == ("training and evaluation time (minutes)", [[1.5, 4.0]])
+    label, places = plot_runs.positions(runs[:2], "minutes")  # the same measure for both
+    assert "without evaluation" in label and places == [[1.0, 3.0], [1.0, 3.0]]
+    assert plot_runs.positions(runs[:2], "images")[1] == [[6000, 12000]] * 2
+    for axis, words in (("minutes", "no minutes and no images"), ("images", "no images")):
+        with tiny.user_error(f"--x {axis}", words, "c/log.txt"):
+            plot_runs.positions(runs, axis)
+
+
+def test_plot_errors_are_a_line(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", {"test_acc1": 10.0, "test_loss": float("nan")})
+    begun = write_run(tmp_path / "begun")
+    output = ["--output", tmp_path / "x.png"]
+    assert "log.txt: No such file" in error_line(capsys, plot_runs.main, tmp_path, *output)
+    unknown = error_line(capsys, plot_runs.main, folder, "--keys", "test_ac1", *output)
+    assert "did you mean test_acc1" in unknown and "log.txt has test_acc1, test_loss" in unknown
+    assert "finite" in error_line(capsys, plot_runs.main, folder, "--keys", "test_loss", *output)
+    assert "no records yet" in error_line(capsys, plot_runs.main, begun, *output)
+    assert "is not named .png" in error_line(capsys, plot_runs.main, folder, "--output", tmp_path / "x.gif")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_runs_without_a_key_are_named(tmp_path, capsys, figures):
+    folders = [write_run(tmp_path / "a", {"test_acc1": 1.0, "keep_rate": 0.7}), write_run(tmp_path / "b", {})]
+    plot_runs.main([*folders, "--keys", "keep_rate", "--output", str(tmp_path / "x.png")])
+    assert len(figures[0].axes[0].lines) == 1
+    assert capsys.readouterr().err == f"plot_runs: {folders[1]}: no record has keep_rate; it is not in that panel\n"
+
+
+def test_names_of_runs_are_drawn_as_they_are(tmp_path, figures):
+    names = ["$\\frac{$", "_hidden", "a\x1b[31m", os.fsdecode(b"\xff"), "x" * 200]
+    folders = [write_run(tmp_path / name / "seed0", {"test_acc1": 1.0}) for name in names]
+    plot_runs.main([*folders, "--keys", "test_acc1", "--output", str(tmp_path / "x.png")])
+    drawn = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert drawn[:4] == [r"\$\frac{\$", " _hidden", r"a\x1b[31m", r"\udcff"] and len(drawn[4]) <= 60
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["output/A", "output/B"], ["A", "B"]),
+        (["output/A/seed0", "output/B/seed0"], ["A", "B"]),
+        (["output/A/x", "output/A/y/x", "output/B/x"], ["A", "A/y", "B"]),
+        (["output", "output/A"], ["output", "output/A"]),
+        (["output/A"], ["A"]),
+    ],
+)
+def test_names_of_runs_are_what_differs(folders, names):
+    assert short_names([Path(folder) for folder in folders]) == names
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_sheet_has_all_panels_and_room_for_its_texts():
+    shades = np.arange(10, 130, 20).reshape(3, 2)
+    rows = [(f"label {i}", [np.full((50, 60, 3), v, np.uint8) for v in row]) for i, row in enumerate(shades)]
+    picture = np.asarray(pictures.sheet(rows, ["a", "a heading that is wider than its column"]))
+    for row in range(3):
+        for column in range(2):
+            y = picture.shape[0] - pictures.MARGIN - (2 - row) * (50 + pictures.GAP) - 50
+            x = picture.shape[1] - pictures.MARGIN - (1 - column) * (60 + pictures.GAP) - 60
+            assert (picture[y : y + 50, x : x + 60] == shades[row, column]).all()
+            assert (picture[y - 1, x : x + 60] == 255).all()  # no text runs into a panel
+            assert (picture[y : y + 50, x - 1] == 255).all()
+    assert (picture[:, -pictures.MARGIN :] == 255).all()  # nor over the edge
+    labels = picture[-60:-10, pictures.MARGIN : -pictures.MARGIN - 2 * 60 - pictures.GAP]
+    assert labels.min() < 100
+
+
+def test_texts_of_a_sheet_are_wrapped_and_escaped():
+    rows = [("", [np.zeros((50, 100, 3), np.uint8)])]
+    bare, long = pictures.sheet(rows, ["x"]), pictures.sheet(rows, ["x"], "many words " * 9 + "W" * 50, "\n\x1b\udcff")
+    assert long.width == bare.width and long.height > bare.height + 100
+    assert (np.asarray(long)[:, -pictures.MARGIN :] == 255).all()
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
 
 
 def test_works_take_turns_after_a_round_to_warm_up():

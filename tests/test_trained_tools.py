@@ -3,19 +3,20 @@
 import argparse
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
 import timm
 import tiny
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 
 import main
 from models_evit import EViTBlock, evit_blocks, reduce_tokens
-from tools import command, export, show_augmentation, summarize, tradeoff, visualize_tokens
+from tools import command, export, pictures, plot_runs, show_augmentation, summarize, tradeoff, visualize_tokens
 
 MODEL = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, "--drop-loc", "0", "--base-keep-rate", "0.5"]
 
@@ -159,21 +160,44 @@ def test_followed_patches_are_those_the_layers_keep(fuse):
     assert survivals > 0 if fuse else survivals == 0
 
 
-def test_kept_patches_are_drawn_as_they_are_and_others_dimmed():
-    pixels = np.random.default_rng(0).integers(0, 200, (160, 320, 3), dtype=np.uint8)
+def panel(picture, height, width, column, columns, below=0):
+    """A panel [height, width, 3] of the last row of a sheet, found from its right and lower edges."""
+    right = picture.shape[1] - pictures.MARGIN - (columns - 1 - column) * (width + pictures.GAP)
+    bottom = picture.shape[0] - pictures.MARGIN - below
+    return picture[bottom - height : bottom, right - width : right].astype(int)
+
+
+@pytest.mark.parametrize("color", ["noise", 0, 96, 128, 255])
+def test_dropped_patches_differ_visibly_from_kept_ones(color):
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 480, 3), dtype=np.uint8)
+    if color != "noise":
+        pixels = np.full_like(pixels, color)
     kept = torch.tensor([True, False, False, True, True, False, True, True])  # of 2 rows and 4 columns
     picture = np.asarray(visualize_tokens.draw(pixels, [visualize_tokens.Reduction(3, kept)], (2, 4)))
-    top, right = visualize_tokens.HEADING, 320 + visualize_tokens.GAP
-    assert picture.shape == (160 + top, 640 + visualize_tokens.GAP, 3)
-    assert (picture[top:, :320] == pixels).all()
+    assert (panel(picture, 240, 480, 0, 2) == pixels).all()
     for patch in range(8):
         row, column = divmod(patch, 4)
-        place = np.s_[row * 80 : row * 80 + 80, column * 80 : column * 80 + 80]
-        drawn = picture[top:, right:][place]
+        place = np.s_[row * 120 : row * 120 + 120, column * 120 : column * 120 + 120]
+        drawn, original = panel(picture, 240, 480, 1, 2)[place], pixels[place].astype(int)
         if kept[patch]:
-            assert (drawn == pixels[place]).all()
-        else:
-            assert (drawn > pixels[place]).all() and np.ptp(drawn) <= 0.2 * 200
+            assert (drawn == original).all()
+            continue
+        assert (drawn[:, :, :1] == drawn).all()  # gray
+        differs = np.abs(drawn - original).max(axis=2) >= 40
+        assert differs.mean() > 0.2  # everywhere, or where the hatching is
+        assert np.ptp(drawn) >= 40  # the hatching itself
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_pictures_say_what_became_of_dropped_patches(checkpoint, tmp_path, monkeypatch, fuse):
+    drawn = []
+    monkeypatch.setattr(pictures, "sheet", lambda *args: drawn.append(args) or Image.new("RGB", (1, 1)))
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"args": saved["args"] | {"fuse_token": fuse}}, trained := tmp_path / "trained.pth")
+    visualize_tokens.main(["--resume", str(trained), "--num-images", "1", "--output", str(tmp_path)])
+    ((rows, headings, title, caption),) = drawn
+    assert headings == ["model input\n16 patches", "after layer 0\n8 kept (50 %)"] and len(rows[0][1]) == 2
+    assert ", class " in title and ("fused into one token" in caption) == fuse and ("dropped" in caption) != fuse
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True, "dynamic_img_pad": True}])
@@ -188,9 +212,9 @@ def test_sizes_that_are_no_multiple_of_the_patch_are_drawn(size, options):
     grid = [-(-side // 16) if "dynamic_img_pad" in options else side // 16 for side in size]
     assert list(model.patch_embed.dynamic_feat_size(size)) == grid and len(reduction.kept) == grid[0] * grid[1]
     pixels = np.random.default_rng(0).integers(0, 200, (*size, 3), dtype=np.uint8)
-    zoom = -(-visualize_tokens.SMALLEST_PANEL // size[1])
+    zoom = -(-pictures.SMALLEST_PANEL // size[1])
     picture = np.asarray(visualize_tokens.draw(pixels, [reduction], grid, (16, 16)))
-    drawn = picture[visualize_tokens.HEADING :: zoom, size[1] * zoom + visualize_tokens.GAP :: zoom]
+    drawn = panel(picture, size[0] * zoom, size[1] * zoom, 1, 2)[::zoom, ::zoom]
     for row in range(size[0]):  # pixel by pixel
         for column in range(size[1]):
             place = (row // 16, column // 16)
@@ -213,12 +237,10 @@ def test_names_that_are_not_utf8_are_escaped(checkpoint, tmp_path, capsys):
         export.main(["--resume", checkpoint, "--output", str(folder / name)])
         assert rf"\udcff/{name}: " in capsys.readouterr().out
     (folder / "log.txt").write_text('{"epoch": 0, "test_acc1": 50.0}\n')
-    sys.argv[1:], before = [str(folder)], sys.argv[1:]
-    try:
-        summarize.main()
-    finally:
-        sys.argv[1:] = before
-    assert r"\udcff: 1 epochs" in capsys.readouterr().out
+    summarize.main([str(folder)])
+    assert r"\udcff       1    50.00" in capsys.readouterr().out
+    plot_runs.main([str(folder), "--keys", "test_acc1", "--output", str(folder / "curves.png")])
+    assert r"\udcff/curves.png: " in capsys.readouterr().out
 
 
 def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
@@ -238,8 +260,8 @@ def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1].split(",")[0] for line in said] == [
         str(tmp_path / "in" / "b.png"), str(tmp_path / "in" / "deep" / "a.jpg"), str(lone)]  # fmt: skip
-    size = Image.open(tmp_path / "files" / "0001.png").size  # 32 px enlarged to at least 160, twice, and a gap
-    assert size == (2 * 160 + visualize_tokens.GAP, 160 + visualize_tokens.HEADING)
+    picture = Image.open(tmp_path / "files" / "0001.png")  # 32 px enlarged to at least 224, twice
+    assert picture.width == 2 * 224 + pictures.GAP + 2 * pictures.MARGIN and picture.height > 224
 
 
 def test_what_cannot_be_drawn_is_a_line(checkpoint, tmp_path, capsys):
@@ -275,6 +297,51 @@ def test_the_tradeoff_has_the_accuracy_of_the_run_at_its_own_rate(run, checkpoin
     assert written["settings"]["batch_size"] == 50 and "date" in written["environment"]
     assert Image.open(file.with_suffix(".png")).width > 100
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def row_of(keep_rate, acc1, speed, images=400, spread=0.1):
+    ends = {"images_per_second_min": speed * (1 - spread), "images_per_second_max": speed * (1 + spread)}
+    return {"keep_rate": keep_rate, "acc1": acc1, "images_per_second": speed, "images": images} | ends
+
+
+def plotted(monkeypatch, folder, rows):
+    """The axes of the tradeoff plot of these rows."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self)))
+    tradeoff.plot(rows, folder / "plot.png", "model on $data$")
+    return figures[0].axes[0]
+
+
+def test_tradeoff_plot_has_error_bars_and_a_wide_axis(tmp_path, monkeypatch):
+    axes = plotted(monkeypatch, tmp_path, [row_of(1.0, 50.0, 100.0, 10000), row_of([0.7, 0.5], 50.2, 200.0, 10000)])
+    across, along = axes.collections
+    bars = [segment.tolist() for segment in along.get_segments()]
+    # sqrt(0.5 * 0.5 / 10000) = 0.5 percentage points
+    assert bars[0] == [[100, pytest.approx(49.5)], [100, pytest.approx(50.5)]]
+    assert across.get_segments()[1].tolist() == [[pytest.approx(180), 50.2], [pytest.approx(220), 50.2]]
+    assert [text.get_text() for text in axes.texts] == ["1", "0.7,0.5"]
+    assert np.ptp(axes.get_ylim()) == pytest.approx(5) and axes.get_xlim()[0] == 0
+    assert "images/s" in axes.get_xlabel() and "10,000 images" in axes.get_xlabel() and "%" in axes.get_ylabel()
+    assert axes.get_title() == r"model on \$data\$"
+
+
+@pytest.mark.parametrize("accuracy, images, error", [(50, 100, 5.0), (90, 900, 1.0), (0, 10, 0.0), (100, 10, 0.0)])
+def test_standard_error_is_binomial(accuracy, images, error):
+    assert tradeoff.standard_error(accuracy, images) == pytest.approx(error)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 50.0, 100.0])
+def test_labels_of_near_points_do_not_overlap(tmp_path, monkeypatch, accuracy):
+    rows = [row_of(rate, accuracy, 500 + 4 * number) for number, rate in enumerate([0.9, 0.8, 0.75, 0.7, 0.65])]
+    axes = plotted(monkeypatch, tmp_path, rows)
+    axes.figure.draw_without_rendering()  # at its own resolution, not that of the file
+    renderer = axes.figure.canvas.get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
+    assert len(boxes) == 5
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
 
 
 def test_each_layer_may_have_its_rate_and_a_deit_may_be_asked_too(checkpoint, tmp_path, capsys):

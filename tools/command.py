@@ -202,7 +202,8 @@ def find_files(paths: Sequence[str], flag: str) -> list[str]:
         skipped: Counter[str] = Counter()
         found = datasets.image_files(path, set(), skipped) if os.path.isdir(path) else [path]
         if not found:
-            raise UserError(f"{flag} {path}: holds no images ({', '.join(IMG_EXTENSIONS)})")
+            hint = "; name its --data-set" if flag == "--data-path" else ""
+            raise UserError(f"{flag} {path}: holds no images ({', '.join(IMG_EXTENSIONS)}){hint}")
         if skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
             # Escaped here as well: not every tool has set up its log by now.

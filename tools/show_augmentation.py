@@ -1,7 +1,7 @@
 """Draw what the augmentation does, by timm's PIL code and by the batched code side by side, for the eye to compare.
 
     python -m tools.show_augmentation --images photo.jpg folder/ --input-size 224 --output augmentation.png
-    python -m tools.show_augmentation --data-set CIFAR --num-images 4 --aa 3a
+    python -m tools.show_augmentation --data-path /path/to/imagenet --num-images 4 --aa 3a
 
 First each operation of the policy at its magnitude, then whole random views, which are drawn independently.
 Of the data flags below, --ram-cache, --skip-broken-images and --eval-crop-ratio have no effect here.
@@ -17,34 +17,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from timm.data.auto_augment import AugmentOp
 
 from augment import Policy, TrainAugmentation, ViewOptions
 from augment.image_ops import Resampler, paint
 from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolour
-from datasets import (
-    DataOptions,
-    build_sources,
-    build_train_transform,
-)
+from datasets import KNOWN_NAMES, DataOptions, build_sources, build_train_transform
 from flags import Parser, add_data_arguments, fill, in_range
+from packs import PACK
 from samplers import random_keys, seed_generators
 from sources import Source
-from tools import command
+from tools import command, pictures
+from tools.pictures import Row
 from tools.visualize_tokens import find_images
 from utils import UserError, World, set_up_logging
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = tuple(round(255 * value) for value in MEAN)
-GAP, HEADING, LEGEND, SMALLEST_PANEL = 4, 14, 150, 96  # pixels
-Row = tuple[str, list[np.ndarray]]  # a label, and pictures [H, W, 3]
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m tools.show_augmentation", description=__doc__)
+    parser = Parser(prog="python -m tools.show_augmentation", description=__doc__, conflict_handler="resolve")
     add_data_arguments(parser)
-    parser.set_defaults(data_set="DIGITS")
+    default = "default: what --data-path holds (class folders, a pack, images), without it DIGITS"
+    parser.add_argument("--data-set", help=f"{KNOWN_NAMES}; {default}")
     add = parser.add_argument_group("picture").add_argument
     add("--images", nargs="+", help="files and folders; default: the training data")
     add("--num-images", type=in_range(int, 1), default=3, help="how many images")
@@ -56,19 +53,44 @@ def build_parser() -> Parser:
     return parser
 
 
+def data_set_of(own: argparse.Namespace) -> str | None:
+    """The data set to draw; None for image files. A folder given alone tells by its content what it is.
+
+    Raises:
+        UserError: if flags contradict each other.
+    """
+    if own.images and (own.data_set or own.data_path):
+        given = "--data-set" if own.data_set else "--data-path"
+        raise UserError(f"--images: the pictures are those of these files, so {given} has no effect; drop one of them")
+    if own.data_set == "DIGITS" and own.data_path:
+        raise UserError(
+            f"--data-path {own.data_path}: --data-set DIGITS is bundled and reads no folder; drop one of them"
+        )
+    if own.data_set or not own.data_path:
+        return own.data_set or (None if own.images else "DIGITS")
+    root = Path(own.data_path)
+    if (root / PACK).is_file():
+        return "PACKED"
+    return "IMNET" if all((root / part).is_dir() for part in ("train", "val")) else None
+
+
 def find_source(own: argparse.Namespace) -> Source:
-    """`--num-images` images, of the files named or spread evenly over the training data.
+    """`--num-images` images, spread evenly over the files named or over the training data.
 
     Raises:
         UserError
     """
+    name = data_set_of(own)
     if own.images:
         source = find_images(own.images)
+    elif name is None:
+        source = find_images([own.data_path], "--data-path")
     else:
         # Only a few images are needed, and one that cannot be read is named.
-        source, _ = build_sources(replace(fill(DataOptions, own), ram_cache=0, skip_broken_images=0))
+        options = replace(fill(DataOptions, own), data_set=name, ram_cache=0, skip_broken_images=0)
+        source, _ = build_sources(options)
         if not isinstance(source, Source):
-            raise UserError(f"--data-set {own.data_set}: a stream has no single images; pass files with --images")
+            raise UserError(f"--data-set {name}: a stream has no single images; pass files with --images")
     chosen = np.linspace(0, len(source) - 1, min(own.num_images, len(source))).astype(int)
     return replace(source, order=source.order[chosen])
 
@@ -104,11 +126,11 @@ def operation_rows(images: Sequence[Image.Image], policy: str, seed: int) -> lis
         drawn = random.random()  # the first that timm draws: a sign, or a radius
         level = drawn if name == "GaussianBlurRand" else min(magnitude, alone.magnitude_max or 10) / 10
         ours = operate(as_batch(images), name, level, -1.0 if drawn > 0.5 else 1.0)
-        pictures = []
+        panels = []
         for image, view in zip(images, ours, strict=True):
             random.seed(seed + number)
-            pictures += [np.array(alone(image)), view.permute(1, 2, 0).numpy()]
-        rows.append((f"{name} {magnitude:g}", pictures))
+            panels += [np.array(alone(image)), view.permute(1, 2, 0).numpy()]
+        rows.append((f"{name} {magnitude:g}", panels))
     return rows
 
 
@@ -141,20 +163,17 @@ def view_rows(images: Sequence[Image.Image], policy: str, size: int, seed: int, 
     return rows
 
 
-def draw(rows: Sequence[Row], side: int) -> Image.Image:
+def draw(rows: Sequence[Row]) -> Image.Image:
     """The rows below each other with their labels, small pictures enlarged; a pair of columns for each image."""
-    panel = side * max(1, -(-SMALLEST_PANEL // side))
-    step, columns = panel + GAP, len(rows[0][1])
-    canvas = Image.new("RGB", (LEGEND + step * columns, HEADING + step * len(rows)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column in range(columns):
-        pen.text((LEGEND + column * step + 1, 1), "batched" if column % 2 else "timm", fill="black")
-    for number, (label, pictures) in enumerate(rows):
-        pen.text((GAP, HEADING + number * step + panel // 2), label, fill="black")
-        for column, picture in enumerate(pictures):
-            enlarged = Image.fromarray(picture).resize((panel, panel), Image.Resampling.NEAREST)
-            canvas.paste(enlarged, (LEGEND + column * step, HEADING + number * step))
-    return canvas
+    larger = [(label, [pictures.enlarged(panel) for panel in panels]) for label, panels in rows]
+    headings = [
+        f"image {column // 2 + 1}\n{('timm (PIL)', 'batched')[column % 2]}" for column in range(len(rows[0][1]))
+    ]
+    title = (
+        "Rows of operations: at the same magnitude, timm's and the batched code should look alike. "
+        "Rows of views: random operations, crop, flip and erasing, drawn independently."
+    )
+    return pictures.sheet(larger, headings, title)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -168,11 +187,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = find_source(own)
         images = [source[place][0] for place in range(len(source))]
         square = [ImageOps.fit(image, (own.input_size,) * 2, Image.Resampling.BICUBIC) for image in images]
-        rows = [("image", [np.array(image) for image in square for _ in range(2)])]
+        rows = [("original", [np.array(image) for image in square for _ in range(2)])]
         if own.aa not in ("", "none"):
             rows += operation_rows(square, own.aa, own.seed)
         rows += view_rows(images, own.aa, own.input_size, own.seed, own.views)
-        picture = draw(rows, own.input_size)
+        picture = draw(rows)
         own.output.parent.mkdir(parents=True, exist_ok=True)
         picture.save(own.output)
         print(f"{own.output}: {len(images)} images, {len(rows)} rows, {picture.width}x{picture.height} pixels")

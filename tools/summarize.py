@@ -1,50 +1,132 @@
-"""Say what runs have reached: `python -m tools.summarize output/RUN ...`."""
+"""Compare runs in a table: accuracies, speed, model and data set of each.
+
+    python -m tools.summarize output/* --sort best
+
+`best` is the highest validation top-1 accuracy and the epoch that reached it; for an EViT only epochs at the final keep
+rate count, as for best.pth. Images/s are the median of the epochs.
+"""
 
 from __future__ import annotations
 
-import argparse
+import csv
+import io
+import json
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from utils import escaped, read_log
+from flags import Parser
+from tools import command
+from tools.runs import Run, number, read_run
+from utils import UserError, escaped
 
-
-def summary(folder: Path) -> str:
-    """Accuracies from a run's log.txt and where its files are.
-
-    Raises:
-        OSError: if the folder has no log.txt, or it cannot be read.
-    """
-    records = read_log(folder)
-    tested = [record for record in records if isinstance(record.get("test_acc1"), float | int)]
-    lines = [f"{folder}: {len(records)} epochs"]
-    if tested:
-        best = max(tested, key=lambda record: record["test_acc1"])
-        last = tested[-1]["test_acc1"]
-        lines.append(f"  top-1 {last:.2f} % at the end, {best['test_acc1']:.2f} % at best (epoch {best['epoch']})")
-        if isinstance(tested[-1].get("test_ema_acc1"), float | int):
-            lines.append(f"  top-1 {tested[-1]['test_ema_acc1']:.2f} % of the averaged weights at the end")
-    lines.append(f"  log {folder / 'log.txt'}, TensorBoard {folder / 'tensorboard'}")
-    lines.append(f"  checkpoints {folder / 'checkpoint.pth'} and {folder / 'best.pth'}")
-    return "\n".join(lines)
+# the columns, by the names of csv and json, and their headings in the table
+COLUMNS = {
+    "folder": "run",
+    "epochs": "epochs",
+    "test_acc1": "top-1 %",
+    "best": "best %",
+    "best_epoch": "at epoch",
+    "test_ema_acc1": "EMA %",
+    "images_per_second": "images/s",
+    "model": "model",
+    "data_set": "data set",
+}
+FIELDS = ("folder", "epochs", "planned_epochs", *list(COLUMNS)[2:])
+TEXTS = ("folder", "model", "data_set")  # sorted from A to Z, numbers from the largest
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m tools.summarize", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of runs")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
-    for folder in parser.parse_args().folders:
-        try:
-            print(summary(folder))
-        except OSError as error:
-            _end(f"{folder / 'log.txt'}: {error.strerror}; name a run's --output-dir")
+    parser.add_argument("--sort", choices=FIELDS, default="best", help="numbers descending, text ascending")
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="of the output")
+    return parser
 
 
-def _end(message: str) -> NoReturn:
-    print(f"summarize: error: {escaped(message)}", file=sys.stderr)
-    sys.exit(2)
+def summarize_run(run: Run) -> dict[str, Any]:
+    """The row of a run, with the keys `FIELDS`; None for what its files do not say."""
+    tested = [(value, record) for value, record in zip(run.values("test_acc1"), run.records, strict=True)]
+    counted = [pair for pair in tested if pair[0] is not None and run.is_comparable(pair[1])]
+    best, at = max(counted, key=lambda pair: pair[0], default=(None, {}))
+    rates = [rate for rate in run.values("images_per_second") if rate is not None]
+    names = {key: run.config.get(key) for key in ("model", "data_set")}
+    return {
+        "folder": str(run.folder),
+        "epochs": len(run.records),
+        "planned_epochs": number(run.config.get("epochs")) and int(run.config["epochs"]),
+        "test_acc1": _last(run.values("test_acc1")),
+        "best": best,
+        "best_epoch": at.get("epoch"),
+        "test_ema_acc1": _last(run.values("test_ema_acc1")),
+        "images_per_second": statistics.median(rates) if rates else None,
+    } | {key: name if isinstance(name, str) else None for key, name in names.items()}
+
+
+def _last(values: Sequence[float | None]) -> float | None:
+    return next((value for value in reversed(values) if value is not None), None)
+
+
+def sorted_rows(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Rows by one of the `FIELDS`, then by folder; rows without a value are last."""
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        value = row[key]
+        return value is None, value if key in TEXTS else -(value or 0), row["folder"]
+
+    return sorted(rows, key=order)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a terminal, and where the files of a run are."""
+    lines = [list(COLUMNS.values()), *([_cell(row, name) for name in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ""
+    for line in lines:
+        cells = zip(line, widths, COLUMNS, strict=True)
+        padded = [cell.ljust(width) if name in TEXTS else cell.rjust(width) for cell, width, name in cells]
+        text += "  ".join(padded).rstrip() + "\n"
+    return text + "A run's folder holds log.txt, checkpoint.pth, best.pth and tensorboard/."
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if name == "epochs":
+        return f"{value}/{row['planned_epochs']}" if row["planned_epochs"] else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if name == "images_per_second" else f"{value:.2f}"
+    return "-" if value is None else escaped(str(value))
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows with a header; missing values are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: escaped(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows)
+    return text.getvalue().rstrip("\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with command.errors_in_a_line("summarize"):
+        own = build_parser().parse_args(argv)
+        rows, failed = [], []
+        for folder in own.folders:
+            try:
+                rows.append(summarize_run(read_run(folder)))
+            except UserError as error:
+                failed.append(error)
+        if not rows:
+            for error in failed[:-1]:
+                print(f"summarize: {escaped(str(error))}", file=sys.stderr)
+            raise failed[-1]
+        for error in failed:
+            print(f"summarize: skipped {escaped(str(error))}", file=sys.stderr)
+        rows = sorted_rows(rows, own.sort)
+        formats = {"table": table, "csv": as_csv, "json": lambda rows: json.dumps(rows, indent=1)}
+        print(formats[own.format](rows))
 
 
 if __name__ == "__main__":

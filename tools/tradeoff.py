@@ -9,10 +9,12 @@ an entry point that takes `keep_rate`. Speed is that of inference, in turn in on
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import engine
@@ -23,10 +25,12 @@ from flags import TRAINED, fill, in_range, keep_rates
 from loaders import LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import evit_blocks, is_evit
-from tools import command
+from tools import command, pictures
 from tools.speed_test import describe, inference
 from tools.timing import rates_in_turn, ratio_row, write_results
 from utils import UserError, World, available_cpus, init_distributed
+
+NARROWEST_ACCURACY = 5.0  # percentage points that the axis spans at least
 
 
 def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
@@ -77,21 +81,39 @@ def label(keep_rate: float | Sequence[float]) -> str:
     return ",".join(f"{rate:g}" for rate in ([keep_rate] if isinstance(keep_rate, float) else keep_rate))
 
 
-def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Accuracy over images/s, a point for each keep rate."""
-    from matplotlib.figure import Figure  # slow to import; this class needs no display
+def standard_error(accuracy: float, images: float) -> float:
+    """Binomial standard error in percentage points of an accuracy in per cent of so many images."""
+    return math.sqrt(max(0.0, accuracy * (100 - accuracy)) / images)
 
-    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    axes.plot([row["images_per_second"] for row in rows], [row["acc1"] for row in rows], marker="o")
-    for row in rows:
-        place = (row["images_per_second"], row["acc1"])
-        axes.annotate(label(row["keep_rate"]), place, xytext=(4, 4), textcoords="offset points")
-    axes.set_xlabel("images/s")
-    axes.set_ylabel("top-1 accuracy (%)")
-    axes.set_title("keep rate")
-    axes.margins(0.15)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+
+def plot(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
+    """Plot accuracy over images/s, a point with error bars for each keep rate.
+
+    Accuracies are of the same images, so their differences are more certain than the bars of each suggest.
+    """
+    rows = sorted(rows, key=lambda row: -np.mean(row["keep_rate"]))  # the order of the line
+    speed, accuracy = (np.array([row[name] for row in rows]) for name in ("images_per_second", "acc1"))
+    error = np.array([standard_error(row["acc1"], row["images"]) for row in rows])
+    low, high = accuracy - error, accuracy + error
+    ends = [f"images_per_second_{end}" for end in ("min", "max")]  # which earlier versions did not write
+    slowest, fastest = (np.array([row.get(end, row["images_per_second"]) for row in rows]) for end in ends)
+    notes = f"Numbers: keep rates. Vertical bars: ± 1 standard error for {rows[0]['images']:,.0f} images."
+    notes += "\nHorizontal bars: slowest to fastest round." if (fastest > slowest).any() else ""
+    with pictures.plot(file, 6.4, 4.4) as figure:
+        axes = figure.subplots()
+        axes.plot(speed, accuracy, color="lightgray", zorder=0)
+        across = (speed - slowest, fastest - speed)
+        axes.errorbar(speed, accuracy, error, across, fmt="o", color=pictures.COLORS[0], capsize=3, linewidth=1)
+        for artist in (*axes.lines, *axes.collections):
+            artist.set_clip_on(False)  # at 0 or 100 %
+        axes.set_xlim(0, 1.1 * fastest.max())
+        room = 0.15 * (high.max() - low.min())  # for the labels
+        axes.set_ylim(*pictures.limits([low.min() - room, high.max() + room], NARROWEST_ACCURACY, 0.0, 100.0))
+        axes.set_xlabel(f"inference speed (images/s)\n{notes}")
+        axes.set_ylabel("validation top-1 accuracy (%)")
+        axes.set_title(pictures.plain(title, longest=80))
+        points, bars = zip(speed, accuracy, strict=True), zip(slowest, low, fastest, high, strict=True)
+        pictures.label_points(axes, list(points), list(bars), [label(row["keep_rate"]) for row in rows])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings = {name: getattr(run, name) for name in named}
             settings |= {name: getattr(own, name) for name in ("resume", "ema", "steps", "rounds")}
             write_results(own.output, world.device, settings, {"rows": rows})
-            plot(rows, own.output.with_suffix(".png"))
+            plot(rows, own.output.with_suffix(".png"), f"{run.model} on {run.data_set}, {run.input_size[0]} px")
 
 
 if __name__ == "__main__":

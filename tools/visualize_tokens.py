@@ -3,7 +3,7 @@
     python -m tools.visualize_tokens --resume output/best.pth --images photo.jpg folder/
     python -m tools.visualize_tokens --resume output/best.pth --num-images 8      # of the validation data
 
-Patches that are no longer tokens of their own are dimmed, whether they were dropped or fused.
+Patches that are no longer tokens of their own are gray and hatched, whether they were dropped or fused into one token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
 import datasets
@@ -27,10 +27,8 @@ from augment import ViewOptions, open_rgb
 from flags import fill, in_range
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
-from tools import command
+from tools import command, pictures
 from utils import UserError, World, escaped, init_distributed
-
-GAP, HEADING, SMALLEST_PANEL = 4, 14, 160  # pixels
 
 
 @dataclass
@@ -82,32 +80,28 @@ def draw(
     reductions: Sequence[Reduction],
     grid: tuple[int, int],
     patch_size: tuple[int, int] | None = None,
+    title: str = "",
+    caption: str = "",
 ) -> Image.Image:
     """Draw the image, uint8 [H, W, 3], next to itself after each reduction, enlarged if it is small.
 
     Args:
         grid: rows and columns of patches.
         patch_size: of a patch, in pixels; default: the grid covers the image. What it does not cover is dimmed.
+        title, caption: text above and below.
     """
     height, width, _ = pixels.shape
     patch_size = patch_size or (height // grid[0], width // grid[1])
-    zoom = max(1, -(-SMALLEST_PANEL // width))
-    dimmed = (0.2 * pixels + 0.8 * 255).astype(np.uint8)
-    panels = [("image", pixels)]
+    image = pictures.enlarged(pixels)
+    headings, panels = [f"model input\n{math.prod(grid)} patches"], [image]
     for reduction in reductions:
         covered = np.kron(reduction.kept.reshape(grid).numpy(), np.ones(patch_size, bool))[:height, :width]
         kept = np.zeros((height, width, 1), bool)
         kept[: covered.shape[0], : covered.shape[1], 0] = covered
-        heading = f"layer {reduction.layer}: {int(reduction.kept.sum())}/{reduction.kept.numel()}"
-        panels.append((heading, np.where(kept, pixels, dimmed)))
-    step = width * zoom + GAP
-    canvas = Image.new("RGB", (step * len(panels) - GAP, height * zoom + HEADING), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column, (heading, panel) in enumerate(panels):
-        pen.text((column * step + 1, 1), heading, fill="black")
-        enlarged = Image.fromarray(panel).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        canvas.paste(enlarged, (column * step, HEADING))
-    return canvas
+        count, total = int(reduction.kept.sum()), reduction.kept.numel()
+        headings.append(f"after layer {reduction.layer}\n{count} kept ({100 * count / total:.0f} %)")
+        panels.append(np.where(pictures.enlarged(kept), image, pictures.dimmed(image)))
+    return pictures.sheet([("", panels)], headings, title, caption)
 
 
 class Photos(sources.PathImages):
@@ -117,13 +111,13 @@ class Photos(sources.PathImages):
         return open_rgb(os.fsdecode(self.paths[index]), upright=True)
 
 
-def find_images(paths: Sequence[str]) -> sources.Source:
-    """The image files named, and those in the folders named, as a data set of one class.
+def find_images(paths: Sequence[str], flag: str = "--images") -> sources.Source:
+    """The image files named, and those in the folders named, as a data set of one class; `flag` names them in errors.
 
     Raises:
         UserError
     """
-    files = command.find_files(paths, "--images")
+    files = command.find_files(paths, flag)
     count = len(files)
     return sources.Source(Photos(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
 
@@ -158,17 +152,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         mean, std = normalization(model)
         transform = datasets.build_eval_transform(fill(ViewOptions, run), (mean, std))
         own.output.mkdir(parents=True, exist_ok=True)
+        fused = any(block.fuse_token for block in evit_blocks(model))
+        caption = f"Gray and hatched: {'fused into one token' if fused else 'dropped'}. Layers are counted from 0."
         for number in range(len(source)):
-            view = transform(source[number][0])
+            image, target = source[number]
+            view = transform(image)
             reductions = follow(model, view)
             pixels = (view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1) * 255
             patches = model.patch_embed
             grid = patches.dynamic_feat_size(view.shape[1:])  # grid_size is that of the model's own image size
-            picture = draw(pixels.round().byte().permute(1, 2, 0).numpy(), reductions, grid, patches.patch_size)
+            name = source.images.describe(source.order[number])
+            title = Path(name).name if isinstance(source.images, sources.PathImages) else name
+            title += f", class {source.class_names[target]}" if source.class_names else ""
+            pixels = pixels.round().byte().permute(1, 2, 0).numpy()
+            picture = draw(pixels, reductions, grid, patches.patch_size, title, caption)
             file = own.output / f"{number:04d}.png"
             picture.save(file)
             left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions) or "all kept"
-            name = source.images.describe(source.order[number])
             print(f"{file}: {escaped(name)}, {math.prod(grid)} patches, {left}")
 
 

@@ -1,0 +1,88 @@
+"""Read output folders of finished, stopped or running runs for the tools that compare them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models_evit import KEEP_RATE
+from utils import UserError, read_json, read_log
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output folder.
+
+    Attributes:
+        folder: as the user named it.
+        records: one per epoch, from log.txt.
+        config: the flags, from config.json; empty if it cannot be read.
+    """
+
+    folder: Path
+    records: list[dict[str, Any]]
+    config: dict[str, Any]
+
+    def values(self, key: str) -> list[float | None]:
+        """The value of each record, None where a record has none."""
+        return [number(record.get(key)) for record in self.records]
+
+    def final_keep_rate(self) -> float | None:
+        """The lowest final keep rate of any layer, which log.txt holds as `keep_rate`; None without EViT blocks.
+
+        Without config.json it is the lowest in the log.
+        """
+        logged = [rate for rate in self.values("keep_rate") if rate is not None]
+        if not logged or "base_keep_rate" not in self.config:
+            return min(logged, default=None)
+        given = self.config["base_keep_rate"]
+        rates = [number(rate) for rate in (given if isinstance(given, list) else [given])]
+        return min((rate for rate in rates if rate is not None), default=KEEP_RATE)
+
+    def is_comparable(self, record: dict[str, Any]) -> bool:
+        """Whether the accuracy of a record counts for the best: at other keep rates, the model is another function."""
+        return number(record.get("keep_rate")) in (None, self.final_keep_rate())
+
+
+def number(value: object) -> float | None:
+    """A finite number as a float; None for anything else that JSON may hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def read_run(folder: Path) -> Run:
+    """Read log.txt and, if there is one, config.json.
+
+    Raises:
+        UserError: if log.txt cannot be read.
+    """
+    try:
+        records = read_log(folder)
+    except OSError as error:
+        raise UserError(f"{folder / 'log.txt'}: {error.strerror}; name a run's --output-dir") from None
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        config = {}
+    return Run(folder, records, config if isinstance(config, dict) else {})
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """What tells the folders apart: `A` and `B` of `output/A/seed0` and `output/B/seed0`; a single one has its name."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    shortest = min(map(len, parts))
+    if len(set(parts)) == 1:
+        return [path[-1] for path in parts]
+    first = next((i for i in range(shortest) if len({path[i] for path in parts}) > 1), shortest - 1)
+    parts = [path[min(first, shortest - 1) :] for path in parts]
+    shortest = min(map(len, parts))
+    last = next((i for i in range(1, shortest) if len({path[-i] for path in parts}) > 1), shortest)
+    return ["/".join(path[: len(path) - last + 1]) for path in parts]
