@@ -139,7 +139,7 @@ def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) ->
     path = getattr(args, name)
     about, what = checkpoints.read_checkpoint(path, spelled(name), mmap=True), f"{spelled(name)} {path}"
     names = checkpoints.class_names_of(about)
-    if args.eval and set(val.class_names) < set(names):
+    if args.eval and val.class_names and set(val.class_names) < set(names):
         logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
         return sources.with_classes(val, names)
     parts = {"val": val} if args.eval else {"train": train, "val": val}

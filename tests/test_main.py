@@ -385,6 +385,12 @@ def test_weights_for_other_classes_of_the_same_number_are_refused(flag, named_ru
     )
 
 
+def test_data_without_class_names_are_evaluated_as_they_are(named_run):
+    data = sources.whole_source([], [0, 2, 1], (), num_classes=12)
+    args = argparse.Namespace(resume=f"{named_run}/checkpoint.pth", eval=True, allow_class_mismatch=False)
+    assert main.compare_file(args, "resume", data, data) is data
+
+
 def test_some_of_the_classes_are_evaluated_with_their_own_indices(named_run, folders, tmp_path, capsys):
     def accuracy(*flags):
         main.cli(["--eval", "--resume", str(named_run / "best.pth"), *map(str, flags)])
