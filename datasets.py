@@ -82,6 +82,7 @@ class DataOptions:
     image_column: str | None = None  # of a CSV file or timm's data sets other than `torch/`; None: the usual names
     label_column: str | None = None  # likewise
     num_classes: int | None = None  # where the data do not say
+    upright: bool = False  # turn photos in folders and CSV files as their EXIF orientation says
     val_fraction: float = 0.0  # of folders and CSV files without a validation part: share of each class to hold out
     train_fraction: float = 1.0  # class-balanced share of the training data to use
     ram_cache: float = 1024  # MiB; a data set that takes no more is decoded once and kept in memory
@@ -116,6 +117,8 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
     name = options.data_set
     if not name.startswith((*SCHEMES, CSV)) and name not in NAMES:
         raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
+    if options.upright and (name.startswith(SCHEMES) or name == "DIGITS"):
+        raise UserError(f"--upright: {name} is not read from image files; drop the flag")
     for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
         if column is not None and (name in NAMES or name.startswith("torch/")):
             raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
@@ -134,7 +137,7 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
     if name == "DIGITS":
         return _digits()
     if name.startswith(CSV):
-        return _csv(options)
+        return _upright(_csv(options), options)
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
         return _cifar(root, name, local_rank, eval_only)
@@ -146,7 +149,21 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         "INAT": lambda: _inaturalist(root, 2018, options.inat_category),
         "INAT19": lambda: _inaturalist(root, 2019, options.inat_category),
     }
-    return readers[name]()
+    return _upright(readers[name](), options)
+
+
+def _upright(parts: tuple[Source, Source], options: DataOptions) -> tuple[Source, Source]:
+    """The same images, turned as their EXIF orientation says if that is asked for.
+
+    Raises:
+        UserError: if they are not files.
+    """
+    if not options.upright:
+        return parts
+    if not all(isinstance(part.images, PathImages) for part in parts):
+        raise UserError(f"--upright: {options.data_set} is not read from image files; drop the flag")
+    train, val = (replace(part, images=PathImages(part.images.paths.tolist(), upright=True)) for part in parts)
+    return train, val
 
 
 def _folder_of(name: str, data_path: str | None) -> Path:

@@ -193,12 +193,12 @@ SHAPES = {
     "tokens": _names("base_keep_rate drop_loc fuse_token shrink_start_epoch shrink_epochs"),
     # the images and classes that a checkpoint is evaluated on
     "evaluation": _names("""
-        data_set data_path inat_category train_split val_split val_fraction image_column label_column num_classes
-        eval_crop_ratio
+        data_set data_path inat_category train_split val_split val_fraction upright image_column label_column
+        num_classes eval_crop_ratio
     """),
     # the training views; the batch size only with Mixup
     "views": _names("""
-        data_set image_column train_fraction val_fraction class_balanced seed input_size repeated_aug hflip
+        data_set image_column train_fraction val_fraction upright class_balanced seed input_size repeated_aug hflip
         color_jitter aa train_interpolation
         reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
     """),
@@ -417,6 +417,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-classes", type=_COUNT, help="number of classes; default: what the data say")
     held_out = "hold out this share of each class as validation data, if a folder has no val/ or a CSV file no splits"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
+    upright = "turn photos in folders and CSV files as their EXIF orientation says; default: as stored, like timm"
+    add("--upright", action=_SWITCH, default=False, help=upright)
     add("--train-fraction", type=_SHARE, default=1.0, help="class-balanced share of the training data to use")
     cache = "decode a data set of at most this size once and keep it in memory"
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help=cache)

@@ -157,11 +157,12 @@ def whole_source(
 class PathImages:
     """Image files. The paths are one array: every data-loader worker would copy a list of a million strings."""
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
-        self.paths = np.array([os.fsencode(path) for path in paths])
+    def __init__(self, paths: Sequence[str | Path], upright: bool = False) -> None:
+        """Args: upright: turn photos as their EXIF orientation says."""
+        self.paths, self.upright = np.array([os.fsencode(path) for path in paths]), upright
 
     def __getitem__(self, index: int) -> Image.Image:
-        return open_rgb(os.fsdecode(self.paths[index]))
+        return open_rgb(os.fsdecode(self.paths[index]), upright=self.upright)
 
     def describe(self, index: int) -> str:
         return os.fsdecode(self.paths[index])

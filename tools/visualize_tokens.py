@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import nn
 
 import datasets
 import sources
-from augment import ViewOptions, open_rgb
+from augment import ViewOptions
 from flags import fill, in_range
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
@@ -104,13 +103,6 @@ def draw(
     return pictures.sheet([("", panels)], headings, title, caption)
 
 
-class Photos(sources.PathImages):
-    """Image files, turned upright."""
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return open_rgb(os.fsdecode(self.paths[index]), upright=True)
-
-
 def find_images(paths: Sequence[str], flag: str = "--images") -> sources.Source:
     """The image files named, and those in the folders named, as a data set of one class; `flag` names them in errors.
 
@@ -119,7 +111,7 @@ def find_images(paths: Sequence[str], flag: str = "--images") -> sources.Source:
     """
     files = command.find_files(paths, flag)
     count = len(files)
-    return sources.Source(Photos(files), np.zeros(count, dtype=np.int64), 1, np.arange(count))
+    return sources.Source(sources.PathImages(files, upright=True), np.zeros(count, dtype=np.int64), 1, np.arange(count))
 
 
 def validation_images(run: argparse.Namespace, world: World, number: int) -> sources.Source:
