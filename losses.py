@@ -70,7 +70,7 @@ class SupervisedLoss:
         self.base = base
 
     def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self.base(outputs, batch.targets), {}
+        return self.base(outputs.float(), batch.targets), {}  # not in autocast's type, as in the original
 
 
 def soft_distillation(student: torch.Tensor, teacher: torch.Tensor, tau: float, scale: str) -> torch.Tensor:
@@ -129,7 +129,7 @@ class DistillationLoss:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         teacher_logits = self.teacher(batch)
-        base_loss = self.base(class_logits, batch.targets)
+        base_loss = self.base(class_logits.float(), batch.targets)
         distillation_loss = self.distill(distillation_logits, teacher_logits)
         labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
         decisions = teacher_logits.argmax(dim=1)

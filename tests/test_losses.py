@@ -416,3 +416,18 @@ def test_only_the_student_gets_gradients_from_a_distilled_step(resnet):
     assert student.head.weight.grad.abs().max() > 0 and student.head_dist.weight.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in resnet.parameters())
     torch.testing.assert_close(loss.detach(), 0.5 * terms["loss_base"] + 0.5 * terms["loss_distillation"])
+
+
+@pytest.mark.parametrize("bce", [False, True])
+def test_losses_of_half_precision_logits_are_those_in_float32(bce):
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (5 * torch.randn(8, 10, generator=generator).bfloat16() for _ in range(2))
+    batch = Batch(torch.zeros(8, 3, 4, 4), torch.arange(8), torch.arange(8))
+    options = LossOptions(bce_loss=bce, distillation_type="hard")
+    for criterion, outputs in (
+        (build_criterion(options), logits),
+        (build_criterion(options, lambda batch: teacher), (logits, logits)),
+    ):
+        whole = tuple(each.double() for each in outputs) if isinstance(outputs, tuple) else outputs.double()
+        (loss, _), (expected, _) = criterion(outputs, batch), criterion(whole, batch)
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
