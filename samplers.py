@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+CHUNK = 2**14  # samples of a rank that a sampler prepares at once
+
 
 class Batch(NamedTuple):
     """What the loaders yield and the criteria read. (A data set's single sample has the same fields, unbatched.)"""
@@ -126,10 +128,11 @@ class KeyedSampler(Sampler):
         """Sample index at each position, [num_positions]."""
         if not self.shuffle:
             return np.arange(self.num_positions) // self.repeats
-        drawn = self._balanced() if self.members else np.arange(self.length)
-        # Sorting random keys is a permutation that no library version can change.
-        order = drawn[np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(len(drawn))), kind="stable")]
-        return np.repeat(order[: self.num_drawn], self.repeats)[: self.num_positions]
+        drawn = self._balanced() if self.members else range(self.length)
+        # Sorting random keys, which all differ, is a permutation that no library version can change.
+        order = np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(len(drawn))))[: self.num_drawn]
+        order = drawn[order] if self.members else order
+        return np.repeat(order, self.repeats)[: self.num_positions] if self.repeats > 1 else order[: self.num_positions]
 
     def _balanced(self) -> np.ndarray:
         """The epoch's samples: of each class equally many, or one fewer. Those of a small class come again and again.
@@ -146,9 +149,12 @@ class KeyedSampler(Sampler):
         return np.stack(columns[first:] + columns[:first], axis=1).ravel()[: self.num_drawn]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        positions = np.arange(self.rank, self.num_positions, self.world_size)[self.start :]
-        keys = random_keys(self.seed, "view", self.epoch, positions)
-        return iter(list(zip(self._global_order()[positions].tolist(), positions.tolist(), keys.tolist(), strict=True)))
+        order = self._global_order()
+        first, step = self.rank + self.start * self.world_size, self.world_size * CHUNK
+        for start in range(first, self.num_positions, step):  # a list of all would take gigabytes
+            positions = np.arange(start, min(start + step, self.num_positions), self.world_size)
+            keys = random_keys(self.seed, "view", self.epoch, positions)
+            yield from zip(order[positions].tolist(), positions.tolist(), keys.tolist(), strict=True)
 
     def __len__(self) -> int:
         return len(range(self.rank, self.num_positions, self.world_size))

@@ -138,6 +138,18 @@ def test_the_shuffle_is_fair():
     assert np.abs(first - 2000 / 6).max() < 5 * 17
 
 
+@pytest.mark.parametrize("start", [0, 5, 29])
+def test_a_sampler_prepares_its_samples_in_pieces(start, monkeypatch):
+    def samples():
+        sampler = KeyedSampler(100, seed=3, rank=1, world_size=3, multiple=6)
+        sampler.set_epoch(2, start)
+        return list(sampler)
+
+    whole = samples()
+    monkeypatch.setattr("samplers.CHUNK", 7)
+    assert samples() == whole and len(whole) == 32 - start
+
+
 def test_samples_are_plain_integers_that_processes_can_exchange():
     assert all(type(value) is int for sample in KeyedSampler(3) for value in sample)
 
