@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -517,11 +518,17 @@ def collate(samples: list[Batch] | Batch) -> Batch:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """All but the positions; what is there already is not copied."""
     moved = {
-        name: value.to(device, non_blocking=True)
+        name: value.to(device, non_blocking=device.type == "cuda")  # a copy to the host would not have arrived
         for name, value in batch._asdict().items()
         if value is not None and name != "positions"
     }
     return batch._replace(**moved)
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of copies to a GPU: the allocator keeps the memory of each stream apart, also of a dead one."""
+    return torch.cuda.Stream(device)
 
 
 def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -533,7 +540,7 @@ def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batc
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in loader)
         return
-    copies, computes = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copies, computes = copy_stream(device), torch.cuda.current_stream(device)
     for batch in loader:
         with torch.cuda.stream(copies):
             batch = to_device(batch, device)

@@ -224,12 +224,12 @@ def parse_policy(name: str) -> RandAugment | AutoAugment | Any:
 
 def jitter(strength: float, draws: Draws) -> list[Step]:
     """Brightness, contrast and saturation by factors in 1 ± strength, in random order."""
-    kinds = torch.tensor(
-        [KINDS.index(name) for name in ("brightness", "contrast", "color")], device=draws.numbers.device
-    )
+    brightness, contrast, color = (KINDS.index(name) for name in ("brightness", "contrast", "color"))
     order = draws(3).argsort(dim=0)  # (3, B)
     factors = draws(3, max(0.0, 1 - strength), 1 + strength)
-    return [Step(kinds[which], factors.gather(0, which[None])[0]) for which in order]
+    # A tensor of these numbers would be copied from the host, for which the device waits.
+    kinds = torch.where(order == 0, brightness, torch.where(order == 1, contrast, color))
+    return [Step(kind, factors.gather(0, which[None])[0]) for kind, which in zip(kinds, order, strict=True)]
 
 
 def as_affine(step: Step, height: int, width: int) -> Affine:

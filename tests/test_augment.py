@@ -688,6 +688,11 @@ def test_padding_moves_with_the_image(monkeypatch):
 # -- colour jitter -----------------------------------------------------------------------------------------------------
 
 
+def test_jitter_makes_no_tensor_on_the_host(monkeypatch):
+    monkeypatch.setattr(torch, "tensor", None)  # a copy from the host, for which a GPU would wait
+    assert len(jitter(0.4, Draws(keys_of(0), 8))) == 3
+
+
 def test_jitter_draws_factors_and_orders():
     number, names = 6000, ("brightness", "contrast", "color")
     for strength, low in ((0.4, 0.6), (1.5, 0.0)):

@@ -12,6 +12,7 @@ import torch
 from test_datasets import break_image, encoded, picture, read, save, targets_of, write_parquet, write_stream, write_tree
 
 import engine
+import loaders
 from augment import TrainAugmentation, ViewOptions
 from datasets import build_eval_transform, build_train_transform
 from loaders import (
@@ -610,3 +611,23 @@ def test_all_but_the_positions_goes_to_the_device():
     assert isinstance(batch, Batch) and batch.sizes is None
     places = [tensor.device.type for tensor in (batch.images, batch.targets, batch.positions, batch.keys)]
     assert places == ["meta", "meta", "cpu", "meta"]
+
+
+def test_copies_to_the_host_wait(monkeypatch):
+    """A copy to the host that is not waited for has not arrived when it is read."""
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking=False: seen.append(non_blocking))
+    batch = Batch(torch.zeros(1, 3, 4, 4), torch.zeros(1), torch.zeros(1), None, torch.zeros(1))
+    for device, expected in (("cpu", False), ("cuda", True)):
+        seen.clear()
+        loaders.to_device(batch, torch.device(device))
+        assert seen == [expected] * 3
+
+
+def test_all_epochs_copy_on_one_stream(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    loaders.copy_stream.cache_clear()
+    streams = {id(loaders.copy_stream(torch.device("cuda", index))) for index in (0, 0, 1, 0)}
+    loaders.copy_stream.cache_clear()
+    assert len(made) == len(streams) == 2
