@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
 from flags import SCHEDULES
-from loaders import DeviceLoader, EpochLoader
+from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
 from models import load_weights, normalization, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
@@ -514,7 +514,11 @@ def build_state(
         # An EViT is compiled anew at each step of its keep rate, for training and for evaluation; after 8 times torch
         # would silently compile no more.
         torch._dynamo.config.cache_size_limit = 4 * (SHRINK_STEPS + 1)
-        model.compile()  # in place, so that parameter names keep no prefix
+        # A keep rate that has changed would become a symbol, which checkpointing and DDP cannot take.
+        torch._dynamo.config.specialize_float = True
+        if getattr(model, "grad_checkpointing", False):
+            torch._dynamo.config.optimize_ddp = False  # which older versions refuse to do with checkpointing
+        model.compile(dynamic=False)  # in place, so that parameter names keep no prefix
     if images_per_batch == world.size:
         check_one_image(trained, torch.zeros(1, *input_shape, device=world.device))
     wrapped = trained
@@ -624,11 +628,13 @@ def evaluate(
         RunError: on all ranks, if logits are not finite, or a `DeviceLoader` yields fewer images than it promises.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device, size = next(model.parameters()).device, 0
     totals = torch.zeros(5, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for batch in itertools.takewhile(lambda _: not is_over(), loader):
+        batch = to_device(batch, device)  # EMA weights may be on the CPU
+        size = max(size, len(batch.images))
         with autocast:
-            logits = model(batch.images)
+            logits = _logits(model, batch.images, size)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]  # [B, k]
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
@@ -641,6 +647,14 @@ def evaluate(
         _compare_number(int(images), loader.num_images, is_over)
     n = max(images, 1)
     return {"loss": loss / n, "acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "images": int(images)}
+
+
+def _logits(model: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
+    """Logits [B, C]. A compiled model gets smaller batches filled up to `size`: it would be compiled again for them."""
+    if len(images) == size or model._compiled_call_impl is None:
+        return model(images)
+    filling = images.new_zeros(size - len(images), *images.shape[1:])
+    return model(torch.cat([images, filling]))[: len(images)]
 
 
 def _compare_number(images: int, promised: int, is_over: Callable[[], int]) -> None:

@@ -379,9 +379,9 @@ def main(args: argparse.Namespace) -> None:
         RunError: during training, on all ranks.
     """
     check_flags(args)
+    utils.set_up_kernels(args.deterministic)  # first: NCCL reads its settings when processes meet
     world = utils.init_distributed(args.device)
     utils.set_up_logging(world)
-    utils.set_up_kernels(args.deterministic)
     args = settle_resume(args, world)
     run = build_run(args, world)
     if args.eval:

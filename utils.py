@@ -33,7 +33,11 @@ from tqdm import tqdm
 
 logger = logging.getLogger("deit")
 LAUNCHERS = "torchrun, srun and run_with_submitit.py"  # set RANK, WORLD_SIZE, ...
+PATIENCE = datetime.timedelta(days=7)  # of waits in which one process may be hours ahead
 JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # for all processes of a run to start; torch's default
+
+
+_groups: dict[str, dist.ProcessGroup] = {}
 
 
 class UserError(Exception):
@@ -252,6 +256,7 @@ def _join(world: World, address: str, port: int) -> None:
         # gloo beside NCCL, for what stays on the CPU (log values, an average of the weights kept there)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+        _groups["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"MASTER_ADDR={address} MASTER_PORT={port}: rank {world.rank} cannot meet the others of WORLD_SIZE="
@@ -292,7 +297,8 @@ def _compare_gpus(store: dist.Store, world: World, gpu: Any) -> None:
 def shut_down_distributed() -> None:
     """Leave the process group after a successful run."""
     if is_distributed():
-        barrier()
+        barrier(is_long=True)  # teacher predictions are computed without waiting for each other
+        _groups.clear()
         # A gloo thread that frees the last collective's tensors while Python finalises aborts a few per cent of
         # otherwise good runs; it needs a moment to let go of them.
         time.sleep(0.2)
@@ -305,6 +311,7 @@ def set_up_kernels(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums in the switches of several H100s differ from run to run
         torch.use_deterministic_algorithms(True)
 
 
@@ -346,9 +353,14 @@ def fault(error: Exception) -> str:
     return ""
 
 
-def barrier() -> None:
+def barrier(is_long: bool = False) -> None:
+    """Wait for all processes.
+
+    Args:
+        is_long: whether some may be hours ahead, as after a download; in 30 minutes, other waits are over.
+    """
     if is_distributed():
-        dist.barrier()
+        dist.barrier(group=_groups.get("patient") if is_long else None)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -524,12 +536,12 @@ def ignore_stop_signals(worker: int) -> None:
 def main_process_first(local_rank: int = 0) -> Iterator[None]:
     """Let the first process of each machine through (to download, say), then the others."""
     if local_rank != 0:
-        barrier()
+        barrier(is_long=True)
     try:
         yield
     finally:
         if local_rank == 0:
-            barrier()
+            barrier(is_long=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
 torch.set_num_threads(1)  # for what is made before the first test
 
 
+LONGEST = ("test_slurm", "test_resume")  # files that take minutes; a worker takes whole files
+
+
+def pytest_collection_modifyitems(items):
+    """Start the longest files first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Models this small wait longer for a second thread than they compute."""

@@ -155,6 +155,23 @@ def test_in_mixed_precision_the_loss_is_still_summed_in_full():
     assert result["loss"] == pytest.approx(naive_evaluation(model, batches)["loss"], rel=0.02)
 
 
+def test_batches_are_brought_to_the_model_that_is_evaluated(monkeypatch):
+    """EMA weights may be on the CPU while the loader's device is a GPU."""
+    model, batches, devices = build_deit(), random_batches((8, 5)), []
+    monkeypatch.setattr(engine, "to_device", lambda batch, device: (devices.append(device), batch)[1])
+    evaluate(model, batches, contextlib.nullcontext())
+    assert devices == [CPU, CPU]
+
+
+def test_a_compiled_model_sees_batches_of_one_size(monkeypatch):
+    model, batches, sizes = build_deit(), random_batches((8, 8, 3)), []
+    expected = evaluate(model, batches, contextlib.nullcontext())
+    model.compile(backend="eager")
+    model._compiled_call_impl = lambda images: (sizes.append(len(images)), model.forward(images))[1]
+    assert evaluate(model, batches, contextlib.nullcontext()) == pytest.approx(expected, rel=1e-6)
+    assert sizes == [8, 8, 8]
+
+
 def test_evaluation_of_nothing_is_nothing():
     expected = {"loss": 0, "acc1": 0, "acc5": 0, "images": 0}
     assert evaluate(build_deit(), [], contextlib.nullcontext()) == expected

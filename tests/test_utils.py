@@ -645,3 +645,16 @@ def test_a_resumed_run_drops_the_log_lines_of_epochs_it_will_repeat(tmp_path):
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]
     utils.open_log(tmp_path, 0)
     assert (tmp_path / "log.txt").read_text() == ""
+
+
+@pytest.mark.parametrize("earlier", [None, "Tree"])
+def test_deterministic_kernels_exclude_sums_in_switches(earlier, monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for name in ("NCCL_ALGO", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    if earlier:
+        monkeypatch.setenv("NCCL_ALGO", earlier)
+    utils.set_up_kernels(deterministic=True)
+    assert os.environ["NCCL_ALGO"] == (earlier or "^NVLS")
