@@ -959,7 +959,7 @@ def fit(
             )
             trained = train_one_epoch(state, batches, criterion, schedules, log, after_update=saver.check, **seeds)
             _close_epoch(state, world)
-            record = _described(trained, schedules) | _counts(state, train_loader)
+            record = _described(trained, schedules) | _counts(state)
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
                 saver.save(log)  # an evaluation can fail
                 tested = _test(state, val_loader, stop)
@@ -1056,11 +1056,10 @@ def _with_pictures(loader: EpochLoader, state: TrainState, output: Output) -> It
         yield batch
 
 
-def _counts(state: TrainState, loader: EpochLoader) -> dict[str, float]:
+def _counts(state: TrainState) -> dict[str, float]:
     """What is counted at the end of an epoch."""
     trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
-    images = (state.epoch + 1) * loader.num_positions
-    return {"epoch": state.epoch, "n_parameters": trainable, "images": images}
+    return {"epoch": state.epoch, "n_parameters": trainable}
 
 
 def _is_early_end(state: TrainState, options: RunOptions) -> bool:

@@ -275,7 +275,7 @@ def resume(
 
 
 def open_output(
-    args: argparse.Namespace, state: engine.TrainState, about: dict[str, Any], world: World
+    args: argparse.Namespace, state: engine.TrainState, about: dict[str, Any], images_per_epoch: int, world: World
 ) -> engine.Output:
     """Where the run is recorded: the output folder and, on rank 0, a TensorBoard writer.
 
@@ -293,7 +293,7 @@ def open_output(
             return engine.Output(folder, about=about)
         lock = utils.lock_folder(folder)
         checkpoints.start_folder(folder, args.resume, state.epoch, state.best_acc1)
-        config = vars(args) | {"class_names": about["class_names"]}
+        config = vars(args) | {"class_names": about["class_names"], "images_per_epoch": images_per_epoch}
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         step = state.num_updates * state.accum_steps
         writer = utils.TensorBoard(folder / "tensorboard", step, config, args.log_wandb)
@@ -366,7 +366,7 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
         if args.output_dir:
             checkpoints.check_folder(Path(args.output_dir), args.resume, args.overwrite)
         return engine.rehearse(state, loader, run.val_loader, criterion, schedules, options, world)
-    output = open_output(args, state, about, world)
+    output = open_output(args, state, about, loader.num_positions, world)
     engine.fit(state, loader, run.val_loader, criterion, schedules, options, world, output)
     output.close()
 

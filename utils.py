@@ -855,7 +855,9 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         rows = "\n".join(f"| {name} | {escaped(str(value))} |" for name, value in sorted(config.items()))
-        values = {name: value if isinstance(value, int | float) else str(value) for name, value in config.items()}
+        values = {
+            name: value if isinstance(value, int | float) else escaped(str(value)) for name, value in config.items()
+        }
         with _disk_faults("TensorBoard files"):
             self.board.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
             for summary in hparams(values, {"epoch/test_acc1": 0}):

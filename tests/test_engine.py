@@ -1225,7 +1225,7 @@ def test_a_checkpoint_is_plain_and_its_names_carry_no_prefix(tmp_path):
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert set(checkpoint) == {
         *("model", "optimizer", "lr_scheduler", "scaler", "model_ema"),
-        *("epoch", "step", "progress", "broken_images", "best_acc1", "args"),
+        *("epoch", "step", "progress", "broken_images", "best_acc1", "best_epoch", "args"),
     }
     assert set(checkpoint["model"]) == set(checkpoint["model_ema"]) == set(build_deit().state_dict())
     assert json.loads(json.dumps(checkpoint["args"])) == checkpoint["args"]

@@ -192,18 +192,21 @@ def test_limits_keep_width_and_bounds(values, options, expected):
     assert pictures.limits(values, **options) == pytest.approx(expected)
 
 
-def test_time_axis_takes_minutes_or_computes_them(tmp_path):
-    rates, images = (100.0, 50.0), (6000, 12000)
-    computed = [{"images": n, "images_per_second": rate} for n, rate in zip(images, rates, strict=True)]
-    timed = [record | {"minutes": minutes} for record, minutes in zip(computed, (1.5, 4.0), strict=True)]
-    runs = [read_run(Path(write_run(tmp_path / name, *r))) for name, r in (("a", timed), ("b", computed), ("c", [{}]))]
-    assert plot_runs.positions(runs[:1], "minutes") == ("training and evaluation time (minutes)", [[1.5, 4.0]])
-    label, places = plot_runs.positions(runs[:2], "minutes")  # the same measure for both
-    assert "without evaluation" in label and places == [[1.0, 3.0], [1.0, 3.0]]
-    assert plot_runs.positions(runs[:2], "images")[1] == [[6000, 12000]] * 2
-    for axis, words in (("minutes", "no minutes and no images"), ("images", "no images")):
-        with tiny.user_error(f"--x {axis}", words, "c/log.txt"):
-            plot_runs.positions(runs, axis)
+def test_time_axis_is_computed_from_images_and_rate(tmp_path):
+    records = [{"images_per_second": rate} for rate in (100.0, 50.0)]
+    for name in ("a", "b", "c"):
+        write_run(tmp_path / name, *(records if name != "c" else [{}]))
+    for name in ("a", "c"):
+        (tmp_path / name / "config.json").write_text(json.dumps({"images_per_epoch": 6000}))
+    runs = {name: read_run(tmp_path / name) for name in ("a", "b", "c")}
+    label, places = plot_runs.positions([runs["a"]], "minutes")
+    assert "without evaluation" in label and places == [[1.0, 3.0]]
+    assert plot_runs.positions([runs["a"]], "images")[1] == [[6000, 12000]]
+    for axis in ("minutes", "images"):
+        with tiny.user_error(f"--x {axis}", "b/config.json has no images_per_epoch"):
+            plot_runs.positions([runs["a"], runs["b"]], axis)
+    with tiny.user_error("--x minutes", "c/log.txt has records with no images_per_second"):
+        plot_runs.positions([runs["a"], runs["c"]], "minutes")
 
 
 def test_plot_errors_are_a_line(tmp_path, capsys):

@@ -50,21 +50,19 @@ def build_parser() -> Parser:
 def positions(runs: Sequence[Run], axis: str) -> tuple[str, list[list[float | None]]]:
     """Label of the horizontal axis, and where each record of each run is on it.
 
-    Minutes are the `minutes` of the log, which include evaluations. If a record has none, they are those of training
-    alone, computed from `images` and `images_per_second`.
+    Minutes are those of training alone, computed from `images` and `images_per_second`.
 
     Raises:
         UserError: if a log does not hold what is needed.
     """
     if axis == "epoch":
         return "epoch", [run.values("epoch") for run in runs]
-    if axis == "minutes" and all(None not in run.values("minutes") for run in runs):
-        return "training and evaluation time (minutes)", [run.values("minutes") for run in runs]
     for run in runs:
         for key in ("images", "images_per_second")[: 1 if axis == "images" else 2]:
             if None in run.values(key):
-                lacking = f"minutes and no {key}" if axis == "minutes" else key
-                raise UserError(f"--x {axis}: {run.folder / 'log.txt'} has records with no {lacking}; use --x epoch")
+                no_images = "config.json has no images_per_epoch"
+                missing = no_images if key == "images" else f"log.txt has records with no {key}"
+                raise UserError(f"--x {axis}: {run.folder}/{missing}; use --x epoch")
     if axis == "images":
         return "training images seen", [run.values("images") for run in runs]
     return "training time without evaluation (minutes)", [_training_minutes(run) for run in runs]

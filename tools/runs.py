@@ -19,7 +19,7 @@ class Run:
 
     Attributes:
         folder: as the user named it.
-        records: one per epoch, from log.txt.
+        records: one per epoch, from log.txt, with the number of training `images` so far if config.json tells it.
         config: the flags, from config.json; empty if it cannot be read.
     """
 
@@ -72,7 +72,11 @@ def read_run(folder: Path) -> Run:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
         config = {}
-    return Run(folder, records, config if isinstance(config, dict) else {})
+    config = config if isinstance(config, dict) else {}
+    images = number(config.get("images_per_epoch"))
+    if images is not None:
+        records = [{"images": images * (record["epoch"] + 1)} | record for record in records]
+    return Run(folder, records, config)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
