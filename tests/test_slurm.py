@@ -122,6 +122,7 @@ def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
     job.wait("timed out", lambda: int(job.show("Restarts")) >= 4)
     job.wait("training again", lambda epochs=job.epochs: job.epochs > epochs)
     job.cancel()
+    assert "stopped by SIGTERM; epoch" in job.logs() and "completed successfully" not in job.logs()
     assert_same_epochs(undisturbed, job)
     names = {path.name for path in job.folder.iterdir()}
     assert {"config.json", "log.txt", "checkpoint.pth", "checkpoint_previous.pth", "best.pth", "tensorboard"} <= names
@@ -131,7 +132,7 @@ def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
 
 def test_a_task_that_fails_ends_the_job(slurm, tmp_path):
     job = submit(slurm, tmp_path / "jobs", *FLAGS, "--batch-size", "4096")
-    job.wait("failed", lambda: job.show("JobState") == "FAILED", seconds=60)
+    job.wait("failed", lambda: job.show("JobState") == "FAILED")
     assert "--batch-size 4096" in job.logs()
 
 
@@ -139,15 +140,6 @@ def test_a_job_trains_to_its_end(slurm, tmp_path):
     job = submit(slurm, tmp_path / "jobs", *FLAGS, "--epochs", "2")
     job.wait("over", lambda: job.show("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
     assert job.show("JobState") == "COMPLETED" and job.epochs == 2, job.logs()
-
-
-def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
-    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "20")
-    job.wait("training", lambda: job.epochs >= 1)
-    job.cancel()
-    assert "stopped by SIGTERM; epoch" in job.logs() and (job.folder / "checkpoint.pth").exists()
-    assert "completed successfully" not in job.logs()
-    assert job.show("Restarts") == "0"
 
 
 def test_a_batch_script_of_one_s_own_requeues_itself(slurm, undisturbed, tmp_path):
