@@ -232,6 +232,9 @@ def build_optimizer(
         UserError: a name that timm does not know, or options that the optimizer does not take.
     """
     try:
+        if name.lower().endswith("fusedlamb"):
+            logger.info("--opt %s: trains with timm's lamb, the same update rule without APEX", name)
+            name = _without_apex(name)
         base = get_optimizer_info(name.lower().rpartition("_")[2])  # adamw, of lookahead_adamw
         if betas:
             options["betas"] = tuple(betas)
@@ -250,6 +253,11 @@ def build_optimizer(
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"--opt {name}: needs second derivatives, which are not computed; use another, such as adamw")
     return optimizer
+
+
+def _without_apex(name: str) -> str:
+    """`lookahead_fusedlamb` -> `lookahead_lamb`."""
+    return f"{name[:-9]}lamb" if name.lower().endswith("fusedlamb") else name
 
 
 def select_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -553,7 +561,7 @@ def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _optimizer_of(name: str) -> tuple[bool, str]:
     """Whether Lookahead is around an optimizer of timm's, and which it is: `nesterov` is `sgd`."""
-    *prefix, base = name.lower().split("_")
+    *prefix, base = _without_apex(name.lower()).split("_")
     has_lookahead = prefix[:1] == ["lookahead"]
     try:
         return has_lookahead, get_optimizer_info(base).name
