@@ -74,15 +74,24 @@ class Schedule(Protocol):
 
 
 class LearningRate:
-    """The learning rate as a function of the number of updates: one of timm's schedulers."""
+    """The learning rate as a function of the number of updates: one of timm's schedulers.
+
+    Args:
+        scheduler: counts updates, or epochs.
+        updates_per_epoch: if it counts epochs, the updates in one. The rate then changes as if `scheduler.step(epoch)`
+            were called after each epoch: epoch 0 has the rate that the scheduler starts with, epoch n that of n - 1.
+    """
 
     name, is_comparable = "lr", True
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, updates_per_epoch: int | None = None) -> None:
+        self.scheduler, self.updates_per_epoch = scheduler, updates_per_epoch
 
     def step_update(self, num_updates: int) -> None:
-        self.scheduler.step_update(num_updates)
+        if self.updates_per_epoch is None:
+            self.scheduler.step_update(num_updates)
+        elif num_updates >= self.updates_per_epoch:
+            self.scheduler.step(num_updates // self.updates_per_epoch - 1)
 
     @property
     def value(self) -> float:
@@ -93,13 +102,19 @@ class LearningRate:
 
 
 def build_lr_schedule(
-    optimizer: torch.optim.Optimizer, updates_per_epoch: int, epochs: int, warmup_epochs: int, **options: Any
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+    epochs: int,
+    warmup_epochs: int,
+    on_epochs: bool = False,
+    **options: Any,
 ) -> LearningRate:
-    """Linear warm-up, then `options["sched"]`, stepped at every update.
+    """Linear warm-up, then `options["sched"]`.
 
     Args:
         updates_per_epoch: optimizer updates in an epoch.
         epochs, warmup_epochs: lengths in epochs.
+        on_epochs: step it after every epoch; by default before every update.
         options: further arguments of `timm.scheduler.create_scheduler_v2`.
 
     Raises:
@@ -114,16 +129,16 @@ def build_lr_schedule(
             optimizer,
             num_epochs=epochs,
             warmup_epochs=warmup_epochs,
-            step_on_epochs=False,
+            step_on_epochs=on_epochs,
             updates_per_epoch=updates_per_epoch,
             **options,
         )
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"--sched {options['sched']}: {reason(error)} (lengths in updates, of which an epoch has "
-            f"{updates_per_epoch}); change --epochs, --warmup-epochs or --decay-epochs, or use --sched cosine"
+            f"--sched {options['sched']}: {reason(error)} (lengths in {'epochs' if on_epochs else 'updates'}, an "
+            f"epoch has {updates_per_epoch}); change --epochs, --warmup-epochs or --decay-epochs, or use --sched cosine"
         ) from None
-    return LearningRate(scheduler)
+    return LearningRate(scheduler, updates_per_epoch if on_epochs else None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,7 @@ class ScheduleOptions:
 
     epochs: int = 300
     sched: str = "cosine"
+    sched_on_epochs: bool = False
     warmup_epochs: int = 5
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
@@ -156,6 +172,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
         updates_per_epoch,
         options.epochs,
         options.warmup_epochs,
+        on_epochs=options.sched_on_epochs,
         sched=options.sched,
         warmup_lr=options.warmup_lr,
         min_lr=options.min_lr,

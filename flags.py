@@ -207,8 +207,8 @@ SHAPES = {
     # the updates: loss, optimizer, schedules, and what is trained
     "updates": _names("""
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
-        sched warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power lr_noise
-        lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
+        sched sched_on_epochs warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power
+        lr_noise lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
         distill_on_class_token drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
         max_skipped_steps compile deterministic
@@ -456,6 +456,15 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
 
 
+def _schedule(text: str) -> str:
+    """An argparse type: a name in `SCHEDULES`."""
+    if text == "plateau":  # the original implementation gives it no metric, so it fails after the first epoch
+        raise argparse.ArgumentTypeError("plateau follows a metric; use --sched step, or --early-stop N to end a run")
+    if text not in SCHEDULES:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is unknown; use one of {', '.join(SCHEDULES)}")
+    return text
+
+
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=_COUNT, default=64, help="images per process and forward pass")
@@ -471,7 +480,11 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     scaling = "multiply --lr by (effective batch / 512), its square root, or 1"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
-    add("--sched", choices=SCHEDULES, default="cosine", help="learning-rate schedule")
+    names = ", ".join(SCHEDULES)
+    add("--sched", type=_schedule, default="cosine", metavar="NAME", help=f"learning-rate schedule: {names}")
+    clock = "change the learning rate once after each epoch, as the original implementation (epochs 0 and 1 both have "
+    clock += "--warmup-lr); default: before each update"
+    add("--sched-on-epochs", action=_SWITCH, default=False, help=clock)
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
     floor = "learning rate at the end of the schedule; step, multistep and constant have none"
