@@ -26,7 +26,7 @@ from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
 from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader
 from losses import Criterion
-from models import load_weights, normalization, set_train_mode, weights_of
+from models import load_weights, normalization, set_eval_layers, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
 from sources import BrokenImages
@@ -320,6 +320,8 @@ class TrainState:
         epoch: the epoch to train next, or to resume.
         totals: of a resumed epoch, what each rank's `StepLog` had collected.
         opt: timm's name of the optimizer, or None if it is not known.
+        train_mode: whether layers are trained in training mode; else without dropout, stochastic depth and batch
+            statistics of their own.
     """
 
     model: nn.Module
@@ -336,6 +338,7 @@ class TrainState:
     epoch: int = 0
     totals: list[dict[str, float]] = field(default_factory=list)
     opt: str | None = None
+    train_mode: bool = True
     scaler: torch.amp.GradScaler = field(init=False)
     _micro_step: int = field(default=0, init=False)
 
@@ -498,6 +501,7 @@ class OptimizerOptions:
     model_ema_warmup: bool = False
     model_ema_force_cpu: bool = False
     compile: bool = False  # compile the model
+    train_mode: bool = True  # see `TrainState`
 
     def scaled_lr(self, effective_batch: int) -> float:
         """Peak learning rate for this many images per update."""
@@ -557,6 +561,7 @@ def build_state(
         max_skipped_steps=options.max_skipped_steps,
         ema=ema,
         opt=options.opt,
+        train_mode=options.train_mode,
     )
 
 
@@ -613,6 +618,8 @@ def train_one_epoch(
         RunError: on all ranks, if the loss is not finite.
     """
     set_train_mode(state.model)
+    if not state.train_mode:
+        set_eval_layers(state.module)
     for step, batch in enumerate(loader, log.first_step):
         for schedule in schedules:
             schedule.step_update(state.num_updates)

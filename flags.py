@@ -211,7 +211,7 @@ SHAPES = {
         lr_noise lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
         distill_on_class_token drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
-        max_skipped_steps compile deterministic
+        max_skipped_steps compile deterministic train_mode
     """),
     # nothing that a resumed run would not check by itself: free to change on resume
     "nothing": _names("""
@@ -362,9 +362,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-kwargs", **extra, help="more keyword arguments of timm's model")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
+    mode = "train in training mode; --no-train-mode: without dropout, stochastic depth and new batch statistics, as "
+    mode += "the original implementations fine-tune DeiT and EViT (but not DeiT III)"
+    add("--train-mode", action=_SWITCH, default=True, help=mode)
     add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
-    finetune = "start from the weights of this checkpoint (file or https address)"
+    finetune = "start from the weights of this checkpoint (file or https address); see --no-train-mode"
     add("--finetune", type=path_name, default="", help=finetune)
     add("--head-init-scale", type=_POSITIVE, metavar="S", help="multiply the weights of a new head by S; default: 1")
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
