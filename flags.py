@@ -397,7 +397,9 @@ def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     rates = "share of the patches to keep, or one share per layer: 0.7,0.7,0.5; default 0.7"
     add("--base-keep-rate", type=keep_rates, metavar="RATE", help=rates)
     add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default 3,6,9")
-    add("--fuse-token", action=_SWITCH, default=None, help="fuse the dropped patches into one token; default: yes")
+    fuse = "fuse the dropped patches into one token; default: yes, as in the original training scripts (the flag "
+    fuse += "itself is off by default there)"
+    add("--fuse-token", action=_SWITCH, default=None, help=fuse)
     start = "first epoch that drops patches; default 10 (the paper from scratch; for fine-tuning it has 0)"
     add("--shrink-start-epoch", type=_NATURAL, help=start)
     epochs = "epochs in which the keep rate falls from 1; default 0 (the paper for fine-tuning; from scratch 100)"
@@ -442,7 +444,9 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's augmentation; same as --aa 3a")
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
-    add("--repeated-aug", action=_SWITCH, default=True, help="three views of each of a third of the images per epoch")
+    repeated = "train on three views of each of a third of the images per epoch; on one process, too, where DeiT has a "
+    repeated += "plain sampler: the three are then in one batch, and an epoch of small data has few different images"
+    add("--repeated-aug", action=_SWITCH, default=True, help=repeated)
     balanced = "draw equally many images of each class in an epoch; those of small classes come several times"
     add("--class-balanced", action=_SWITCH, default=False, help=balanced)
     add("--reprob", type=_RATE, default=0.25, help="probability of random erasing")
