@@ -132,7 +132,22 @@ class TestRecipe:
             if args.data_set in ("IMNET", "INAT", "INAT19", "CARS"):
                 assert args.data_path, "data that are not downloaded need a folder"
             if recipe.stem.endswith("_imagenet"):
-                assert args.batch_size * args.accum_steps * processes(words) == 1024
+                batch = 2048 if recipe.stem.startswith("evit") else 1024
+                assert args.batch_size * args.accum_steps * processes(words) == batch
+                assert f"= {batch}" in header(recipe)
+                assert fill(engine.OptimizerOptions, args).scaled_lr(batch) == 5e-4 * batch / 512
+
+
+def test_recipes_of_deit_and_evit_fine_tune_without_stochastic_depth():
+    # the original implementations fine-tune in eval mode
+    tuned = [recipe for recipe in RECIPES if re.search("finetune", recipe.stem) and parse(f"@{recipe}").pretrained]
+    assert len(tuned) >= 8 and {parse(f"@{recipe}").drop_path for recipe in tuned} == {0}
+
+
+def test_recipes_of_evit_state_what_its_scripts_state():
+    for recipe in RECIPES:
+        args = parse(f"@{recipe}")
+        assert (args.fuse_token is True) is recipe.stem.startswith("evit")
 
 
 IMAGES = {"IMNET": 1281167, "INAT": 437513, "INAT19": 265213, "CIFAR10": 50000, "CIFAR100": 50000}
