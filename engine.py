@@ -390,6 +390,10 @@ class TrainState:
             self.ema.update(self.module, step=self.num_updates)
         return torch.full_like(loss, math.nan) if left_out else loss
 
+    def start_at(self, epoch: int, updates_per_epoch: int) -> None:
+        """Begin with this epoch as if the ones before it had been trained."""
+        self.epoch, self.num_updates = epoch, epoch * updates_per_epoch
+
     def state_dict(self, schedules: Sequence[Schedule], progress: dict[str, Any] | None = None) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors, numbers and strings.
 

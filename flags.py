@@ -18,7 +18,7 @@ import datasets
 import models
 import models_evit
 from augment import SMALL_IMAGE
-from checkpoints import flags_of, read_checkpoint
+from checkpoints import flags_of, read_checkpoint, split_address
 from utils import UserError, escaped, is_utf8, regular_file
 
 MOST_WORDS, MOST_RECIPES = 10_000, 100  # of a command line
@@ -218,10 +218,13 @@ SHAPES = {
         output_dir overwrite resume finetune pretrained head_init_scale early_stop dry_run log_wandb eval
         eval_interval log_interval num_workers pin_mem device amp augment checkpoint_minutes data_path ram_cache
         teacher_cache teacher_path teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs
-        allow_class_mismatch stop_timeout
+        allow_class_mismatch stop_timeout start_epoch nb_classes
     """),
-    # accepted so that original command lines work, without effect
-    "original": _names("dist_eval distributed world_size dist_url cooldown_epochs patience_epochs"),
+    # accepted so that original command lines work, without effect; or refused, with the tool that does it
+    "original": _names("""
+        dist_eval distributed world_size dist_url local_rank cooldown_epochs patience_epochs resplit n_visualization
+        test_speed only_test_speed visualize_mask
+    """),
 }
 FREE_ON_RESUME = {*SHAPES["nothing"], *SHAPES["original"]}
 TRAINED = (*SHAPES["model"], *SHAPES["adjustable"], *SHAPES["evaluation"])  # what an evaluation takes from a checkpoint
@@ -289,6 +292,7 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
+    ("start_epoch", lambda args: not args.resume, "a run that does not resume a checkpoint"),
     ("warmup_lr", lambda args: args.warmup_epochs > 0, "--warmup-epochs"),
     ("lr_noise_pct lr_noise_std", lambda args: bool(args.lr_noise), "--lr-noise"),
     ("momentum", _optimizer_has("momentum"), "another --opt"),
@@ -320,6 +324,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="checkpoint (file or https address) to resume, or to evaluate; auto: the newest here",
     )
+    start = "first epoch of a run that resumes no checkpoint; schedules and views are those of that epoch"
+    add("--start-epoch", type=_NATURAL, default=0, metavar="N", help=start)
     add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
     overdue = "seconds after a stop signal without an update until the run saves the last one and ends anyway"
     add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
@@ -347,10 +353,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch.compile model and teacher, on a GPU the augmentation too",
     )
     add("--deterministic", action=_SWITCH, default=False, help="bitwise reproducible CUDA kernels (slower)")
-    for name in ("--dist-eval", "--distributed"):
-        add(name, action="store_true", help="accepted for original command lines; always the case")
-    for name in ("--world-size", "--dist-url"):
-        add(name, help="accepted for original command lines; the launcher's environment decides")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -420,6 +422,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     label = columns.format("label", "a field of the json files; default: the cls files")
     add("--label-column", metavar="NAME", help=f"column of the classes, for csv/, {label}")
     add("--num-classes", type=_COUNT, help="number of classes; default: what the data say")
+    add("--nb-classes", type=_COUNT, metavar="N", help="refuse data that have another number of classes than N")
     held_out = "hold out this share of each class as validation data, if a folder has no val/ or a CSV file no splits"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     upright = "turn photos in folders and CSV files as their EXIF orientation says; default: as stored, like timm"
@@ -501,8 +504,6 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="when --sched multistep decays")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of a decay, for --sched step and multistep")
     add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 falls linearly")
-    for name in ("--cooldown-epochs", "--patience-epochs"):
-        add(name, type=_NATURAL, default=10, help="accepted for original command lines; without effect")
     add("--lr-noise", type=_RATE, nargs="+", help="part of the schedule, from (to), with a noisy learning rate")
     add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="limit of the noise")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
@@ -533,6 +534,26 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)
 
 
+def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only command lines of the original implementations have; `_check_original` refuses some of it."""
+    add = parser.add_argument_group("flags of the original command lines").add_argument
+    same = {"default": argparse.SUPPRESS}  # the default is that of the flag itself
+    add("--batch", dest="batch_size", type=_COUNT, **same, help="same as --batch-size")
+    add("--dr", dest="decay_rate", type=_POSITIVE, **same, help="same as --decay-rate")
+    add("--eval-gap", dest="eval_interval", type=_COUNT, **same, help="same as --eval-interval")
+    for name in ("--dist-eval", "--distributed"):
+        add(name, action="store_true", help="accepted without effect: always the case")
+    for name in ("--world-size", "--dist-url", "--local-rank"):
+        add(name, help="accepted without effect: the launcher's environment decides")
+    for name in ("--cooldown-epochs", "--patience-epochs"):
+        add(name, type=_NATURAL, default=10, help="accepted without effect, as in the original implementation")
+    add("--resplit", action="store_true", help="accepted without effect, as in the original implementation")
+    for name in ("--test-speed", "--only-test-speed"):
+        add(name, action="store_true", help="refused: python -m tools.speed_test measures the speed")
+    add("--visualize-mask", action="store_true", help="refused: python -m tools.visualize_tokens draws the patches")
+    add("--n-visualization", type=_COUNT, default=128, help="number of images of --visualize-mask")
+
+
 def _epoch_range(text: str) -> range:
     """`0:30` -> range(0, 30)."""
     first, _, end = text.partition(":")
@@ -553,6 +574,7 @@ def get_parser(**options: Any) -> Parser:
     _add_augmentation_arguments(parser)
     _add_optimization_arguments(parser)
     _add_distillation_arguments(parser)
+    _add_original_arguments(parser)
     return parser
 
 
@@ -664,6 +686,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError
     """
+    _check_original(args)
     automatic = args.resume == "auto"
     if automatic and (args.eval or args.overwrite):
         raise UserError(f"--resume auto: resumes a run; {'--eval' if args.eval else '--overwrite'} does not fit")
@@ -708,6 +731,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--sched multistep: has no epochs to decay at; add --decay-milestones EPOCH ...")
     if args.decay_milestones and args.sched != "multistep":
         raise UserError(f"--decay-milestones: --sched {args.sched} has none; use --sched multistep, or drop them")
+    _check_numbers(args)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that do not fit together, and too many of them."""
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
         raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
@@ -715,6 +743,29 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; use a lower one")
+
+
+def _check_original(args: argparse.Namespace) -> None:
+    """Refuse, before anything is read or submitted, what a tool does, and addresses without a hash."""
+    values, defaults = vars(args), vars(parse_args([]))
+    if args.test_speed or args.only_test_speed:
+        tool = ["speed_test", "--models", args.model, "--input-size", str(args.input_size[0])]
+        rates = () if args.base_keep_rate is None else ("--keep-rates", str(args.base_keep_rate))
+        _refuse_for_a_tool("--test-speed" if args.test_speed else "--only-test-speed", [*tool, *rates])
+    if args.visualize_mask:
+        names = ("resume", "model", "base_keep_rate", "fuse_token", "drop_loc", "data_set", "data_path")
+        given = [_words(name, values[name], "") for name in names if values[name] != defaults[name]]
+        tool = ["visualize_tokens", "--num-images", str(args.n_visualization)]
+        _refuse_for_a_tool("--visualize-mask", sum(given, tool))
+    for name in ("resume", "finetune", "teacher_path"):
+        if "://" in values[name]:
+            split_address(values[name], spelled(name))
+
+
+def _refuse_for_a_tool(flag: str, words: Sequence[str]) -> NoReturn:
+    raise UserError(f"{flag}: main.py only trains and evaluates; run python -m tools.{shlex.join(words)}")
 
 
 def without_effect(args: argparse.Namespace) -> list[str]:

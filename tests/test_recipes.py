@@ -241,14 +241,14 @@ def test_defaults_are_the_published_ones():
         ("--bce-loss", {"bce_loss": True}),
         ("--cutmix-minmax 0.2 0.8", {"cutmix_minmax": [0.2, 0.8]}),
         ("--data-set CIFAR", {"data_set": "CIFAR"}),
-        ("--eval --resume https://example.org/a_b.pth", {"eval": True, "resume": "https://example.org/a_b.pth"}),
+        ("--eval --resume a_b.pth", {"eval": True, "resume": "a_b.pth"}),
         (
             "--model deit_small_patch16_224 --batch-size 256 --data-path /path/to/imagenet --output_dir /path/to/save",
             {"model": "deit_small_patch16_224", "batch_size": 256, "output_dir": "/path/to/save"},
         ),
         (
             "--model deit_base_distilled_patch16_224 --distillation-type hard --teacher-model regnety_160 "
-            "--teacher-path https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth",
+            "--teacher-path regnety_160-a5fe301d.pth",
             {"distillation_type": "hard", "distillation_alpha": 0.5},
         ),
         (
@@ -264,7 +264,7 @@ def test_published_command_lines(words, expected):
     check_flags(args)
 
 
-@pytest.mark.parametrize("flag", ["--batch", "--mod", "--dist"])
+@pytest.mark.parametrize("flag", ["--batch-s", "--mod", "--dist"])
 def test_flags_are_not_abbreviated(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(flag, "8")
