@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from timm.models import clean_state_dict, is_model, model_entrypoint
+from timm.models import clean_state_dict, get_pretrained_cfg, is_model, list_pretrained, model_entrypoint
 
 from utils import (
     RunError,
@@ -586,7 +586,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _address(address: str, flag: str) -> tuple[str, str, str]:
+def split_address(address: str, flag: str) -> tuple[str, str, str]:
     """The address without its fragment, the name of the file there, and its SHA-256, or the first digits of that.
 
     Raises:
@@ -595,6 +595,13 @@ def _address(address: str, flag: str) -> tuple[str, str, str]:
     url, _, fragment = address.partition("#")
     name = url.partition("?")[0].rpartition("/")[2]
     stated = re.fullmatch(r"sha256=([0-9a-fA-F]{16,64})", fragment) or re.search(r"-([0-9a-f]{16,64})\.\w+$", name)
+    short = re.search(r"-([0-9a-f]{8,15})\.\w+$", name)
+    if url.startswith("https://") and short and not fragment:
+        raise UserError(
+            f"{flag} {address}: the {len(short[1])} digits in its name are too few to trust a download; download it by "
+            f"hand, see that sha256sum {name} starts with {short[1]}, and pass {flag} {name}, or {flag} {url}#sha256="
+            f"<the 64 digits>{_same_of_timm(url, flag)}"
+        )
     if not url.startswith("https://") or stated is None:
         raise UserError(
             f"{flag} {address}: a download needs https and at least 16 digits of its SHA-256, as ...#sha256=... or in "
@@ -603,9 +610,17 @@ def _address(address: str, flag: str) -> tuple[str, str, str]:
     return url, name, stated[1].lower()
 
 
+def _same_of_timm(url: str, flag: str) -> str:
+    """How the user starts from timm's copy of a published file, as the end of an error; '' if timm has none."""
+    names = (name for name in list_pretrained() if getattr(get_pretrained_cfg(name), "url", None) == url)
+    name = next(names, None)
+    kind = "teacher-" if flag == "--teacher-path" else ""
+    return f"; timm has the same weights: --{kind}model {name} --{kind}pretrained" if name else ""
+
+
 def _download(address: str, flag: str) -> str:
     """Fetch a file into torch's cache, unless it is there as published; its path."""
-    url, name, published = _address(address, flag)
+    url, name, published = split_address(address, flag)
     # A name made here: that in an address may be a path, or the same as in another address.
     key = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
     name = f"{key}-{re.sub('[^A-Za-z0-9._-]', '_', name)[-64:]}"

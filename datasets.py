@@ -82,6 +82,7 @@ class DataOptions:
     image_column: str | None = None  # of a CSV file or timm's data sets other than `torch/`; None: the usual names
     label_column: str | None = None  # likewise
     num_classes: int | None = None  # where the data do not say
+    nb_classes: int | None = None  # what the data must have; None: any number
     upright: bool = False  # turn photos in folders and CSV files as their EXIF orientation says
     val_fraction: float = 0.0  # of folders and CSV files without a validation part: share of each class to hold out
     train_fraction: float = 1.0  # class-balanced share of the training data to use
@@ -95,9 +96,13 @@ def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = F
     With `eval_only` the training part may be empty. The first process of a machine downloads, the others wait.
 
     Raises:
-        UserError: see `read_sources`, or a flag that a stream does not support.
+        UserError: see `read_sources`, another number of classes than `nb_classes`, or a flag that a stream does not
+            support.
     """
     train, val = read_sources(options, local_rank, eval_only)
+    if options.nb_classes not in (None, val.num_classes):
+        name = " ".join(filter(None, (options.data_set, options.data_path)))
+        raise UserError(f"--nb-classes {options.nb_classes}: {name} has {val.num_classes} classes; drop the flag")
     if isinstance(train, Source):
         broken = BrokenImages(train.images, options.skip_broken_images) if options.skip_broken_images else None
         train = replace(train, broken=broken, is_training=True)

@@ -26,7 +26,7 @@ from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
 from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
-from models import load_weights, normalization, set_train_mode, weights_of
+from models import load_weights, normalization, set_eval_layers, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
 from sources import BrokenImages
@@ -74,15 +74,24 @@ class Schedule(Protocol):
 
 
 class LearningRate:
-    """The learning rate as a function of the number of updates: one of timm's schedulers."""
+    """The learning rate as a function of the number of updates: one of timm's schedulers.
+
+    Args:
+        scheduler: counts updates, or epochs.
+        updates_per_epoch: if it counts epochs, the updates in one. The rate then changes as if `scheduler.step(epoch)`
+            were called after each epoch: epoch 0 has the rate that the scheduler starts with, epoch n that of n - 1.
+    """
 
     name, is_comparable = "lr", True
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, updates_per_epoch: int | None = None) -> None:
+        self.scheduler, self.updates_per_epoch = scheduler, updates_per_epoch
 
     def step_update(self, num_updates: int) -> None:
-        self.scheduler.step_update(num_updates)
+        if self.updates_per_epoch is None:
+            self.scheduler.step_update(num_updates)
+        elif num_updates >= self.updates_per_epoch:
+            self.scheduler.step(num_updates // self.updates_per_epoch - 1)
 
     @property
     def value(self) -> float:
@@ -93,13 +102,19 @@ class LearningRate:
 
 
 def build_lr_schedule(
-    optimizer: torch.optim.Optimizer, updates_per_epoch: int, epochs: int, warmup_epochs: int, **options: Any
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+    epochs: int,
+    warmup_epochs: int,
+    on_epochs: bool = False,
+    **options: Any,
 ) -> LearningRate:
-    """Linear warm-up, then `options["sched"]`, stepped at every update.
+    """Linear warm-up, then `options["sched"]`.
 
     Args:
         updates_per_epoch: optimizer updates in an epoch.
         epochs, warmup_epochs: lengths in epochs.
+        on_epochs: step it after every epoch; by default before every update.
         options: further arguments of `timm.scheduler.create_scheduler_v2`.
 
     Raises:
@@ -114,16 +129,16 @@ def build_lr_schedule(
             optimizer,
             num_epochs=epochs,
             warmup_epochs=warmup_epochs,
-            step_on_epochs=False,
+            step_on_epochs=on_epochs,
             updates_per_epoch=updates_per_epoch,
             **options,
         )
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"--sched {options['sched']}: {reason(error)} (lengths in updates, of which an epoch has "
-            f"{updates_per_epoch}); change --epochs, --warmup-epochs or --decay-epochs, or use --sched cosine"
+            f"--sched {options['sched']}: {reason(error)} (lengths in {'epochs' if on_epochs else 'updates'}, an "
+            f"epoch has {updates_per_epoch}); change --epochs, --warmup-epochs or --decay-epochs, or use --sched cosine"
         ) from None
-    return LearningRate(scheduler)
+    return LearningRate(scheduler, updates_per_epoch if on_epochs else None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,7 @@ class ScheduleOptions:
 
     epochs: int = 300
     sched: str = "cosine"
+    sched_on_epochs: bool = False
     warmup_epochs: int = 5
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
@@ -156,6 +172,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
         updates_per_epoch,
         options.epochs,
         options.warmup_epochs,
+        on_epochs=options.sched_on_epochs,
         sched=options.sched,
         warmup_lr=options.warmup_lr,
         min_lr=options.min_lr,
@@ -232,6 +249,9 @@ def build_optimizer(
         UserError: a name that timm does not know, or options that the optimizer does not take.
     """
     try:
+        if name.lower().endswith("fusedlamb"):
+            logger.info("--opt %s: trains with timm's lamb, the same update rule without APEX", name)
+            name = _without_apex(name)
         base = get_optimizer_info(name.lower().rpartition("_")[2])  # adamw, of lookahead_adamw
         if betas:
             options["betas"] = tuple(betas)
@@ -250,6 +270,11 @@ def build_optimizer(
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"--opt {name}: needs second derivatives, which are not computed; use another, such as adamw")
     return optimizer
+
+
+def _without_apex(name: str) -> str:
+    """`lookahead_fusedlamb` -> `lookahead_lamb`."""
+    return f"{name[:-9]}lamb" if name.lower().endswith("fusedlamb") else name
 
 
 def select_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -295,6 +320,8 @@ class TrainState:
         epoch: the epoch to train next, or to resume.
         totals: of a resumed epoch, what each rank's `StepLog` had collected.
         opt: timm's name of the optimizer, or None if it is not known.
+        train_mode: whether layers are trained in training mode; else without dropout, stochastic depth and batch
+            statistics of their own.
     """
 
     model: nn.Module
@@ -311,6 +338,7 @@ class TrainState:
     epoch: int = 0
     totals: list[dict[str, float]] = field(default_factory=list)
     opt: str | None = None
+    train_mode: bool = True
     scaler: torch.amp.GradScaler = field(init=False)
     _micro_step: int = field(default=0, init=False)
 
@@ -361,6 +389,10 @@ class TrainState:
         if self.ema is not None:
             self.ema.update(self.module, step=self.num_updates)
         return torch.full_like(loss, math.nan) if left_out else loss
+
+    def start_at(self, epoch: int, updates_per_epoch: int) -> None:
+        """Begin with this epoch as if the ones before it had been trained."""
+        self.epoch, self.num_updates = epoch, epoch * updates_per_epoch
 
     def state_dict(self, schedules: Sequence[Schedule], progress: dict[str, Any] | None = None) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors, numbers and strings.
@@ -473,6 +505,7 @@ class OptimizerOptions:
     model_ema_warmup: bool = False
     model_ema_force_cpu: bool = False
     compile: bool = False  # compile the model
+    train_mode: bool = True  # see `TrainState`
 
     def scaled_lr(self, effective_batch: int) -> float:
         """Peak learning rate for this many images per update."""
@@ -536,6 +569,7 @@ def build_state(
         max_skipped_steps=options.max_skipped_steps,
         ema=ema,
         opt=options.opt,
+        train_mode=options.train_mode,
     )
 
 
@@ -557,7 +591,7 @@ def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _optimizer_of(name: str) -> tuple[bool, str]:
     """Whether Lookahead is around an optimizer of timm's, and which it is: `nesterov` is `sgd`."""
-    *prefix, base = name.lower().split("_")
+    *prefix, base = _without_apex(name.lower()).split("_")
     has_lookahead = prefix[:1] == ["lookahead"]
     try:
         return has_lookahead, get_optimizer_info(base).name
@@ -592,6 +626,8 @@ def train_one_epoch(
         RunError: on all ranks, if the loss is not finite.
     """
     set_train_mode(state.model)
+    if not state.train_mode:
+        set_eval_layers(state.module)
     for step, batch in enumerate(loader, log.first_step):
         for schedule in schedules:
             schedule.step_update(state.num_updates)

@@ -18,7 +18,7 @@ import datasets
 import models
 import models_evit
 from augment import SMALL_IMAGE
-from checkpoints import flags_of, read_checkpoint
+from checkpoints import flags_of, read_checkpoint, split_address
 from utils import UserError, escaped, is_utf8, regular_file
 
 MOST_WORDS, MOST_RECIPES = 10_000, 100  # of a command line
@@ -207,21 +207,24 @@ SHAPES = {
     # the updates: loss, optimizer, schedules, and what is trained
     "updates": _names("""
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
-        sched warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power lr_noise
-        lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
+        sched sched_on_epochs warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power
+        lr_noise lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
         distill_on_class_token drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
-        max_skipped_steps compile deterministic
+        max_skipped_steps compile deterministic train_mode
     """),
     # nothing that a resumed run would not check by itself: free to change on resume
     "nothing": _names("""
         output_dir overwrite resume finetune pretrained head_init_scale early_stop dry_run log_wandb eval
         eval_interval log_interval num_workers pin_mem device amp augment checkpoint_minutes data_path ram_cache
         teacher_cache teacher_path teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs
-        allow_class_mismatch stop_timeout
+        allow_class_mismatch stop_timeout start_epoch nb_classes
     """),
-    # accepted so that original command lines work, without effect
-    "original": _names("dist_eval distributed world_size dist_url cooldown_epochs patience_epochs"),
+    # accepted so that original command lines work, without effect; or refused, with the tool that does it
+    "original": _names("""
+        dist_eval distributed world_size dist_url local_rank cooldown_epochs patience_epochs resplit n_visualization
+        test_speed only_test_speed visualize_mask
+    """),
 }
 FREE_ON_RESUME = {*SHAPES["nothing"], *SHAPES["original"]}
 TRAINED = (*SHAPES["model"], *SHAPES["adjustable"], *SHAPES["evaluation"])  # what an evaluation takes from a checkpoint
@@ -289,6 +292,7 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
+    ("start_epoch", lambda args: not args.resume, "a run that does not resume a checkpoint"),
     ("warmup_lr", lambda args: args.warmup_epochs > 0, "--warmup-epochs"),
     ("lr_noise_pct lr_noise_std", lambda args: bool(args.lr_noise), "--lr-noise"),
     ("momentum", _optimizer_has("momentum"), "another --opt"),
@@ -320,6 +324,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="checkpoint (file or https address) to resume, or to evaluate; auto: the newest here",
     )
+    start = "first epoch of a run that resumes no checkpoint; schedules and views are those of that epoch"
+    add("--start-epoch", type=_NATURAL, default=0, metavar="N", help=start)
     add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
     overdue = "seconds after a stop signal without an update until the run saves the last one and ends anyway"
     add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
@@ -347,10 +353,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="torch.compile model and teacher, on a GPU the augmentation too",
     )
     add("--deterministic", action=_SWITCH, default=False, help="bitwise reproducible CUDA kernels (slower)")
-    for name in ("--dist-eval", "--distributed"):
-        add(name, action="store_true", help="accepted for original command lines; always the case")
-    for name in ("--world-size", "--dist-url"):
-        add(name, help="accepted for original command lines; the launcher's environment decides")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -362,9 +364,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-kwargs", **extra, help="more keyword arguments of timm's model")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
+    mode = "train in training mode; --no-train-mode: without dropout, stochastic depth and new batch statistics, as "
+    mode += "the original implementations fine-tune DeiT and EViT (but not DeiT III)"
+    add("--train-mode", action=_SWITCH, default=True, help=mode)
     add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
-    finetune = "start from the weights of this checkpoint (file or https address)"
+    finetune = "start from the weights of this checkpoint (file or https address); see --no-train-mode"
     add("--finetune", type=path_name, default="", help=finetune)
     add("--head-init-scale", type=_POSITIVE, metavar="S", help="multiply the weights of a new head by S; default: 1")
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
@@ -394,7 +399,9 @@ def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     rates = "share of the patches to keep, or one share per layer: 0.7,0.7,0.5; default 0.7"
     add("--base-keep-rate", type=keep_rates, metavar="RATE", help=rates)
     add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default 3,6,9")
-    add("--fuse-token", action=_SWITCH, default=None, help="fuse the dropped patches into one token; default: yes")
+    fuse = "fuse the dropped patches into one token; default: yes, as in the original training scripts (the flag "
+    fuse += "itself is off by default there)"
+    add("--fuse-token", action=_SWITCH, default=None, help=fuse)
     start = "first epoch that drops patches; default 10 (the paper from scratch; for fine-tuning it has 0)"
     add("--shrink-start-epoch", type=_NATURAL, help=start)
     epochs = "epochs in which the keep rate falls from 1; default 0 (the paper for fine-tuning; from scratch 100)"
@@ -415,6 +422,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     label = columns.format("label", "a field of the json files; default: the cls files")
     add("--label-column", metavar="NAME", help=f"column of the classes, for csv/, {label}")
     add("--num-classes", type=_COUNT, help="number of classes; default: what the data say")
+    add("--nb-classes", type=_COUNT, metavar="N", help="refuse data that have another number of classes than N")
     held_out = "hold out this share of each class as validation data, if a folder has no val/ or a CSV file no splits"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     upright = "turn photos in folders and CSV files as their EXIF orientation says; default: as stored, like timm"
@@ -439,7 +447,9 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's augmentation; same as --aa 3a")
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
-    add("--repeated-aug", action=_SWITCH, default=True, help="three views of each of a third of the images per epoch")
+    repeated = "train on three views of each of a third of the images per epoch; on one process, too, where DeiT has a "
+    repeated += "plain sampler: the three are then in one batch, and an epoch of small data has few different images"
+    add("--repeated-aug", action=_SWITCH, default=True, help=repeated)
     balanced = "draw equally many images of each class in an epoch; those of small classes come several times"
     add("--class-balanced", action=_SWITCH, default=False, help=balanced)
     add("--reprob", type=_RATE, default=0.25, help="probability of random erasing")
@@ -454,6 +464,15 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the same views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
+
+
+def _schedule(text: str) -> str:
+    """An argparse type: a name in `SCHEDULES`."""
+    if text == "plateau":  # the original implementation gives it no metric, so it fails after the first epoch
+        raise argparse.ArgumentTypeError("plateau follows a metric; use --sched step, or --early-stop N to end a run")
+    if text not in SCHEDULES:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is unknown; use one of {', '.join(SCHEDULES)}")
+    return text
 
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
@@ -471,7 +490,11 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     scaling = "multiply --lr by (effective batch / 512), its square root, or 1"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
-    add("--sched", choices=SCHEDULES, default="cosine", help="learning-rate schedule")
+    names = ", ".join(SCHEDULES)
+    add("--sched", type=_schedule, default="cosine", metavar="NAME", help=f"learning-rate schedule: {names}")
+    clock = "change the learning rate once after each epoch, as the original implementation (epochs 0 and 1 both have "
+    clock += "--warmup-lr); default: before each update"
+    add("--sched-on-epochs", action=_SWITCH, default=False, help=clock)
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
     floor = "learning rate at the end of the schedule; step, multistep and constant have none"
@@ -481,8 +504,6 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="when --sched multistep decays")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of a decay, for --sched step and multistep")
     add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 falls linearly")
-    for name in ("--cooldown-epochs", "--patience-epochs"):
-        add(name, type=_NATURAL, default=10, help="accepted for original command lines; without effect")
     add("--lr-noise", type=_RATE, nargs="+", help="part of the schedule, from (to), with a noisy learning rate")
     add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="limit of the noise")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
@@ -513,6 +534,26 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)
 
 
+def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only command lines of the original implementations have; `_check_original` refuses some of it."""
+    add = parser.add_argument_group("flags of the original command lines").add_argument
+    same = {"default": argparse.SUPPRESS}  # the default is that of the flag itself
+    add("--batch", dest="batch_size", type=_COUNT, **same, help="same as --batch-size")
+    add("--dr", dest="decay_rate", type=_POSITIVE, **same, help="same as --decay-rate")
+    add("--eval-gap", dest="eval_interval", type=_COUNT, **same, help="same as --eval-interval")
+    for name in ("--dist-eval", "--distributed"):
+        add(name, action="store_true", help="accepted without effect: always the case")
+    for name in ("--world-size", "--dist-url", "--local-rank"):
+        add(name, help="accepted without effect: the launcher's environment decides")
+    for name in ("--cooldown-epochs", "--patience-epochs"):
+        add(name, type=_NATURAL, default=10, help="accepted without effect, as in the original implementation")
+    add("--resplit", action="store_true", help="accepted without effect, as in the original implementation")
+    for name in ("--test-speed", "--only-test-speed"):
+        add(name, action="store_true", help="refused: python -m tools.speed_test measures the speed")
+    add("--visualize-mask", action="store_true", help="refused: python -m tools.visualize_tokens draws the patches")
+    add("--n-visualization", type=_COUNT, default=128, help="number of images of --visualize-mask")
+
+
 def _epoch_range(text: str) -> range:
     """`0:30` -> range(0, 30)."""
     first, _, end = text.partition(":")
@@ -533,6 +574,7 @@ def get_parser(**options: Any) -> Parser:
     _add_augmentation_arguments(parser)
     _add_optimization_arguments(parser)
     _add_distillation_arguments(parser)
+    _add_original_arguments(parser)
     return parser
 
 
@@ -644,6 +686,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError
     """
+    _check_original(args)
     automatic = args.resume == "auto"
     if automatic and (args.eval or args.overwrite):
         raise UserError(f"--resume auto: resumes a run; {'--eval' if args.eval else '--overwrite'} does not fit")
@@ -688,6 +731,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--sched multistep: has no epochs to decay at; add --decay-milestones EPOCH ...")
     if args.decay_milestones and args.sched != "multistep":
         raise UserError(f"--decay-milestones: --sched {args.sched} has none; use --sched multistep, or drop them")
+    _check_numbers(args)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that do not fit together, and too many of them."""
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
         raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
@@ -695,6 +743,29 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; use a lower one")
+
+
+def _check_original(args: argparse.Namespace) -> None:
+    """Refuse, before anything is read or submitted, what a tool does, and addresses without a hash."""
+    values, defaults = vars(args), vars(parse_args([]))
+    if args.test_speed or args.only_test_speed:
+        tool = ["speed_test", "--models", args.model, "--input-size", str(args.input_size[0])]
+        rates = () if args.base_keep_rate is None else ("--keep-rates", str(args.base_keep_rate))
+        _refuse_for_a_tool("--test-speed" if args.test_speed else "--only-test-speed", [*tool, *rates])
+    if args.visualize_mask:
+        names = ("resume", "model", "base_keep_rate", "fuse_token", "drop_loc", "data_set", "data_path")
+        given = [_words(name, values[name], "") for name in names if values[name] != defaults[name]]
+        tool = ["visualize_tokens", "--num-images", str(args.n_visualization)]
+        _refuse_for_a_tool("--visualize-mask", sum(given, tool))
+    for name in ("resume", "finetune", "teacher_path"):
+        if "://" in values[name]:
+            split_address(values[name], spelled(name))
+
+
+def _refuse_for_a_tool(flag: str, words: Sequence[str]) -> NoReturn:
+    raise UserError(f"{flag}: main.py only trains and evaluates; run python -m tools.{shlex.join(words)}")
 
 
 def without_effect(args: argparse.Namespace) -> list[str]:

@@ -221,14 +221,12 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
     precision = str(run.amp_dtype or torch.float32).removeprefix("torch.")
     images = f"{len(run.train)} training and {len(run.val)} validation images"
     updates = f"{loader.updates_per_epoch} updates of {loader.images_per_update} images"
-    for title, text in {
-        "model": f"{args.model}: {size:.2f} M parameters{part}{cost} at {height} x {width} px",
-        "data": f"{' '.join(filter(None, (args.data_set, args.data_path)))}: {images}, {run.train.num_classes} classes",
-        "device": f"{run.world.size} x {device.type} ({name}), {precision}",
-        "training": f"{args.epochs} epochs of {updates}",
-        "output": args.output_dir or "none",
-    }.items():
-        logger.info("%-8s  %s", title, text)
+    logger.info("model     %s: %.2f M parameters%s%s at %d x %d px", args.model, size, part, cost, height, width)
+    data = " ".join(filter(None, (args.data_set, args.data_path)))
+    logger.info("data      %s: %s, %d classes", data, images, run.train.num_classes)
+    logger.info("device    %d x %s (%s), %s", run.world.size, device.type, name, precision)
+    logger.info("training  %d epochs of %s", args.epochs, updates)
+    logger.info("output    %s", args.output_dir or "none")
     if len(run.train) < engine.FEW_IMAGES and not (args.pretrained or args.finetune or args.resume):
         logger.warning(
             "%d images are too few to train %s from scratch; start from --pretrained, or --finetune FILE",
@@ -358,6 +356,7 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
     state = engine.build_state(run.model, trained, options, loader.images_per_batch, shape, run.amp_dtype, world)
     schedules = engine.build_schedules(state, loader.updates_per_epoch, fill(engine.ScheduleOptions, args))
     about = describe_run(run, loader)
+    state.start_at(args.start_epoch, loader.updates_per_epoch)
     if args.resume:
         resume(args, state, loader, about)
     announce(run, loader, macs)

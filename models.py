@@ -570,6 +570,12 @@ def freeze(model: nn.Module, scope: str) -> None:
         raise UserError("--train-scope attn: this model has no attention layers; use --train-scope head or all")
 
 
+def set_eval_layers(model: nn.Module) -> None:
+    """Evaluation mode, so no dropout; only a model that is distilled stays in training mode itself, for both heads."""
+    model.eval()
+    model.training = bool(getattr(model, "distilled_training", False))
+
+
 def set_train_mode(module: nn.Module) -> None:
     """Training mode, except for parts whose parameters are all frozen: their batch statistics stay as they are."""
     parameters = list(module.parameters())

@@ -30,13 +30,17 @@ def get_parser() -> flags.Parser:
     add("--ngpus", type=natural, default=8, help="GPUs, and as many processes, per machine; 0 for a CPU job")
     add("--tasks-per-node", type=count, help="processes per machine; default: one per GPU, one for a CPU job")
     add("--cpus-per-task", type=count, default=10, help="CPUs per process")
-    add("--mem-gb", type=count, help="memory per machine; default: the cluster's")
+    memory = "GB of memory per machine; default: the cluster's (the original implementation asks for 40 per GPU)"
+    add("--mem-gb", type=count, help=memory)
+    add("--job-name", default="deit", help="name of the job in SLURM")
     add("--timeout", type=count, default=2800, help="minutes")
     add("--signal-delay", type=count, default=120, help="seconds before the time-out in which the run saves and asks "
         "to be queued again")  # fmt: skip
     add("--max-timeouts", type=natural, default=100, help="times that it may time out and be queued again")
     add("--partition", help="SLURM partition")
     add("--constraint", help="SLURM constraint, for example a kind of GPU")
+    volta = {"dest": "constraint", "action": "store_const", "const": "volta32gb"}
+    add("--use-volta32", **volta, help="same as --constraint volta32gb")
     add("--comment", help="SLURM comment")
     add("--job-dir", default="jobs", help="folder of all jobs; it must be visible to all machines")
     return parser
@@ -99,7 +103,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     flags.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
     if args.cluster != "slurm" and args.nodes != 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
-    for name in ("job_dir", "partition", "constraint", "comment"):  # they become lines of a script
+    for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # they become lines of a script
         if not (getattr(args, name) or "").isprintable():
             raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
     # A relative folder would mean another place on another machine.
@@ -113,7 +117,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
         raise UserError(f"--cluster {args.cluster}: {error}; use --cluster local for this machine") from None
     slurm = {"partition": args.partition, "constraint": args.constraint, "comment": args.comment}
     executor.update_parameters(
-        name="deit",
+        name=args.job_name,
         nodes=args.nodes,
         tasks_per_node=args.tasks_per_node or max(1, args.ngpus),
         gpus_per_node=args.ngpus,

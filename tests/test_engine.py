@@ -377,6 +377,28 @@ def test_fused_optimisers_are_taken_and_make_the_same_updates(name, reference):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # Adam divides by gradients of about zero
 
 
+def test_fusedlamb_makes_the_updates_of_apex_computed_by_hand():
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(model, "fusedlamb", lr=0.1, weight_decay=0.02, eps=1e-8)
+    values = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    moments = {name: (np.zeros_like(value), np.zeros_like(value)) for name, value in values.items()}
+    generator = np.random.default_rng(0)
+    for step in (1, 2, 3):
+        gradients = {name: generator.normal(size=value.shape) * step for name, value in values.items()}
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.tensor(gradients[name], dtype=torch.float32)
+        optimizer.step()
+        norm = max(1.0, math.sqrt(sum((gradient**2).sum() for gradient in gradients.values())))  # of all, clipped to 1
+        for name, value in values.items():
+            gradient, (m, v), decay = gradients[name] / norm, moments[name], 0.02 if name == "weight" else 0
+            moments[name] = m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            update = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8) + decay * value
+            trust = np.linalg.norm(value) / np.linalg.norm(update) if decay else 1
+            values[name] = value - 0.1 * trust * update
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.detach().numpy(), values[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name, fused", [("lookahead_adamw", True), ("lamb", False), ("radam", False)])
 def test_optimisers_of_every_kind_can_be_built(name, fused):
     model = build_deit()
@@ -514,7 +536,8 @@ def test_the_state_of_another_optimizer_is_refused(written, read, named):
 
 
 @pytest.mark.parametrize(
-    "written, read", [("nesterov", "SGD"), ("AdamW", "adamw"), ("lookahead_adamw", "Lookahead_AdamW")]
+    "written, read",
+    [("nesterov", "SGD"), ("AdamW", "adamw"), ("lookahead_adamw", "Lookahead_AdamW"), ("fusedlamb", "lamb")],
 )
 def test_two_names_of_an_optimizer_are_one(written, read):
     model = build_deit()
