@@ -20,10 +20,10 @@ from flags import FREE_ON_RESUME, parse_args
 NAME = "deit_tiny_distilled_patch16_224"
 RATE, DECAY, BETAS, EPS, EMA = 1e-3, 0.05, (0.9, 0.999), 1e-8, 0.9
 FLAGS = [*tiny.PLAIN, "--epochs", "8", "--lr", "8e-3", "--warmup-epochs", "2", "--model-ema-decay", str(EMA)]
-# Of timm's VisionTransformer in each version: the parameters of the model itself, in order, and those never decayed.
+# Of the original's distilled models: the parameters of the model itself, in order, and those that never decay.
 VERSIONS = {
-    "timm 0.3.2": (["cls_token", "pos_embed", "dist_token"], {"cls_token", "pos_embed"}),
-    "timm 0.4.12": (["cls_token", "dist_token", "pos_embed"], {"cls_token", "pos_embed", "dist_token"}),
+    "DeiT, timm 0.3.2": (["cls_token", "pos_embed", "dist_token"], {"cls_token", "pos_embed"}),
+    "EViT, timm 0.4.12": (["cls_token", "dist_token", "pos_embed"], {"cls_token", "pos_embed", "dist_token"}),
 }
 
 
@@ -46,7 +46,7 @@ def args_of(**changes):
     return argparse.Namespace(**args | {"lr": scaled, "world_size": 2, "distributed": True, "nb_classes": 10} | changes)
 
 
-def write_original(path, version="timm 0.3.2", epoch=4, weight_decay=DECAY, seed=0):
+def write_original(path, version="DeiT, timm 0.3.2", epoch=4, weight_decay=DECAY, seed=0):
     """What the original code saves: a model in its own order, AdamW after two steps of known gradients, averages.
 
     Returns:
