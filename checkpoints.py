@@ -603,7 +603,7 @@ def as_ours(
     own = [[name_of[id(each)] for each in group["params"]] for group in optimizer.param_groups]
     try:
         groups, saved = checkpoint["optimizer"]["param_groups"], checkpoint["optimizer"]["state"]
-        epoch, flags = checkpoint["epoch"], _our_flags(flags_of(checkpoint))
+        epoch, flags = checkpoint["epoch"], flags_of(checkpoint)
         if not (isinstance(epoch, int) and epoch >= 0):
             raise ValueError(f"epoch is {epoch}")
         names = _original_order(list(weights_of(checkpoint, "--resume", path)), groups, module)
@@ -627,7 +627,7 @@ def as_ours(
         raise _no_state(path, error) from None
     logger.warning(
         "%s is of the original implementation: the run continues with epoch %d, but not bitwise as it would there%s",
-        *(path, epoch + 1, _not_here(flags_of(checkpoint))),
+        *(path, epoch + 1, _not_here(flags)),
     )
     return checkpoint | {
         "optimizer": {"state": state, "param_groups": groups},
@@ -675,6 +675,8 @@ def _our_flags(args: Mapping[str, Any]) -> dict[str, Any]:
         flags["drop_loc"] = [int(layer) for layer in re.findall(r"\d+", str(flags["drop_loc"]))]
     if flags.get("data_set") == "CIFAR":
         flags["data_set"] = "CIFAR100"
+    if str(flags.get("data_set")).startswith("INAT"):
+        flags["inat_numbering"] = "original"
     if flags.get("ThreeAugment"):
         flags["aa"] = "3a"
     flags["train_scope"] = "attn" if flags.get("attn_only") else "all"
@@ -682,7 +684,7 @@ def _our_flags(args: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("distributed") is False:  # one process draws every image once
         flags["repeated_aug"] = False
     numbers = [flags.get(name) for name in ("lr", "batch_size", "world_size")]
-    if flags["lr_scaling"] == "linear" and all(_is_number(number) and number > 0 for number in numbers):
+    if flags["lr_scaling"] == "linear" and all(_is_number(each) and 0 < each < 2**53 for each in numbers):
         rate, *images = numbers
         flags["lr"] = float(f"{rate * 512 / math.prod(images):.12g}")  # it is stored as scaled
     usual = {"base_keep_rate": 0.7, "drop_loc": [3, 6, 9], "fuse_token": True}
@@ -773,13 +775,15 @@ def _fetch_file(url: str, path: Path, published: str) -> None:
 
 
 def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of the run that wrote a checkpoint, ours or the original implementation's, as JSON has them.
+    """The flags of the run that wrote a checkpoint, as JSON has them; {} if it does not say.
 
-    {} if it does not say.
+    Those of the original implementation have the names and forms that they have here.
     """
     args = checkpoint.get("args")
+    is_original = isinstance(args, argparse.Namespace) and hasattr(args, "nb_classes")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return _as_json(args) if isinstance(args, Mapping) else {}
+    flags = _as_json(args) if isinstance(args, Mapping) else {}
+    return _our_flags(flags) if is_original else flags
 
 
 def class_names_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:

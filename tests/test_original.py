@@ -1,4 +1,4 @@
-"""Training states of the original DeiT and EViT code: what it saves after an epoch is continued with the next one."""
+"""The original DeiT and EViT code: its training states are continued, and its views are ours."""
 
 import argparse
 import contextlib
@@ -11,11 +11,17 @@ import timm
 import tiny
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torchvision import transforms
 
 import checkpoints
+import datasets
 import engine
 import main
-from flags import FREE_ON_RESUME, parse_args
+from augment import ViewOptions
+from flags import FREE_ON_RESUME, parse_args, parse_command
+from samplers import seed_generators
 
 NAME = "deit_tiny_distilled_patch16_224"
 RATE, DECAY, BETAS, EPS, EMA = 1e-3, 0.05, (0.9, 0.999), 1e-8, 0.9
@@ -226,6 +232,13 @@ def test_its_flags_are_compared_in_the_form_that_they_have_here(tmp_path, caplog
     assert "--cosub cannot be continued" in caplog.text
 
 
+@pytest.mark.parametrize("data, words", [("CIFAR", ("CIFAR100", "id")), ("INAT", ("INAT", "original"))])
+def test_an_evaluation_has_the_classes_of_the_original(data, words, tmp_path):
+    torch.save({"model": {}, "args": args_of(data_set=data)}, tmp_path / "x.pth")
+    args = parse_command(["--eval", "--resume", str(tmp_path / "x.pth")])
+    assert (args.data_set, args.inat_numbering) == words
+
+
 def without(mapping, key):
     return {name: value for name, value in mapping.items() if name != key}
 
@@ -303,3 +316,37 @@ def test_other_files_are_left_as_they_are():
     ours = state.state_dict([])
     for checkpoint in (ours, {"model": ours["model"]}, {"state_dict": ours["model"], "optimizer": {}, "epoch": 3}):
         assert checkpoints.as_ours(checkpoint, state.module, state.optimizer, "x.pth", 22) is checkpoint
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+
+def original_transform(size, is_training):
+    """DeiT's `build_transform` at its defaults."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if not is_training:
+        resize = [transforms.Resize(int(size / 0.875), 3), transforms.CenterCrop(size)] if size > 32 else []
+        return transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    recipe = {"color_jitter": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
+    erasing = {"re_prob": 0.25, "re_mode": "pixel", "re_count": 1}
+    transform = create_transform(size, is_training=True, **recipe, **erasing)
+    if size <= 32:
+        transform.transforms[0] = transforms.RandomCrop(size, padding=4)
+    return transform
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("size", [224, 32])
+def test_views_are_bitwise_those_of_the_original(size, is_training):
+    build = datasets.build_train_transform if is_training else datasets.build_eval_transform
+    ours = build(ViewOptions(input_size=(size, size)), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    theirs, generator = original_transform(size, is_training), np.random.default_rng(0)
+    shape = (80, 110, 3) if size > 32 else (32, 32, 3)
+    views = []
+    for key in range(20):
+        image = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+        for transform in (ours, theirs):
+            seed_generators(key)
+            views.append(transform(image))
+        assert torch.equal(*views[-2:])
+    assert views[0].shape == (3, size, size) and not torch.equal(views[0], views[2])
