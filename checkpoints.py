@@ -7,6 +7,7 @@ import collections
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -441,12 +442,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, A
             parameter, example = examples[index]
             state[index] = _fitted_state(state[index], parameter, example, f"optimizer.state.{index}")
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
-        why = f"has no {error}" if isinstance(error, LookupError) else reason(error)
-        raise UserError(
-            f"--resume {path}: has no training state that fits ({why}); start from its weights with --finetune, or "
-            f"pass the --opt and --train-scope it was trained with"
-        ) from None
+        raise _no_state(path, error) from None
     return {"state": state, "param_groups": groups}
+
+
+def _no_state(path: str, error: Exception) -> UserError:
+    """The user's mistake of a checkpoint whose training state raises this."""
+    why = f"has no {error}" if isinstance(error, LookupError) else reason(error)
+    return UserError(
+        f"--resume {path}: has no training state that fits ({why}); start from its weights with --finetune, or pass "
+        f"the --opt and --train-scope it was trained with"
+    )
 
 
 def _check_counters(checkpoint: Mapping[str, Any]) -> None:
@@ -572,6 +578,126 @@ def _fitted(value: Any, example: Any, name: str) -> Any:
     raise ValueError(f"{name} is a {type(value).__name__}, not a {type(example).__name__}")
 
 
+# -- training states of the original implementation --------------------------------------------------------------------
+
+
+def as_ours(
+    checkpoint: dict[str, Any], module: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str, updates: int
+) -> dict[str, Any]:
+    """A training state of the original DeiT or EViT code as `TrainState.resume` takes it; any other as it is.
+
+    There, `epoch` is the last one finished, and the optimizer's state is by the position of a parameter in the groups
+    of an earlier timm.
+
+    Args:
+        module, optimizer: those of this run.
+        updates: optimizer updates in an epoch of this run.
+
+    Raises:
+        UserError: if the state of the optimizer is not of these parameters.
+    """
+    is_state = {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys()
+    if not is_state or checkpoint.keys() & {"progress", "run", "step"}:
+        return checkpoint
+    name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+    own = [[name_of[id(each)] for each in group["params"]] for group in optimizer.param_groups]
+    try:
+        groups, saved = checkpoint["optimizer"]["param_groups"], checkpoint["optimizer"]["state"]
+        epoch, flags = checkpoint["epoch"], flags_of(checkpoint)
+        if not (isinstance(epoch, int) and epoch >= 0):
+            raise ValueError(f"epoch is {epoch}")
+        names = _original_order(list(weights_of(checkpoint, "--resume", path)), groups, module)
+        unknown = saved.keys() - range(len(names))
+        if unknown:
+            raise ValueError(f"optimizer.state has {min(map(str, unknown))}, which is no parameter")
+        state_of = {name: saved[place] for place, name in enumerate(names) if place in saved}
+        order = [name for members in own for name in members]
+        for name, (_, example) in zip(order, _examples(optimizer), strict=True):
+            # Without a teacher, the second head has no gradient.
+            if example and not state_of.get(name) and not name.startswith("head_dist."):
+                raise ValueError(f"optimizer.state has nothing of {name}")
+        ends = list(itertools.accumulate(map(len, own)))
+        groups = [
+            dict(groups[max(number - len(own), -len(groups))]) | {"params": list(range(end - len(members), end))}
+            for number, (members, end) in enumerate(zip(own, ends, strict=True))
+        ]
+        state = {place: state_of[name] for place, name in enumerate(order) if name in state_of}
+        scaler = dict(checkpoint.get("scaler") or {})
+    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _no_state(path, error) from None
+    logger.warning(
+        "%s is of the original implementation: the run continues with epoch %d, but not bitwise as it would there%s",
+        *(path, epoch + 1, _not_here(flags)),
+    )
+    return checkpoint | {
+        "optimizer": {"state": state, "param_groups": groups},
+        "scaler": scaler,
+        "epoch": epoch + 1,
+        "step": (epoch + 1) * updates,
+        "progress": None,
+        "best_acc1": -1.0,  # it is not stored there
+        "args": flags,
+        "run": {"processes": flags.get("world_size"), "precision": str(torch.float16)},
+    }
+
+
+def _original_order(weights: Sequence[str], groups: Sequence[Mapping[str, Any]], module: torch.nn.Module) -> list[str]:
+    """The names of the parameters in the order of the original implementation's optimizer.
+
+    Args:
+        weights: names of the model's tensors there, in the order of its `state_dict`, which is that of its parameters.
+        groups: of the optimizer: one, or the parameters without weight decay and the others.
+
+    Raises:
+        ValueError: if these are no groups of these parameters.
+    """
+    parameters = dict(module.named_parameters())
+    trained = [name for name in weights if name in parameters and parameters[name].requires_grad]
+    sizes = [len(group["params"]) for group in groups]
+    if [place for group in groups for place in group["params"]] != list(range(len(trained))):
+        raise ValueError(f"the optimizer has {sum(sizes)} parameters, not {len(trained)}")
+    if len(sizes) == 1:
+        return trained
+    listed = set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()
+    for exempt in (listed, listed - {"dist_token"}):  # with timm 0.3.2, DeiT's distillation token decays
+        bare = [n for n in trained if parameters[n].ndim == 1 or n.endswith(".bias") or n in exempt]
+        if sizes == [len(bare), len(trained) - len(bare)]:
+            return bare + [name for name in trained if name not in bare]
+    raise ValueError(f"{sizes[0]} parameters without weight decay, not {len(bare)}")
+
+
+def _our_flags(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags of the original implementation under the names and in the form that they have here."""
+    flags = dict(args)
+    if isinstance(flags.get("input_size"), int):
+        flags["input_size"] = [flags["input_size"]]
+    if "drop_loc" in flags:
+        flags["drop_loc"] = [int(layer) for layer in re.findall(r"\d+", str(flags["drop_loc"]))]
+    if flags.get("data_set") == "CIFAR":
+        flags["data_set"] = "CIFAR100"
+    if str(flags.get("data_set")).startswith("INAT"):
+        flags["inat_numbering"] = "original"
+    if flags.get("ThreeAugment"):
+        flags["aa"] = "3a"
+    flags["train_scope"] = "attn" if flags.get("attn_only") else "all"
+    flags["lr_scaling"] = "none" if flags.get("unscale_lr") else "linear"
+    if flags.get("distributed") is False:  # one process draws every image once
+        flags["repeated_aug"] = False
+    numbers = [flags.get(name) for name in ("lr", "batch_size", "world_size")]
+    if flags["lr_scaling"] == "linear" and all(_is_number(each) and 0 < each < 2**53 for each in numbers):
+        rate, *images = numbers
+        flags["lr"] = float(f"{rate * 512 / math.prod(images):.12g}")  # it is stored as scaled
+    usual = {"base_keep_rate": 0.7, "drop_loc": [3, 6, 9], "fuse_token": True}
+    usual |= {"shrink_start_epoch": 10, "shrink_epochs": 0}
+    return flags | {name: None for name, value in usual.items() if flags.get(name) == value}  # our defaults are None
+
+
+def _not_here(args: Mapping[str, Any]) -> str:
+    """What the flags of the original implementation ask for that there is not here, as the end of a sentence."""
+    lost = [f"--{name}" for name in ("cosub", "src") if args.get(name)]
+    return f"; {' and '.join(lost)} cannot be continued" if lost else ""
+
+
 # -- downloads ---------------------------------------------------------------------------------------------------------
 
 
@@ -664,13 +790,15 @@ def _fetch_file(url: str, path: Path, published: str) -> None:
 
 
 def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of the run that wrote a checkpoint, ours or the original implementation's, as JSON has them.
+    """The flags of the run that wrote a checkpoint, as JSON has them; {} if it does not say.
 
-    {} if it does not say.
+    Those of the original implementation have the names and forms that they have here.
     """
     args = checkpoint.get("args")
+    is_original = isinstance(args, argparse.Namespace) and hasattr(args, "nb_classes")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return _as_json(args) if isinstance(args, Mapping) else {}
+    flags = _as_json(args) if isinstance(args, Mapping) else {}
+    return _our_flags(flags) if is_original else flags
 
 
 def class_names_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ class DataOptions:
     data_set: str = "IMNET"  # one of `NAMES`, or timm's name with a scheme such as `hfds/`
     data_path: str | None = None  # CIFAR, FLOWERS and `torch/` default to ./data
     inat_category: str = "name"  # the level of iNaturalist's taxonomy to classify
+    inat_numbering: str = "id"  # of its classes: by category "id", or "original": by first appearance in train
     train_split: str = "train"  # of a CSV file with a column "split", or a timm data set
     val_split: str = "validation"  # likewise
     image_column: str | None = None  # of a CSV file or timm's data sets other than `torch/`; None: the usual names
@@ -151,8 +152,8 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         "FLOWERS": lambda: _flowers(root, local_rank),
         "CARS": lambda: _cars(root),
         "PACKED": lambda: _packed(root),
-        "INAT": lambda: _inaturalist(root, 2018, options.inat_category),
-        "INAT19": lambda: _inaturalist(root, 2019, options.inat_category),
+        "INAT": lambda: _inaturalist(root, 2018, options),
+        "INAT19": lambda: _inaturalist(root, 2019, options),
     }
     return _upright(readers[name](), options)
 
@@ -514,13 +515,15 @@ def _packed(root: Path) -> tuple[Source, Source]:
     )
 
 
-def _inaturalist(root: Path, year: int, category: str) -> tuple[Source, Source]:
+def _inaturalist(root: Path, year: int, options: DataOptions) -> tuple[Source, Source]:
     """iNaturalist 2018 or 2019 from its official files: `{train,val}YEAR.json`, `categories.json` and the images."""
     train, val = (_read_json(root, f"{part}{year}.json") for part in ("train", "val"))
     try:
         has_taxonomy = (root / "categories.json").exists()
         categories = _read_json(root, "categories.json") if has_taxonomy else train["categories"]
-        class_of, names = _classes_of_categories(root, categories, category)
+        first = train["annotations"] if options.inat_numbering == "original" else ()
+        order = list(dict.fromkeys(note["category_id"] for note in first))
+        class_of, names = _classes_of_categories(root, categories, options.inat_category, order)
         return _annotated(root, train, class_of, names), _annotated(root, val, class_of, names)
     except (LookupError, TypeError, AttributeError, UnicodeError) as error:
         raise UserError(
@@ -541,9 +544,9 @@ def _read_json(root: Path, name: str) -> Any:
 
 
 def _classes_of_categories(
-    root: Path, categories: list[dict[str, Any]], level: str
+    root: Path, categories: list[dict[str, Any]], level: str, order: Sequence[int] = ()
 ) -> tuple[dict[int, int], Sequence[str]]:
-    """Category id -> class, and the classes' names: numbered as they first appear by ascending id."""
+    """Category id -> class, and the classes' names: numbered as they first appear in `order`, or by ascending id."""
     if not all(isinstance(entry, dict) for entry in categories):
         raise TypeError("categories that are no dictionaries")
     if any(level not in entry for entry in categories):
@@ -553,7 +556,7 @@ def _classes_of_categories(
         )
     named = {entry.get("id", number): entry[level] for number, entry in enumerate(categories)}
     class_index: dict[str, int] = {}
-    class_of = {number: class_index.setdefault(named[number], len(class_index)) for number in sorted(named)}
+    class_of = {number: class_index.setdefault(named[number], len(class_index)) for number in order or sorted(named)}
     return class_of, list(class_index)
 
 

@@ -193,8 +193,8 @@ SHAPES = {
     "tokens": _names("base_keep_rate drop_loc fuse_token shrink_start_epoch shrink_epochs"),
     # the images and classes that a checkpoint is evaluated on
     "evaluation": _names("""
-        data_set data_path inat_category train_split val_split val_fraction upright image_column label_column
-        num_classes eval_crop_ratio
+        data_set data_path inat_category inat_numbering train_split val_split val_fraction upright image_column
+        label_column num_classes eval_crop_ratio
     """),
     # the training views; the batch size only with Mixup
     "views": _names("""
@@ -289,7 +289,7 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("train_interpolation", lambda args: args.train_interpolation != "random" or _is_large(args), "random crops"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
     ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
-    ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
+    ("inat_category inat_numbering", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
     ("start_epoch", lambda args: not args.resume, "a run that does not resume a checkpoint"),
@@ -414,6 +414,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-set", default="IMNET", help=datasets.KNOWN_NAMES)
     add("--data-path", type=path_name, help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", help="level of iNaturalist's taxonomy")
+    order = "number iNaturalist's classes by category id; original: by first appearance in the training annotations"
+    add("--inat-numbering", choices=("id", "original"), default="id", help=order)
     add("--train-split", default="train", help="name of the training split, for CSV files and timm's data sets")
     add("--val-split", default="validation", help="name of the validation split, for CSV files and timm's data sets")
     columns = "hfds/, hfids/ and tfds/; default: {}; for wds/ {}"

@@ -235,10 +235,7 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
 
 
 def resume(
-    args: argparse.Namespace,
-    state: engine.TrainState,
-    loader: loaders.EpochLoader,
-    about: dict[str, Any],
+    args: argparse.Namespace, state: engine.TrainState, loader: loaders.EpochLoader, about: dict[str, Any]
 ) -> None:
     """Resume where `--resume` was written, and say what keeps the run from being bitwise identical.
 
@@ -249,6 +246,7 @@ def resume(
         UserError: if the checkpoint is for another model or another optimizer, or holds weights only.
     """
     checkpoint = checkpoints.read_checkpoint(args.resume, "--resume")
+    checkpoint = checkpoints.as_ours(checkpoint, state.module, state.optimizer, args.resume, loader.updates_per_epoch)
     compared = vars(parse_args([])).keys() - FREE_ON_RESUME  # a job's flags are in args as well
     changes = checkpoints.changes(checkpoint, about, compared)
     trained = checkpoints.flags_of(checkpoint)

@@ -628,6 +628,20 @@ def test_inaturalist_numbers_classes_by_ascending_id(
     assert train.images.describe(2) == str(tmp_path / f"train_val{year}" / "3" / "train2.jpg")
 
 
+@pytest.mark.parametrize(
+    ("category", "train_targets", "val_targets", "names"),
+    [
+        ("name", [0, 1, 2, 1], [2, 0], ("Vulpes vulpes", "Acer rubrum", "Lynx lynx")),
+        ("kingdom", [0, 1, 0, 1], [0, 0], ("Animalia", "Plantae")),
+    ],
+)
+def test_inaturalist_has_the_numbers_of_the_original(tmp_path, category, train_targets, val_targets, names):
+    write_inaturalist(tmp_path, 2018, True)
+    train, val = read("INAT", tmp_path, inat_category=category, inat_numbering="original")
+    assert targets_of(train) == train_targets and targets_of(val) == val_targets
+    assert train.class_names == val.class_names == names
+
+
 def test_categories_without_ids_are_numbered_from_zero(tmp_path):
     names = [{"name": name} for name in ("a", "b", "c", "d", "e", "f", "g", "h")]
     write_inaturalist(tmp_path, 2018, True, categories=names)
