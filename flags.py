@@ -209,7 +209,7 @@ SHAPES = {
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
         sched warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power lr_noise
         lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
-        distill_on_class_token drop drop_path train_scope cache_features grad_checkpointing model_ema
+        distill_on_class_token layer_decay drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
         max_skipped_steps compile deterministic
     """),
@@ -471,6 +471,8 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     scaling = "multiply --lr by (effective batch / 512), its square root, or 1"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
+    layers = "multiply the learning rate by D for each layer below the head; default: the same rate for all layers"
+    add("--layer-decay", type=_SHARE, metavar="D", help=layers)
     add("--sched", choices=SCHEDULES, default="cosine", help="learning-rate schedule")
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
