@@ -17,7 +17,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 import datasets
 import models
 import models_evit
-from augment import SMALL_IMAGE
+from augment import PADDING, SMALL_IMAGE
 from checkpoints import flags_of, read_checkpoint
 from utils import UserError, escaped, is_utf8, regular_file
 
@@ -199,7 +199,7 @@ SHAPES = {
     # the training views; the batch size only with Mixup
     "views": _names("""
         data_set image_column train_fraction val_fraction upright class_balanced seed input_size repeated_aug hflip
-        color_jitter aa train_interpolation
+        color_jitter aa src train_interpolation
         reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
     """),
     # a teacher's predictions for these views, as they are cached
@@ -235,6 +235,7 @@ ONE_VIEW = {
     "cutmix": 0,
     "cutmix_minmax": None,
     "repeated_aug": False,
+    "src": False,
     "drop": 0,
     "drop_path": 0,
 }
@@ -260,6 +261,10 @@ def _is_large(args: argparse.Namespace) -> bool:
     return max(args.input_size) > SMALL_IMAGE
 
 
+def _crops(args: argparse.Namespace) -> bool:
+    return _is_large(args) and not args.src
+
+
 def _distills(*kinds: str) -> Callable[[argparse.Namespace], bool]:
     return lambda args: args.distillation_type in kinds
 
@@ -283,7 +288,7 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("cutmix", lambda args: args.cutmix_minmax is None, "no --cutmix-minmax, which replaces it"),
     ("remode recount", lambda args: args.reprob > 0, "--reprob"),
     ("color_jitter", lambda args: args.aa in ("", "none") or "3a" in args.aa, "--aa none or 3a; policies replace it"),
-    ("train_interpolation", lambda args: args.train_interpolation != "random" or _is_large(args), "random crops"),
+    ("train_interpolation", lambda args: args.train_interpolation != "random" or _crops(args), "resized crops"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
     ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
     ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
@@ -437,6 +442,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help="strength; AutoAugment policies replace it")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
     add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's augmentation; same as --aa 3a")
+    crop = "simple random crop: resize the short side, pad 4 px by reflection, crop; instead of random resized crops"
+    add("--src", action=_SWITCH, default=False, help=crop)
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
     add("--repeated-aug", action=_SWITCH, default=True, help="three views of each of a third of the images per epoch")
@@ -693,8 +700,16 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
         raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
+    _check_views(args)
+
+
+def _check_views(args: argparse.Namespace) -> None:
+    """Refuse image sizes and crops that do not go together."""
+    size = " ".join(map(str, args.input_size))
     if len(args.input_size) > 2:
-        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
+        raise UserError(f"--input-size {size}: give one number, or height and width")
+    if args.src and (args.input_size[0] != args.input_size[-1] or args.input_size[0] <= 2 * PADDING):
+        raise UserError(f"--input-size {size}: --src crops squares above {2 * PADDING} px; give one such number")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
 

@@ -152,18 +152,18 @@ def can_pad(source: Data) -> bool:
     return np.prod(padded_size(source)) <= MOST_PADDING * areas.mean()
 
 
-def augments_on_device(source: Data, where: str, policy: str, device: torch.device) -> bool:
+def augments_on_device(source: Data, where: str, views: ViewOptions, device: torch.device) -> bool:
     """Decide whether this source's images become views in batches on the device.
 
     Args:
         where: `--augment`: "auto", "host" or "device"; "auto" is the device if it is a GPU and supports it all.
-        policy: `--aa`.
+        views: `--aa` and `--src`.
 
     Raises:
         UserError: if "device" is not possible.
     """
     if where == "auto":
-        return device.type == "cuda" and can_pad(source) and is_supported(policy)
+        return device.type == "cuda" and can_pad(source) and is_supported(views.aa, views.src)
     if where == "device" and not can_pad(source):
         raise UserError(
             "--augment device: the images are neither in memory nor packed, or of too different sizes; raise "
@@ -298,7 +298,7 @@ def build_train_loader(
         UserError: if the data do not fill one update, or cannot be augmented where `options` say.
     """
     view: View
-    if augments_on_device(source, options.augment, views.aa, world.device):
+    if augments_on_device(source, options.augment, views, world.device):
         logger.info("images are augmented on the device (--augment)")
         view = TrainAugmentation(padded_size(source), views, normalization)
     else:
@@ -369,7 +369,7 @@ def build_val_loader(
         UserError: if the data cannot be augmented where `options` say.
     """
     view: View
-    if augments_on_device(source, options.augment, views.aa, world.device):
+    if augments_on_device(source, options.augment, views, world.device):
         view = EvalTransform(padded_size(source), views, normalization)
     else:
         view = build_eval_transform(views, normalization)
