@@ -209,7 +209,7 @@ SHAPES = {
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
         sched warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power lr_noise
         lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
-        distill_on_class_token layer_decay drop drop_path train_scope cache_features grad_checkpointing model_ema
+        distill_on_class_token cosub layer_decay drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
         max_skipped_steps compile deterministic
     """),
@@ -236,6 +236,7 @@ ONE_VIEW = {
     "cutmix_minmax": None,
     "repeated_aug": False,
     "src": False,
+    "cosub": False,
     "drop": 0,
     "drop_path": 0,
 }
@@ -289,6 +290,7 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("remode recount", lambda args: args.reprob > 0, "--reprob"),
     ("color_jitter", lambda args: args.aa in ("", "none") or "3a" in args.aa, "--aa none or 3a; policies replace it"),
     ("train_interpolation", lambda args: args.train_interpolation != "random" or _crops(args), "resized crops"),
+    ("cosub", lambda args: args.drop_path > 0, "--drop-path; without, both submodels are the whole model"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
     ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
     ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
@@ -461,6 +463,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the same views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
+    cosub = "train two stochastic-depth submodels with each other's predictions, at twice the cost; see --drop-path"
+    add("--cosub", action=_SWITCH, default=False, help=cosub)
 
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
@@ -700,6 +704,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
         raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
+    if args.cosub and args.distillation_type != "none":
+        raise UserError("--cosub: the submodels teach each other, without --distillation-type; drop one of them")
     _check_views(args)
 
 

@@ -55,6 +55,7 @@ class LoaderOptions:
     num_workers: int | None = None  # data-loader workers per rank; None: its CPUs, at most `MOST_WORKERS`
     pin_mem: bool = True  # page-locked batches on CUDA
     seed: int = 0
+    cosub: bool = False  # each batch holds its images twice
     augment: str = "auto"  # where views are made: "host", "device" or "auto"
     compile: bool = False  # compile the augmentation on a GPU
 
@@ -226,6 +227,7 @@ class EpochLoader(DeviceLoader):
         images_per_batch: images in one batch over all ranks.
         updates_per_epoch: optimizer updates in an epoch.
         mixup_fn: timm's Mixup, or None.
+        cosub: a batch holds its images twice, once for each submodel of `losses.CosubLoss`, and its targets once.
         seed, rank: seed Mixup, with the epoch and the step.
         broken: unreadable images so far, or None if none are tolerated.
         epoch, first_step: the epoch to iterate over, and the step to begin with.
@@ -236,6 +238,7 @@ class EpochLoader(DeviceLoader):
     images_per_batch: int
     updates_per_epoch: int
     mixup_fn: Mixup | None = None
+    cosub: bool = False
     seed: int = 0
     rank: int = 0
     broken: BrokenImages | None = None
@@ -275,6 +278,8 @@ class EpochLoader(DeviceLoader):
                 seed_generators(random_key(self.seed, "mix", self.epoch, step, self.rank))
                 images, targets = self.mixup_fn(batch.images, batch.targets)
                 batch = batch._replace(images=images, targets=targets)
+            if self.cosub:
+                batch = batch._replace(images=torch.cat([batch.images, batch.images]))
             done = step + 1
             yield batch
         if self.is_stream and done < self.num_batches:
@@ -350,6 +355,7 @@ def build_epoch_loader(
         images_per_batch=options.batch_size * world.size,
         updates_per_epoch=updates,
         mixup_fn=build_mixup(mixup, source.num_classes, options.batch_size),
+        cosub=options.cosub,
         seed=options.seed,
         rank=world.rank,
         broken=None if isinstance(source, StreamingImages) else source.broken,

@@ -160,9 +160,11 @@ def test_flags_of_cached_features_that_do_not_fit_are_a_line(words, remedy, caps
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
+        (["--cosub", "--distillation-type", "hard"], "--cosub: the submodels teach each other"),
         (["--src", "--input-size", "32", "48"], "--input-size 32 48: --src crops squares above 8 px"),
         (["--src", "--input-size", "8"], "--input-size 8: --src crops squares above 8 px"),
         ([*HEAD, *ONE_VIEW, "--src"], "add --no-src"),
+        ([*HEAD, *ONE_VIEW, "--cosub"], "add --no-cosub"),
         (["--layer-decay", "0"], "0 is not above 0 and at most 1"),
         (["--layer-decay", "1.5"], "1.5 is not above 0 and at most 1"),
     ],
@@ -189,6 +191,8 @@ WITHOUT_EFFECT = {
     "--input-size 32 --train-interpolation random --eval-crop-ratio 1": ["--train-interpolation", "--eval-crop-ratio"],
     "--input-size 32 --train-interpolation bilinear": [],
     "--src --train-interpolation random": ["--train-interpolation"],
+    "--cosub --drop-path 0": ["--cosub"],
+    "--cosub --layer-decay 0.7": [],
     "--data-set CIFAR --train-split a --val-split b --inat-category genus": [
         *("--train-split", "--val-split", "--inat-category"),
     ],

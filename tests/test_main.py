@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets
+import engine
 import loaders
 import main
 import models
@@ -465,3 +466,26 @@ def test_a_checkpoint_does_not_choose_what_is_fetched(args, named_run, tmp_path,
     checkpoint = torch.load(named_run / "best.pth", weights_only=True)
     torch.save(checkpoint | {"args": checkpoint["args"] | args}, tmp_path / "bad.pth")
     assert "a checkpoint may not choose" in refusal(capsys, "--eval", "--resume", tmp_path / "bad.pth")
+
+
+def test_a_cosub_run_logs_both_losses_and_counts_its_real_images(tmp_path, monkeypatch):
+    counted, forwards = [], []
+
+    class Log(utils.StepLog):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            counted.append(self.batch_images)
+
+    monkeypatch.setattr(engine, "StepLog", Log)
+    count = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: forwards.append(len(inputs[0])) if hasattr(module, "patch_embed") else None
+    )
+    words = [*tiny.TINY, "--model", "deit_tiny_patch16_LS", "--train-fraction", "0.1", "--batch-size", "32"]
+    try:
+        main.cli([*words, "--cosub", "--bce-loss", "--src", "--ThreeAugment", "--output-dir", str(tmp_path)])
+    finally:
+        count.remove()
+    [record] = tiny.log_of(tmp_path)
+    assert record["images"] == 4 * 32 and counted == [32]  # 145 images make 4 batches, each seen twice
+    assert forwards.count(64) == 4
+    assert record["train_loss"] == pytest.approx((record["train_loss_base"] + record["train_loss_cosub"]) / 2)
