@@ -296,6 +296,7 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("inat_category", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
+    ("layer_decay", lambda args: args.train_scope != "head", "layers below the head to train; see --train-scope"),
     ("warmup_lr", lambda args: args.warmup_epochs > 0, "--warmup-epochs"),
     ("lr_noise_pct lr_noise_std", lambda args: bool(args.lr_noise), "--lr-noise"),
     ("momentum", _optimizer_has("momentum"), "another --opt"),

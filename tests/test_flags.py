@@ -193,6 +193,7 @@ WITHOUT_EFFECT = {
     "--src --train-interpolation random": ["--train-interpolation"],
     "--cosub --drop-path 0": ["--cosub"],
     "--cosub --layer-decay 0.7": [],
+    "--layer-decay 0.7 --train-scope head": ["--layer-decay"],
     "--data-set CIFAR --train-split a --val-split b --inat-category genus": [
         *("--train-split", "--val-split", "--inat-category"),
     ],
