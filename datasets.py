@@ -758,7 +758,8 @@ def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None)
 def build_train_transform(options: ViewOptions, normalization: Normalization) -> HostView:
     """PIL image -> normalized float32 [3, H, W] by DeiT's training augmentation (paper, section 6 and table 9).
 
-    Up to 64 pixels, the random resized crop gives way to a padding of 4 pixels and a random crop.
+    Up to 64 pixels, the random resized crop gives way to a padding of 4 pixels and a random crop. So it does with
+    `options.src` (DeiT III, section 3.3), which resizes the short side only and pads by reflection.
 
     Raises:
         UserError: if timm does not know the AutoAugment policy.
@@ -780,11 +781,12 @@ def build_train_transform(options: ViewOptions, normalization: Normalization) ->
         )
     except (AssertionError, KeyError, ValueError):
         raise UserError(f"--aa {options.aa}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none") from None
-    if max(size) <= SMALL_IMAGE:
+    if options.src or max(size) <= SMALL_IMAGE:
         # What is drawn at random in "random" is the interpolation of random crops, of which there are none here.
         mode = "bicubic" if options.train_interpolation == "random" else options.train_interpolation
-        resize = transforms.Resize(list(size), str_to_interp_mode(mode))
-        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=PADDING)]
+        resize = transforms.Resize(size[0] if options.src else list(size), str_to_interp_mode(mode))
+        padding = "reflect" if options.src else "constant"
+        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=PADDING, padding_mode=padding)]
     return transform
 
 

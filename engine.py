@@ -95,7 +95,8 @@ class LearningRate:
 
     @property
     def value(self) -> float:
-        return self.scheduler.optimizer.param_groups[0]["lr"]
+        """The rate of the head: with --layer-decay, those of the layers below it are shares of it."""
+        return max(self.scheduler.optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))["lr"]
 
     def state_dict(self) -> dict[str, Any]:
         return self.scheduler.state_dict()
@@ -248,6 +249,10 @@ def build_optimizer(
     Raises:
         UserError: a name that timm does not know, or options that the optimizer does not take.
     """
+    if options.get("layer_decay") is not None and not hasattr(model, "group_matcher"):
+        raise UserError(
+            f"--layer-decay: {type(model).__name__} does not name its layers (group_matcher); drop the flag"
+        )
     try:
         if name.lower().endswith("fusedlamb"):
             logger.info("--opt %s: trains with timm's lamb, the same update rule without APEX", name)
@@ -470,8 +475,8 @@ class TrainState:
                 f"--opt {written_by}, or start from its weights with --finetune"
             )
         own = [{name: group[name] for name in group.keys() - _COUNTED} for group in self.optimizer.param_groups]
-        for name in _FLAGS.keys() & own[0].keys() & saved["param_groups"][0].keys():
-            then, now = (any(group[name] for group in groups) for groups in (saved["param_groups"], own))
+        for name in _FLAGS.keys() & {*(own[0].keys() & saved["param_groups"][0].keys()), "lr_scale"}:
+            then, now = (any(group.get(name) for group in groups) for groups in (saved["param_groups"], own))
             if then != now:
                 raise UserError(
                     f"{_FLAGS[name]}: --resume {path} was trained {'with' if then else 'without'} it, so the state of "
@@ -496,6 +501,7 @@ class OptimizerOptions:
     momentum: float = 0.9
     weight_decay: float = 0.05
     lr: float = 5e-4  # peak learning rate, before scaling
+    layer_decay: float | None = None  # factor of the rate for each layer below the head, see timm's `layer_decay`
     lr_scaling: str = "linear"  # multiply by (effective batch / 512), by its root ("sqrt"), or by 1 ("none")
     accum_steps: int = 1  # this and the next two: see `TrainState`
     clip_grad: float | None = None
@@ -538,6 +544,7 @@ def build_state(
     lr = options.scaled_lr(effective_batch)
     logger.info("effective batch %d images, peak learning rate %.3g", effective_batch, lr)
     settings = {"weight_decay": options.weight_decay, "momentum": options.momentum, "eps": options.opt_eps}
+    settings["layer_decay"] = options.layer_decay
     optimizer = build_optimizer(model, options.opt, lr=lr, betas=options.opt_betas, **settings)
     ema = None
     if options.model_ema:
@@ -579,6 +586,7 @@ _FLAGS = {
     "weight_decay": "--weight-decay",
     "momentum": "--momentum",
     "eps": "--opt-eps",
+    "lr_scale": "--layer-decay",  # divides the weights into other groups
     **dict.fromkeys(("betas", "beta1", "betas_1d"), "--opt-betas"),
 }
 _FREE = {*_COUNTED, *_FLAGS, "lr", "initial_lr", "max_lr_snapshot", "fused", "foreach"}

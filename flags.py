@@ -17,7 +17,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 import datasets
 import models
 import models_evit
-from augment import SMALL_IMAGE
+from augment import PADDING, SMALL_IMAGE
 from checkpoints import flags_of, read_checkpoint, split_address
 from utils import UserError, escaped, is_utf8, regular_file
 
@@ -199,7 +199,7 @@ SHAPES = {
     # the training views; the batch size only with Mixup
     "views": _names("""
         data_set image_column train_fraction val_fraction upright class_balanced seed input_size repeated_aug hflip
-        color_jitter aa train_interpolation
+        color_jitter aa src train_interpolation
         reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
     """),
     # a teacher's predictions for these views, as they are cached
@@ -209,7 +209,7 @@ SHAPES = {
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
         sched sched_on_epochs warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power
         lr_noise lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
-        distill_on_class_token drop drop_path train_scope cache_features grad_checkpointing model_ema
+        distill_on_class_token cosub layer_decay drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
         max_skipped_steps compile deterministic train_mode
     """),
@@ -238,6 +238,8 @@ ONE_VIEW = {
     "cutmix": 0,
     "cutmix_minmax": None,
     "repeated_aug": False,
+    "src": False,
+    "cosub": False,
     "drop": 0,
     "drop_path": 0,
 }
@@ -263,6 +265,10 @@ def _is_large(args: argparse.Namespace) -> bool:
     return max(args.input_size) > SMALL_IMAGE
 
 
+def _crops(args: argparse.Namespace) -> bool:
+    return _is_large(args) and not args.src
+
+
 def _distills(*kinds: str) -> Callable[[argparse.Namespace], bool]:
     return lambda args: args.distillation_type in kinds
 
@@ -286,13 +292,15 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("cutmix", lambda args: args.cutmix_minmax is None, "no --cutmix-minmax, which replaces it"),
     ("remode recount", lambda args: args.reprob > 0, "--reprob"),
     ("color_jitter", lambda args: args.aa in ("", "none") or "3a" in args.aa, "--aa none or 3a; policies replace it"),
-    ("train_interpolation", lambda args: args.train_interpolation != "random" or _is_large(args), "random crops"),
+    ("train_interpolation", lambda args: args.train_interpolation != "random" or _crops(args), "resized crops"),
+    ("cosub", lambda args: args.drop_path > 0, "--drop-path; without, both submodels are the whole model"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
     ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
     ("inat_category inat_numbering", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
     ("start_epoch", lambda args: not args.resume, "a run that does not resume a checkpoint"),
+    ("layer_decay", lambda args: args.train_scope != "head", "layers below the head to train; see --train-scope"),
     ("warmup_lr", lambda args: args.warmup_epochs > 0, "--warmup-epochs"),
     ("lr_noise_pct lr_noise_std", lambda args: bool(args.lr_noise), "--lr-noise"),
     ("momentum", _optimizer_has("momentum"), "another --opt"),
@@ -447,6 +455,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help="strength; AutoAugment policies replace it")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
     add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's augmentation; same as --aa 3a")
+    crop = "simple random crop: resize the short side, pad 4 px by reflection, crop; instead of random resized crops"
+    add("--src", action=_SWITCH, default=False, help=crop)
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
     repeated = "train on three views of each of a third of the images per epoch; on one process, too, where DeiT has a "
@@ -466,6 +476,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the same views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
+    cosub = "train two stochastic-depth submodels with each other's predictions, at twice the cost; see --drop-path"
+    add("--cosub", action=_SWITCH, default=False, help=cosub)
 
 
 def _schedule(text: str) -> str:
@@ -492,6 +504,8 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     scaling = "multiply --lr by (effective batch / 512), its square root, or 1"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
+    layers = "multiply the learning rate by D for each layer below the head; default: the same rate for all layers"
+    add("--layer-decay", type=_SHARE, metavar="D", help=layers)
     names = ", ".join(SCHEDULES)
     add("--sched", type=_schedule, default="cosine", metavar="NAME", help=f"learning-rate schedule: {names}")
     clock = "change the learning rate once after each epoch, as the original implementation (epochs 0 and 1 both have "
@@ -741,8 +755,18 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
         raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
+    if args.cosub and args.distillation_type != "none":
+        raise UserError("--cosub: the submodels teach each other, without --distillation-type; drop one of them")
+    _check_views(args)
+
+
+def _check_views(args: argparse.Namespace) -> None:
+    """Refuse image sizes and crops that do not go together."""
+    size = " ".join(map(str, args.input_size))
     if len(args.input_size) > 2:
-        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give one number, or height and width")
+        raise UserError(f"--input-size {size}: give one number, or height and width")
+    if args.src and (args.input_size[0] != args.input_size[-1] or args.input_size[0] <= 2 * PADDING):
+        raise UserError(f"--input-size {size}: --src crops squares above {2 * PADDING} px; give one such number")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
     if args.start_epoch >= args.epochs:

@@ -56,6 +56,7 @@ class LoaderOptions:
     num_workers: int | None = None  # data-loader workers per rank; None: its CPUs, at most `MOST_WORKERS`
     pin_mem: bool = True  # page-locked batches on CUDA
     seed: int = 0
+    cosub: bool = False  # each batch holds its images twice
     augment: str = "auto"  # where views are made: "host", "device" or "auto"
     compile: bool = False  # compile the augmentation on a GPU
 
@@ -153,18 +154,18 @@ def can_pad(source: Data) -> bool:
     return np.prod(padded_size(source)) <= MOST_PADDING * areas.mean()
 
 
-def augments_on_device(source: Data, where: str, policy: str, device: torch.device) -> bool:
+def augments_on_device(source: Data, where: str, views: ViewOptions, device: torch.device) -> bool:
     """Decide whether this source's images become views in batches on the device.
 
     Args:
         where: `--augment`: "auto", "host" or "device"; "auto" is the device if it is a GPU and supports it all.
-        policy: `--aa`.
+        views: `--aa` and `--src`.
 
     Raises:
         UserError: if "device" is not possible.
     """
     if where == "auto":
-        return device.type == "cuda" and can_pad(source) and is_supported(policy)
+        return device.type == "cuda" and can_pad(source) and is_supported(views.aa, views.src)
     if where == "device" and not can_pad(source):
         raise UserError(
             "--augment device: the images are neither in memory nor packed, or of too different sizes; raise "
@@ -227,6 +228,7 @@ class EpochLoader(DeviceLoader):
         images_per_batch: images in one batch over all ranks.
         updates_per_epoch: optimizer updates in an epoch.
         mixup_fn: timm's Mixup, or None.
+        cosub: a batch holds its images twice, once for each submodel of `losses.CosubLoss`, and its targets once.
         seed, rank: seed Mixup, with the epoch and the step.
         broken: unreadable images so far, or None if none are tolerated.
         epoch, first_step: the epoch to iterate over, and the step to begin with.
@@ -237,6 +239,7 @@ class EpochLoader(DeviceLoader):
     images_per_batch: int
     updates_per_epoch: int
     mixup_fn: Mixup | None = None
+    cosub: bool = False
     seed: int = 0
     rank: int = 0
     broken: BrokenImages | None = None
@@ -276,6 +279,8 @@ class EpochLoader(DeviceLoader):
                 seed_generators(random_key(self.seed, "mix", self.epoch, step, self.rank))
                 images, targets = self.mixup_fn(batch.images, batch.targets)
                 batch = batch._replace(images=images, targets=targets)
+            if self.cosub:
+                batch = batch._replace(images=torch.cat([batch.images, batch.images]))
             done = step + 1
             yield batch
         if self.is_stream and done < self.num_batches:
@@ -299,7 +304,7 @@ def build_train_loader(
         UserError: if the data do not fill one update, or cannot be augmented where `options` say.
     """
     view: View
-    if augments_on_device(source, options.augment, views.aa, world.device):
+    if augments_on_device(source, options.augment, views, world.device):
         logger.info("images are augmented on the device (--augment)")
         view = TrainAugmentation(padded_size(source), views, normalization)
     else:
@@ -351,6 +356,7 @@ def build_epoch_loader(
         images_per_batch=options.batch_size * world.size,
         updates_per_epoch=updates,
         mixup_fn=build_mixup(mixup, source.num_classes, options.batch_size),
+        cosub=options.cosub,
         seed=options.seed,
         rank=world.rank,
         broken=None if isinstance(source, StreamingImages) else source.broken,
@@ -370,7 +376,7 @@ def build_val_loader(
         UserError: if the data cannot be augmented where `options` say.
     """
     view: View
-    if augments_on_device(source, options.augment, views.aa, world.device):
+    if augments_on_device(source, options.augment, views, world.device):
         view = EvalTransform(padded_size(source), views, normalization)
     else:
         view = build_eval_transform(views, normalization)

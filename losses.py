@@ -28,6 +28,7 @@ class LossOptions:
     distillation_alpha: float = 0.5
     distillation_tau: float = 1.0
     distillation_scale: str = "batchmean"
+    cosub: bool = False  # see `CosubLoss`
 
 
 class BinaryCrossEntropy(nn.Module):
@@ -143,9 +144,42 @@ class DistillationLoss:
         return (1 - alpha) * base_loss + alpha * distillation_loss, terms
 
 
+class CosubLoss:
+    """Co-training of two submodels (cosub, Touvron et al. 2022, arXiv 2212.04884).
+
+    ¼ [base(z₁, y) + base(z₂, y) + H(z₁, p(z₂)) + H(z₂, p(z₁))], without gradients through the predictions p. The batch
+    holds its images twice, and stochastic depth makes the logits z₁ and z₂ those of two submodels.
+
+    Args:
+        base: criterion of the labels.
+        bce: H is binary cross-entropy and p the sigmoid, as in the original implementation, which takes it for the
+            labels as well; else cross-entropy and the softmax, as the paper's abstract has it. Neither is smoothed.
+    """
+
+    def __init__(self, base: nn.Module, bce: bool) -> None:
+        self.base, self.bce = base, bce
+
+    def follow(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """H(student, p(teacher)) of logits [B, C]."""
+        student, teacher = student.float(), teacher.detach().float()
+        if self.bce:
+            return F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
+        return F.cross_entropy(student, teacher.softmax(dim=1))
+
+    def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """outputs [2B, C]; the batch has B targets. The logged terms are the means over both submodels."""
+        first, second = outputs.chunk(2)
+        base_loss = (self.base(first, batch.targets) + self.base(second, batch.targets)) / 2
+        cosub_loss = (self.follow(first, second) + self.follow(second, first)) / 2
+        terms = {"loss_base": base_loss.detach(), "loss_cosub": cosub_loss.detach()}
+        return (base_loss + cosub_loss) / 2, terms
+
+
 def build_criterion(
     options: LossOptions, teacher: Callable[[Batch], torch.Tensor] | None = None
-) -> SupervisedLoss | DistillationLoss:
-    """The base criterion, distilling from the teacher if there is one."""
+) -> SupervisedLoss | DistillationLoss | CosubLoss:
+    """The base criterion, distilling from the teacher if there is one, or co-training two submodels."""
     base = build_base_criterion(options.bce_loss, options.smoothing)
+    if options.cosub:
+        return CosubLoss(base, options.bce_loss)
     return SupervisedLoss(base) if teacher is None else DistillationLoss(base, teacher, options)

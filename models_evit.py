@@ -1,21 +1,25 @@
-"""EViT as a transformer block, its registered models and its keep-rate schedule.
+"""EViT as a transformer block, its keep-rate schedule, and the published model names that timm lacks.
 
 EViT (Liang et al. 2022, arXiv 2202.07800) drops, in a few layers, the patches that the class token attends to least.
 Here that is a block of timm's `VisionTransformer` (`block_fn=EViTBlock`): it adds no parameters, so weights of the
 plain model fit, and prefix tokens (class, distillation, registers) survive by construction.
+
+`PUBLISHED` registers the names of the original implementations (DeiT III, parallel blocks, CaiT, ResMLP) on timm's
+models.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import deit, register_model
-from timm.models.vision_transformer import Attention, Block
+from timm.models import deit, model_entrypoint, register_model
+from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock
 from torch import nn
 
 KEEP_RATE, DROP_LOC = 0.7, (3, 6, 9)  # the paper's
@@ -224,29 +228,105 @@ default_cfgs = {}
 PLAIN: dict[str, str] = {}  # registered name -> timm's name of the model without EViT blocks
 
 
-def _register(name: str, base: str) -> None:
+def _register_evit(name: str, base: str, default_rate: float = KEEP_RATE, **defaults: Any) -> None:
     """Register `name` with timm as timm's `base` with EViT blocks; weights and pretrained ones are those of `base`."""
     default_cfgs[name] = copy.deepcopy(deit.default_cfgs[base])
     PLAIN[name] = base
 
     def entry_point(
         pretrained: bool = False,
-        keep_rate: float | Sequence[float] = KEEP_RATE,
+        keep_rate: float | Sequence[float] = default_rate,
         drop_loc: Sequence[int] = DROP_LOC,
         fuse_token: bool = True,
         **kwargs: Any,
     ) -> nn.Module:
-        model = getattr(deit, base)(pretrained=pretrained, block_fn=EViTBlock, **kwargs)
+        model = getattr(deit, base)(pretrained=pretrained, block_fn=EViTBlock, **defaults | kwargs)
         return reduce_tokens(model, keep_rate, drop_loc, fuse_token)
 
     entry_point.__name__ = name
     entry_point.__doc__ = (
-        f"`{base}` with EViT blocks: by default, {KEEP_RATE} of the patches kept in layers {DROP_LOC}."
+        f"`{base}` with EViT blocks: by default, {default_rate} of the patches kept in layers {DROP_LOC}."
     )
     globals()[name] = register_model(entry_point)
 
 
+def _register_published(name: str, base: str, options: dict[str, Any], has_weights: bool) -> None:
+    """Register `name` with timm as timm's `base` with other defaults; the weights of `base` are its own, or not.
+
+    The models on timm's `deit3_*` drop all their blocks at the same rate, as published. (timm's rate rises linearly.)
+    """
+    build = model_entrypoint(base)
+    configs = sys.modules[build.__module__].default_cfgs[base]
+    default_cfgs[name] = copy.deepcopy(configs) if has_weights else configs.default.to_dict(remove_source=True)
+    is_constant = base.startswith("deit3")
+
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        kwargs = options | kwargs
+        if is_constant:
+            block, rate = kwargs.get("block_fn", Block), kwargs.get("drop_path_rate", 0.0)
+            kwargs["block_fn"] = lambda **each: block(**each | {"drop_path": rate})
+        if not has_weights:
+            kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or default_cfgs[name]
+        return build(pretrained=pretrained, **kwargs)
+
+    entry_point.__name__ = name
+    entry_point.__doc__ = f"`{base}` by its published name."
+    globals()[name] = register_model(entry_point)
+
+
 for _size in ("tiny", "small", "base"):
-    _register(f"evit_{_size}_patch16_224", f"deit_{_size}_patch16_224")
-    _register(f"evit_{_size}_distilled_patch16_224", f"deit_{_size}_distilled_patch16_224")
-    _register(f"deit_{_size}_patch16_shrink_base", f"deit_{_size}_patch16_224")
+    _register_evit(f"evit_{_size}_patch16_224", f"deit_{_size}_patch16_224")
+    _register_evit(f"evit_{_size}_distilled_patch16_224", f"deit_{_size}_distilled_patch16_224")
+    _register_evit(f"deit_{_size}_patch16_shrink_base", f"deit_{_size}_patch16_224")
+
+# youweiliang/evit evit.py: what follows deit_small_patch16_, image size, keep rate
+for _name, _pixels, _rate in (
+    ("224_shrink_base", 224, 0.7),
+    ("224_shrink", 224, 0.7),
+    ("272_shrink", 272, 0.7),
+    ("224_shrink05", 224, 0.5),
+    ("288_shrink06", 288, 0.6),
+    ("304_shrink05", 304, 0.5),
+):
+    _register_evit(f"deit_small_patch16_{_name}", "deit_small_patch16_224", _rate, img_size=_pixels)
+
+_SCALED = {"init_values": 1e-4}  # LayerScale, 1e-6 in timm
+_PLAIN, _PARALLEL = {"init_values": None}, {"block_fn": ParallelThingsBlock}
+# facebookresearch/deit models_v2.py, cait_models.py, resmlp_models.py: timm's model, other defaults
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit_small_patch16_LS": ("deit3_small_patch16_224", _SCALED),
+    "deit_medium_patch16_LS": ("deit3_medium_patch16_224", _SCALED),
+    "deit_base_patch16_LS": ("deit3_base_patch16_224", _SCALED),
+    "deit_large_patch16_LS": ("deit3_large_patch16_224", _SCALED),
+    "deit_huge_patch14_LS": ("deit3_huge_patch14_224", _SCALED),
+    "cait_XXS24_224": ("cait_xxs24_224", {}),
+    "cait_XXS24": ("cait_xxs24_384", {}),
+    "cait_XXS36_224": ("cait_xxs36_224", {}),
+    "cait_XXS36": ("cait_xxs36_384", {}),
+    "cait_XS24": ("cait_xs24_384", {}),
+    "cait_S24_224": ("cait_s24_224", {}),
+    "cait_S24": ("cait_s24_384", {}),
+    "cait_S36": ("cait_s36_384", {}),
+    "cait_M36": ("cait_m36_384", {}),
+    "cait_M48": ("cait_m48_448", {}),
+    "resmlp_12": ("resmlp_12_224", {}),
+    "resmlp_24": ("resmlp_24_224", {}),
+    "resmlp_36": ("resmlp_36_224", {}),
+    "resmlpB_24": ("resmlp_big_24_224", {}),
+}
+# likewise, of which no weights were published ("Three things everyone should know about ViTs", Touvron et al. 2022)
+UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit_tiny_patch16_LS": ("deit3_small_patch16_224", _SCALED | {"embed_dim": 192, "num_heads": 3}),
+    "deit_small_patch16_36": ("deit3_small_patch16_224", _PLAIN | {"depth": 36}),
+    "deit_small_patch16_36_LS": ("deit3_small_patch16_224", _SCALED | {"depth": 36}),
+    "deit_small_patch16_18x2": ("deit3_small_patch16_224", _PLAIN | _PARALLEL | {"depth": 18}),
+    "deit_small_patch16_18x2_LS": ("deit3_small_patch16_224", _SCALED | _PARALLEL | {"depth": 18}),
+    "deit_base_patch16_36x1": ("deit3_base_patch16_224", _PLAIN | {"depth": 36}),
+    "deit_base_patch16_36x1_LS": ("deit3_base_patch16_224", _SCALED | {"depth": 36}),
+    "deit_base_patch16_18x2": ("deit3_base_patch16_224", _PLAIN | _PARALLEL | {"depth": 18}),
+    "deit_base_patch16_18x2_LS": ("deit3_base_patch16_224", _SCALED | _PARALLEL | {"depth": 18}),
+    "deit_huge_patch14_52_LS": ("deit3_huge_patch14_224", _SCALED | {"depth": 52}),
+    "deit_huge_patch14_26x2_LS": ("deit3_huge_patch14_224", _SCALED | _PARALLEL | {"depth": 26}),
+}
+for _name, (_base, _options) in {**PUBLISHED, **UNTRAINED}.items():
+    _register_published(_name, _base, _options, has_weights=_name in PUBLISHED)

@@ -200,10 +200,10 @@ class Policy(nn.Module):
         return steps
 
 
-def is_supported(name: str) -> bool:
-    """Whether a policy of timm's can be done here (none can)."""
+def is_supported(name: str, src: bool = False) -> bool:
+    """Whether a policy of timm's can be done here (none can); with `src`, whose padding no affine map can move."""
     try:
-        return name in ("", "none") or bool(Policy(name))
+        return name in ("", "none") or not (Policy(name).kinds_used & {*GEOMETRIC} and src)
     except UserError:
         return False
 

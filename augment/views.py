@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from augment.image_ops import Affine, Resampler, in_parts, only, paint
-from augment.policy import GEOMETRIC, Draws, Policy, as_affine, jitter, recolour
+from augment.policy import GEOMETRIC, Draws, Policy, as_affine, is_supported, jitter, recolour
+from utils import UserError
 
 SMALL_IMAGE = 64  # up to this size views are made by padding and cropping, not by random resized crops
-PADDING = 4  # pixels around a small image
+PADDING = 4  # pixels around a small image, and around one of a simple random crop
 CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of random resized crops
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 ATTEMPTS = 10  # at a crop or a region that fits
@@ -25,6 +26,7 @@ class ViewOptions:
     """How views are made. The fields are flags of main.py."""
 
     input_size: tuple[int, int] = (224, 224)  # height and width of the views, in pixels
+    src: bool = False  # simple random crop (DeiT III), instead of random resized crops
     train_interpolation: str = "bicubic"  # or "bilinear", "random"; of random resized crops
     hflip: float = 0.5  # probability of a flip
     color_jitter: float = 0.3  # strength, for brightness, contrast and saturation
@@ -112,8 +114,8 @@ def _whole(sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
 class TrainAugmentation(nn.Module):
     """DeiT's training augmentation (paper, section 6 and table 9), as `datasets.build_train_transform` does it in PIL.
 
-    Random resized crop (up to 64 px: padding by 4 and a random crop), flip, the policy, color jitter where there is no
-    policy or 3-Augment, normalization, random erasing.
+    Random resized crop (up to 64 px: padding by 4 and a random crop; or DeiT III's simple random crop), flip, the
+    policy, color jitter where there is no policy or 3-Augment, normalization, random erasing.
 
     Args:
         stored_size: height and width of the padded buffer that holds an image, in pixels.
@@ -134,8 +136,10 @@ class TrainAugmentation(nn.Module):
         super().__init__()
         self.size, self.hflip = options.input_size, options.hflip
         self.re_prob, self.re_mode, self.re_count = options.reprob, options.remode, options.recount
-        interpolation, small = options.train_interpolation, max(self.size) <= SMALL_IMAGE
-        self.crop = _padded_crop if small else random_resized_crop
+        if options.src and not is_supported(options.aa, src=True):
+            raise UserError(f"--src --aa {options.aa}: go together on the host alone; train with --augment host")
+        interpolation, small = options.train_interpolation, options.src or max(self.size) <= SMALL_IMAGE
+        self.crop = _simple_crop if options.src else _padded_crop if small else random_resized_crop
         # What is drawn at random in "random" is the interpolation of random crops, of which there are none up to 64 px.
         interpolation = "bicubic" if small and interpolation == "random" else interpolation
         self.resample = Resampler(stored_size, self.size, interpolation)
@@ -173,8 +177,10 @@ class TrainAugmentation(nn.Module):
             map = map.after(moved)
             filled = [before.after(moved) for before in filled] + [moved]
         views = self.resample(images, box, map, bilinear < 0.5)
-        if outside is not None:
+        if isinstance(outside, Affine):
             views = self._blacken(views, outside, flipped < self.hflip, filled)
+        elif outside is not None:
+            views = _reflect(views, outside, flipped < self.hflip)
         for step, moved in zip(steps, filled, strict=True):
             views = recolour(views, step, self.kinds)
             views = only(step.is_a(*GEOMETRIC), self._fill, views, *moved.coefficients)
@@ -244,6 +250,44 @@ def _padded_crop(
     none = torch.zeros_like(height)
     resize = Affine.scaling(height / size[0], width / size[1], none, none)
     return _whole(sizes), resize.after(shift), shift
+
+
+def _simple_crop(
+    draws: Draws, sizes: torch.Tensor, size: tuple[int, int]
+) -> tuple[tuple[torch.Tensor, ...], Affine, tuple[torch.Tensor, ...]]:
+    """A crop of the image, resized by its short side and padded by 4 pixels: its box, its map, and where it reflects.
+
+    Returns:
+        ..., the first row and column [B] of the view within the resized image, and the rows and columns [B] of that.
+    """
+    # In whole numbers, as torchvision cuts off the long side
+    new_height, new_width = (size[0] * sizes // sizes.amin(dim=1, keepdim=True)).float().unbind(1)
+    top = draws.integer(new_height + 2 * PADDING - size[0] + 1) - PADDING
+    left = draws.integer(new_width + 2 * PADDING - size[1] + 1) - PADDING
+    height, width = sizes.float().unbind(1)
+    scale_y, scale_x = height / new_height, width / new_width
+    map = Affine.scaling(scale_y, scale_x, top * scale_y, left * scale_x)
+    return _whole(sizes), map, (top, left, new_height, new_width)
+
+
+def _reflect(views: torch.Tensor, place: tuple[torch.Tensor, ...], flipped: torch.Tensor) -> torch.Tensor:
+    """Fill what is beyond the edges of the image with its reflection, which the view shows as well.
+
+    Args:
+        views: [B, 3, height, width].
+        place: what `_simple_crop` says of each.
+        flipped: which are mirrored.
+    """
+    top, left, height, width = (each[:, None].long() for each in place)
+    y, x = (torch.arange(length, device=views.device) for length in views.shape[2:])
+    x = torch.where(flipped[:, None], views.shape[3] - 1 - x, x)
+    rows, columns = (
+        (last - ((at + first).abs() - last).abs()) - first
+        for at, first, last in ((y, top, height - 1), (x, left, width - 1))
+    )
+    columns = torch.where(flipped[:, None], views.shape[3] - 1 - columns, columns)
+    views = views.gather(2, rows[:, None, :, None].expand_as(views))
+    return views.gather(3, columns[:, None, None, :].expand_as(views))
 
 
 def random_resized_crop(

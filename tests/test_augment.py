@@ -649,6 +649,61 @@ def test_small_images_are_padded_and_shifted():
     assert (views - batch(expected)).abs().max() <= 1
 
 
+def simple_crops(images, size, keys, **options):
+    """Views, and for each image what PIL and NumPy make of it at the same place."""
+    height, width = np.array([image.size[::-1] for image in images]).max(axis=0).tolist()
+    view, places = train_view((height, width), (size, size), **{**PLAIN, **options}, src=True), []
+    crop = view.crop
+    view.crop = lambda *arguments: places.append(crop(*arguments)) or places[-1]
+    views = grey_levels(view(in_a_frame(images, height, width), sizes_of(images), keys))
+    rows = torch.cat([torch.stack(place, dim=1) for *_, place in places]).int().tolist()
+    theirs = []
+    for image, (top, left, new_height, new_width) in zip(images, rows, strict=True):
+        short, long = sorted(image.size)
+        assert sorted((new_height, new_width)) == [size, int(size * long / short)]  # as torchvision.transforms.Resize
+        resized = np.asarray(image.resize((new_width, new_height), PILLOW["bicubic"]))
+        padded = np.pad(resized, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+        cut = padded[top + 4 : top + 4 + size, left + 4 : left + 4 + size]
+        theirs.append(cut[:, ::-1] if options.get("hflip") else cut)
+    return views, batch(theirs), rows
+
+
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+@pytest.mark.parametrize("size", [96, 32])
+def test_simple_random_crops_are_torchvisions(size, hflip):
+    shapes = [(120, 120), (100, 180), (200, 96), (60, 70)]
+    images = [photos(*shape, 1)[0] for shape in shapes * 3]
+    views, theirs, rows = simple_crops(images, size, keys_of(12), hflip=hflip)
+    assert any(top < 0 or left < 0 for top, left, *_ in rows)
+    for ours, expected in zip(views, theirs, strict=True):
+        assert_close(ours, expected, "resize")
+    images = photos(size, size, 40)  # nothing to interpolate
+    views, theirs, _ = simple_crops(images, size, keys_of(40), hflip=hflip)
+    assert torch.equal(views, theirs.float())
+
+
+def test_simple_random_crops_are_drawn_alike():
+    number = 9 * 9 * 13
+    images = [photos(16, 16, 1)[0], photos(16, 20, 1)[0]] * number
+    _, _, rows = simple_crops(images, 16, keys_of(2 * number))
+    square, wide = (Counter((top, left) for top, left, *_ in rows[part::2]) for part in (0, 1))
+    for found, columns in ((square, 9), (wide, 13)):
+        places = list(itertools.product(range(-4, 5), range(-4, columns - 4)))
+        assert_counts_alike(found, Counter(dict.fromkeys(places, number // len(places))))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0"])
+def test_simple_random_crops_with_policies_that_move_the_image_are_for_the_host(policy):
+    assert augment.is_supported(policy) and not augment.is_supported(policy, src=True)
+    with tiny.user_error(f"--src --aa {policy}", "--augment host"):
+        train_view((40, 40), (32, 32), aa=policy, src=True)
+    for policy in ("3a", "none"):
+        assert augment.is_supported(policy, src=True)
+        images = photos(40, 50, 2)
+        views = train_view((40, 50), (32, 32), aa=policy, src=True)(batch(images), sizes_of(images), keys_of(2))
+        assert views.isfinite().all() and views.shape == (2, 3, 32, 32)
+
+
 def test_half_of_the_random_crops_are_bilinear():
     images = photos(60, 50, 100)
     arguments = batch(images), sizes_of(images), keys_of(100)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import shutil
 import sys
 import tarfile
@@ -23,7 +24,8 @@ import sklearn.datasets
 import tiny
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import datasets
 from augment import ViewOptions
@@ -1143,6 +1145,58 @@ def test_erasing_fills_as_asked(remode, erased):
 def test_unknown_policy_is_a_user_error(policy):
     with tiny.user_error(f"--aa {policy}"):
         host_view((32, 32), aa=policy)
+
+
+# facebookresearch/deit augment.py: what becomes of the colors, one of the three with equal probability
+COLORS = [
+    lambda image: ImageOps.solarize(image),
+    torchvision.transforms.Grayscale(3),
+    lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))),
+]
+
+
+def published_three_augment(size, src, color):
+    """The published 3-Augment, of torchvision's, timm's and PIL's parts, with a certain choice of color."""
+    parts = torchvision.transforms
+    crop = [RandomResizedCropAndInterpolation(size, scale=(0.08, 1.0), interpolation="bicubic")]
+    if src:
+        bicubic = parts.InterpolationMode.BICUBIC
+        crop = [parts.Resize(size, bicubic), parts.RandomCrop(size, padding=4, padding_mode="reflect")]
+    jitter = parts.ColorJitter(0.3, 0.3, 0.3)
+    end = [parts.ToTensor(), parts.Normalize(MEAN, STD)]
+    return parts.Compose([*crop, parts.RandomHorizontalFlip(), color, jitter, *end])
+
+
+@pytest.mark.parametrize("size, src", [(72, False), (72, True), (32, True)])
+@pytest.mark.parametrize("number", range(3))
+def test_three_augment_without_erasing_is_the_published_one(number, src, size, monkeypatch):
+    ours = host_view((size, size), aa="3a", reprob=0.0, src=src)
+    theirs = published_three_augment(size, src, COLORS[number])
+    choices = []
+
+    def choose(policies):  # the only draw that the two make in different ways
+        choices.append(len(policies))
+        return policies[number]
+
+    for seed in range(6):
+        image = picture(seed, *[(100, 80), (60, 90), (32, 32)][seed % 3])
+        seed_generators(seed)
+        expected = theirs(image)
+        seed_generators(seed)
+        with monkeypatch.context() as patch:
+            patch.setattr("timm.data.auto_augment.random.choice", choose)
+            assert torch.equal(ours(image), expected)
+    assert choices == [3] * 6  # of which each is drawn with the same probability
+
+
+def test_simple_random_crops_shift_and_reflect_as_numpy_does():
+    transform = host_view((16, 16), UNSCALED, **NO_AUGMENTATION, src=True)
+    image = picture(0, 40, 32)  # the short side becomes 16, the long one 20
+    padded = np.pad(np.asarray(image.resize((16, 20), Image.BICUBIC)), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    crops = {padded[y : y + 16, x : x + 16].tobytes() for y in range(13) for x in range(9)}
+    seed_generators(0)
+    views = [(transform(image) * 255).round().byte().permute(1, 2, 0).numpy().tobytes() for _ in range(1000)]
+    assert set(views) == crops
 
 
 def center_crop_by_hand(image, input_size, crop_ratio):

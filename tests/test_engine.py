@@ -351,6 +351,51 @@ def test_biases_norms_and_embeddings_are_not_decayed():
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
 
 
+# of a DeiT of two blocks: how many layers below the heads each parameter is (timm: the last norm is of the last block)
+LAYERS_BELOW = dict.fromkeys(("cls_token", "dist_token", "pos_embed", "patch_embed."), 3)
+LAYERS_BELOW |= {"blocks.0.": 2, "blocks.1.": 1, "norm.": 1, "head": 0}
+
+
+def test_layer_decay_scales_the_rate_of_each_layer():
+    model = build_deit()
+    optimizer = build_optimizer(model, "adamw", lr=0.01, weight_decay=0.05, layer_decay=0.7)
+    schedule = build_lr_schedule(optimizer, 4, 3, 1, sched="cosine", warmup_lr=1e-4, min_lr=1e-5)
+    plain = build_optimizer(build_deit(), "adamw", lr=0.01, weight_decay=0.05)
+    reference = build_lr_schedule(plain, 4, 3, 1, sched="cosine", warmup_lr=1e-4, min_lr=1e-5)
+    assert max(schedule.scheduler.base_values) == 0.01  # what warnings compare --min-lr and --warmup-lr with
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    for update in (0, 2, 4, 7, 11):
+        schedule.step_update(update)
+        reference.step_update(update)
+        assert schedule.value == reference.value == plain.param_groups[0]["lr"]  # that of the head is logged
+        for group in optimizer.param_groups:
+            for name in map(names.get, group["params"]):
+                [below] = [depth for start, depth in LAYERS_BELOW.items() if name.startswith(start)]
+                assert group["lr"] == pytest.approx(reference.value * 0.7**below)
+                is_decayed = name.endswith(".weight") and "norm" not in name
+                assert group["weight_decay"] == (0.05 if is_decayed else 0)
+
+
+def test_layer_decay_updates_each_layer_by_its_share():
+    first, second = build_deit(), build_deit()
+    for model, options in ((first, {}), (second, {"layer_decay": 0.5})):
+        optimizer = build_optimizer(model, "momentum", lr=0.1, momentum=0.0, **options)
+        build_lr_schedule(optimizer, 4, 3, 0, sched="constant").step_update(0)
+        take_step(TrainState(model, model, optimizer), random_batches((4,))[0])
+    start = build_deit().state_dict()
+    for name, value in second.state_dict().items():
+        [below] = [depth for prefix, depth in LAYERS_BELOW.items() if name.startswith(prefix)]
+        whole = first.state_dict()[name] - start[name]
+        torch.testing.assert_close(value - start[name], 0.5**below * whole, rtol=1e-3, atol=1e-7)
+
+
+def test_layer_decay_of_a_model_without_layers_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="^--layer-decay: Sequential does not name its layers [^\n]*; drop the flag$"):
+        build_optimizer(model, "adamw", lr=0.1, layer_decay=0.7)
+
+
 @pytest.mark.parametrize(
     "name, reference",
     [
@@ -555,6 +600,8 @@ def test_two_names_of_an_optimizer_are_one(written, read):
         ("adamw", {"weight_decay": 0.0}, {"weight_decay": 0.05}, "--weight-decay"),  # divides the weights otherwise
         ("adamw", {"weight_decay": 0.05}, {"weight_decay": 0.0}, "--weight-decay"),
         ("adafactor", {}, {"betas": (0.9, 0.99)}, "--opt-betas"),
+        ("adamw", {"weight_decay": 0.05}, {"weight_decay": 0.05, "layer_decay": 0.7}, "--layer-decay"),
+        ("adamw", {"weight_decay": 0.05, "layer_decay": 0.7}, {"weight_decay": 0.05}, "--layer-decay"),
     ],
 )
 def test_an_option_that_changes_what_is_collected_is_refused(name, written, read, flag):
@@ -1241,6 +1288,23 @@ def test_a_model_with_batch_statistics_resumes_to_the_same_bits(tmp_path):
     again = run(None, epochs=2, build=build, resume=tmp_path / "checkpoint.pth")
     assert_same_bits(at_the_end["model"], dict(again.module.state_dict()))
     assert_same_bits(at_the_end["model_ema"], dict(again.ema.module.state_dict()))
+
+
+def test_a_run_with_layer_decay_resumes_to_the_same_bits_and_rates(tmp_path):
+    def build(layer_decay=0.7):
+        model = build_deit(drop_path_rate=0.3)
+        optimizer = build_optimizer(model, "adamw", lr=2e-3, weight_decay=0.05, layer_decay=layer_decay)
+        return TrainState(model, model, optimizer)
+
+    run(tmp_path, epochs=2, build=build)
+    at_the_end = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    run(tmp_path, epochs=1, build=build)
+    again = run(None, epochs=2, build=build, resume=tmp_path / "checkpoint.pth")
+    assert_same_bits(at_the_end["model"], dict(again.module.state_dict()))
+    other = run(None, epochs=2, build=lambda: build(0.5), resume=tmp_path / "checkpoint.pth")  # another value acts
+    for state, decay in ((again, 0.7), (other, 0.5)):
+        rates = {group["lr"] for group in state.optimizer.param_groups}
+        assert sorted(rate / max(rates) for rate in rates) == pytest.approx([decay**3, decay**2, decay, 1])
 
 
 def test_a_checkpoint_is_plain_and_its_names_carry_no_prefix(tmp_path):

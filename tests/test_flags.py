@@ -90,7 +90,7 @@ def test_two_typed_weights_are_refused(capsys):
 
 
 @pytest.mark.parametrize(
-    "typo, hint", [("--overwit", ""), ("--overwritee", ""), ("--src", ""), ("--cosub", ""), ("--epoch", "--epochs"),
+    "typo, hint", [("--overwit", ""), ("--overwritee", ""), ("--resplit", ""), ("--epoch", "--epochs"),
                    ("--weight-decy", "--weight-decay")]
 )  # fmt: skip
 def test_suggestions_are_close_and_never_delete_a_run(typo, hint, capsys):
@@ -157,6 +157,22 @@ def test_flags_of_cached_features_that_do_not_fit_are_a_line(words, remedy, caps
     assert remedy in refused([*HEAD, *words, "--output-dir", ""], capsys)
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--cosub", "--distillation-type", "hard"], "--cosub: the submodels teach each other"),
+        (["--src", "--input-size", "32", "48"], "--input-size 32 48: --src crops squares above 8 px"),
+        (["--src", "--input-size", "8"], "--input-size 8: --src crops squares above 8 px"),
+        ([*HEAD, *ONE_VIEW, "--src"], "add --no-src"),
+        ([*HEAD, *ONE_VIEW, "--cosub"], "add --no-cosub"),
+        (["--layer-decay", "0"], "0 is not above 0 and at most 1"),
+        (["--layer-decay", "1.5"], "1.5 is not above 0 and at most 1"),
+    ],
+)
+def test_flags_of_deit3_that_do_not_fit_are_a_line(words, remedy, capsys):
+    assert remedy in refused([*tiny.TINY, *words, "--output-dir", ""], capsys)
+
+
 def test_one_view_flags_satisfy_the_check():
     flags.check_flags(parse_args([*HEAD, *ONE_VIEW]))
 
@@ -174,6 +190,10 @@ WITHOUT_EFFECT = {
     "--color-jitter 0.4 --ThreeAugment": [],
     "--input-size 32 --train-interpolation random --eval-crop-ratio 1": ["--train-interpolation", "--eval-crop-ratio"],
     "--input-size 32 --train-interpolation bilinear": [],
+    "--src --train-interpolation random": ["--train-interpolation"],
+    "--cosub --drop-path 0": ["--cosub"],
+    "--cosub --layer-decay 0.7": [],
+    "--layer-decay 0.7 --train-scope head": ["--layer-decay"],
     "--data-set CIFAR --train-split a --val-split b --inat-category genus": [
         *("--train-split", "--val-split", "--inat-category"),
     ],

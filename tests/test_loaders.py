@@ -631,3 +631,23 @@ def test_all_epochs_copy_on_one_stream(monkeypatch):
     streams = {id(loaders.copy_stream(torch.device("cuda", index))) for index in (0, 0, 1, 0)}
     loaders.copy_stream.cache_clear()
     assert len(made) == len(streams) == 2
+
+
+def test_cosub_sees_each_mixed_image_twice_and_counts_it_once():
+    loaders = [
+        EpochLoader(
+            loader=[batch_of_six()],
+            device=CPU,
+            counter=None,
+            num_batches=1,
+            images_per_batch=6,
+            updates_per_epoch=1,
+            mixup_fn=build_mixup(MixupOptions(), 5, 6),
+            cosub=cosub,
+        )
+        for cosub in (False, True)
+    ]
+    [plain], [doubled] = (list(loader) for loader in loaders)
+    assert torch.equal(doubled.images, torch.cat([plain.images, plain.images]))
+    assert torch.equal(doubled.targets, plain.targets) and torch.equal(doubled.positions, plain.positions)
+    assert loaders[1].num_positions == loaders[0].num_positions == 6

@@ -12,6 +12,7 @@ from torch import nn
 
 from losses import (
     BinaryCrossEntropy,
+    CosubLoss,
     DistillationLoss,
     LossOptions,
     SupervisedLoss,
@@ -335,6 +336,60 @@ def test_the_scale_reaches_the_soft_loss(logits, teacher_logits):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'soft' or 'hard'"):
         DistillationLoss(build_base_criterion(False, 0), lambda _: None, LossOptions(distillation_type="firm"))
+
+
+# -- two submodels -----------------------------------------------------------------------------------------------------
+
+
+def naive_cosub(first, second, targets, bce, smoothing):
+    """Loss in float64, one number at a time: as engine.py of facebookresearch/deit, or with softmax cross-entropy."""
+
+    def sigmoid(value):
+        return 1 / (1 + math.exp(-value))
+
+    def term(row, wanted):
+        if bce:
+            pairs = [(sigmoid(value), target) for value, target in zip(row, wanted, strict=True)]
+            return -sum(t * math.log(p) + (1 - t) * math.log(1 - p) for p, t in pairs) / len(row)
+        return -sum(t * value for t, value in zip(wanted, log_softmax(row), strict=True))
+
+    total = 0.0
+    for one, other, target in zip(first, second, targets, strict=True):
+        label = [(1 - smoothing) * (column == target) + smoothing / len(one) for column in range(len(one))]
+        for row, partner in ((one, other), (other, one)):
+            says = [sigmoid(value) for value in partner] if bce else [math.exp(v) for v in log_softmax(partner)]
+            total += 0.25 * (term(row, label) + term(row, says))
+    return total / len(targets)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bce", [True, False])
+def test_cosub_loss_and_gradient_are_those_computed_by_hand(bce, smoothing, logits):
+    targets = torch.tensor([4, 0, 2])
+    leaf = logits.clone().requires_grad_(True)
+    loss, terms = build_criterion(LossOptions(bce, smoothing, cosub=True))(leaf, batch_of(targets))
+    loss.backward()
+    first, second = logits[:3].double().tolist(), logits[3:].double().tolist()
+    loss = loss.detach()
+    assert float(loss) == pytest.approx(naive_cosub(first, second, targets.tolist(), bce, smoothing), rel=1e-6)
+    assert float(loss) == pytest.approx(float(terms["loss_base"] + terms["loss_cosub"]) / 2)
+    # d/dz of (binary) cross-entropy is p(z) - target; a prediction that is followed gets none
+    z1, z2 = logits.double().chunk(2)
+    p = torch.sigmoid if bce else lambda z: z.softmax(dim=1)
+    label = nn.functional.one_hot(targets, 5) * (1 - smoothing) + smoothing / 5
+    number = 3 * 5 if bce else 3
+    expected = [(2 * p(own) - label - p(other)) / (4 * number) for own, other in ((z1, z2), (z2, z1))]
+    torch.testing.assert_close(leaf.grad.double(), torch.cat(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_cosub_with_mixed_targets_is_the_original_implementation(logits):
+    mixed = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0.2, 0, 0, 0.8]])
+    criterion = nn.BCEWithLogitsLoss()
+    outputs, hard = logits.split(3), mixed.gt(0).float()  # with --bce-loss --smoothing 0
+    expected = 0.25 * (criterion(outputs[0], hard) + criterion(outputs[1], hard))
+    expected += 0.25 * criterion(outputs[0], outputs[1].sigmoid()) + 0.25 * criterion(outputs[1], outputs[0].sigmoid())
+    loss, _ = CosubLoss(build_base_criterion(True, 0.0), bce=True)(logits, batch_of(mixed))
+    torch.testing.assert_close(loss, expected)
 
 
 # -- frozen teacher ----------------------------------------------------------------------------------------------------

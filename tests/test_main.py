@@ -15,11 +15,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets
+import engine
 import loaders
 import main
 import models
 import sources
 import utils
+from augment import ViewOptions
 from flags import fill, parse_args
 
 PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
@@ -248,13 +250,16 @@ def test_a_run_is_augmented_and_evaluated_on_the_device(plain_run, tmp_path, cap
         ("cpu", ["--augment", "device"], True),
         ("cuda", ["--aa", "augmix-m5"], False),
         ("cuda", ["--aa", "3a"], True),
+        ("cuda", ["--aa", "3a", "--src"], True),
+        ("cuda", ["--src"], False),  # with operations that move the image
         ("cuda", ["--aa", "none"], True),
     ],
 )
 def test_images_in_memory_are_augmented_on_a_gpu_unless_told_otherwise(device, flags, expected):
     source, _ = datasets.read_sources(datasets.DataOptions("DIGITS"))
     args = parse_args(flags)
-    assert loaders.augments_on_device(source, args.augment, args.aa, torch.device(device)) == expected
+    views = fill(ViewOptions, args)
+    assert loaders.augments_on_device(source, args.augment, views, torch.device(device)) == expected
 
 
 def test_image_files_are_augmented_on_the_host(tmp_path):
@@ -262,12 +267,12 @@ def test_image_files_are_augmented_on_the_host(tmp_path):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (20, 10)).save(tmp_path / part / "cat" / "1.png")
     source, _ = datasets.read_sources(datasets.DataOptions("IMNET", str(tmp_path)))
-    policy, gpu = parse_args([]).aa, torch.device("cuda")
-    assert not loaders.augments_on_device(source, "auto", policy, gpu)
+    views, gpu = ViewOptions(), torch.device("cuda")
+    assert not loaders.augments_on_device(source, "auto", views, gpu)
     with tiny.user_error("--augment device", "tools.pack_dataset"):
-        loaders.augments_on_device(source, "device", policy, gpu)
+        loaders.augments_on_device(source, "device", views, gpu)
     in_memory = sources.keep_in_memory(source, 1)
-    assert loaders.augments_on_device(in_memory, "auto", policy, gpu)
+    assert loaders.augments_on_device(in_memory, "auto", views, gpu)
 
 
 @pytest.mark.parametrize("scaling, lr", [("linear", "6.25e-05"), ("sqrt", "0.000177"), ("none", "0.0005")])
@@ -461,3 +466,26 @@ def test_a_checkpoint_does_not_choose_what_is_fetched(args, named_run, tmp_path,
     checkpoint = torch.load(named_run / "best.pth", weights_only=True)
     torch.save(checkpoint | {"args": checkpoint["args"] | args}, tmp_path / "bad.pth")
     assert "a checkpoint may not choose" in refusal(capsys, "--eval", "--resume", tmp_path / "bad.pth")
+
+
+def test_a_cosub_run_logs_both_losses_and_counts_its_real_images(tmp_path, monkeypatch):
+    counted, forwards = [], []
+
+    class Log(utils.StepLog):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            counted.append(self.batch_images)
+
+    monkeypatch.setattr(engine, "StepLog", Log)
+    count = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: forwards.append(len(inputs[0])) if hasattr(module, "patch_embed") else None
+    )
+    words = [*tiny.TINY, "--model", "deit_tiny_patch16_LS", "--train-fraction", "0.1", "--batch-size", "32"]
+    try:
+        main.cli([*words, "--cosub", "--bce-loss", "--src", "--ThreeAugment", "--output-dir", str(tmp_path)])
+    finally:
+        count.remove()
+    [record] = tiny.log_of(tmp_path)
+    assert record["images"] == 4 * 32 and counted == [32]  # 145 images make 4 batches, each seen twice
+    assert forwards.count(64) == 4
+    assert record["train_loss"] == pytest.approx((record["train_loss_base"] + record["train_loss_cosub"]) / 2)

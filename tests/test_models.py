@@ -10,6 +10,7 @@ import timm
 import tiny
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 import utils
@@ -557,6 +558,7 @@ def test_quantized_weights_are_refused():
 
 FAMILIES = {
     "deit3": ("deit3_small_patch16_224", TINY),
+    "LS": ("deit_small_patch16_LS", TINY),
     "resmlp": ("resmlp_12_224", {}),  # which has one size
     "cait": ("cait_xxs24_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}),
     "vit": ("vit_tiny_patch16_224", TINY),
@@ -628,6 +630,7 @@ def lightning(prefix):
     ("name", "layout"),
     [
         ("deit3", deit3),
+        ("LS", deit3),
         ("resmlp", resmlp),
         ("resmlp", lambda weights: {"state_dict": {f"model.{k}": v for k, v in resmlp(weights)["model"].items()}}),
         ("cait", cait),
@@ -648,7 +651,7 @@ def test_classifiers_of_other_layouts_give_the_logits_of_the_original(tmp_path, 
     evaluated = family(name, 3)
     load_weights(evaluated, weights_of(torch.load(path), "--resume", path), "--resume", path, EVALUATION)
     assert torch.equal(evaluated(images()), expected)
-    if name == "deit3":
+    if name in ("deit3", "LS"):
         options = TeacherOptions(
             teacher_model=FAMILIES[name][0],
             teacher_model_kwargs={"patch_size": 8} | FAMILIES[name][1],
@@ -670,6 +673,45 @@ def test_self_supervised_weights_give_the_features_of_the_original(tmp_path, lay
     assert ignored in report.ignored and f"ignored: {report.ignored[0]}" in caplog.text
     with tiny.user_error("--eval needs"):
         family("vit", finetune=path, eval_only=True)
+
+
+def published_deit3(weights, batch, num_heads):
+    """Logits [B, C] as facebookresearch/deit models_v2.py computes them, from the names in its files, in float64."""
+    w = {key: value.double() for key, value in weights.items()}
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = nn.functional.conv2d(batch.double(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=8)
+    x = x.flatten(2).transpose(1, 2) + w["pos_embed"]
+    x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], dim=1)
+    B, N, D = x.shape
+    for name in sorted({key.split(".attn.")[0] for key in w if ".attn." in key}):
+        y = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv").reshape(B, N, 3, num_heads, -1)
+        q, k, v = y.permute(2, 0, 3, 1, 4)
+        y = ((q @ k.transpose(-2, -1)) * (D / num_heads) ** -0.5).softmax(-1) @ v
+        x = x + w[f"{name}.gamma_1"] * linear(y.transpose(1, 2).reshape(B, N, D), f"{name}.attn.proj")
+        y = nn.functional.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1"))
+        x = x + w[f"{name}.gamma_2"] * linear(y, f"{name}.mlp.fc2")
+    return linear(norm(x, "norm")[:, 0], "head")
+
+
+@pytest.mark.parametrize("input_size", [(32, 32), (48, 48)])
+def test_deit3_files_give_the_logits_of_the_original_and_of_timms_filter(tmp_path, input_size):
+    weights = deit3(family("LS", 1).state_dict())["model"]
+    assert weights["pos_embed"].shape[1] == 16 and "blocks.1.gamma_2" in weights
+    model = family("LS", 2, input_size=input_size)
+    load_finetune_weights(model, save(tmp_path / "x.pth", {"model": weights}), COMPLETE)
+    theirs = family("deit3", 3, input_size=input_size)
+    theirs.load_state_dict(checkpoint_filter_fn(weights, theirs, adapt_layer_scale=True))
+    batch = images(*input_size)
+    assert torch.equal(model(batch), theirs(batch))
+    resized = weights | {"pos_embed": model.pos_embed.detach()}
+    torch.testing.assert_close(model(batch).double(), published_deit3(resized, batch, 3), rtol=1e-4, atol=1e-5)
 
 
 def test_other_layouts_are_resized_and_checked_like_ours(tmp_path):

@@ -7,6 +7,9 @@ import pytest
 import timm
 import tiny
 import torch
+from timm.layers import DropPath
+from timm.models import cait, deit, mlp_mixer
+from timm.models.vision_transformer import Attention
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,6 +306,159 @@ def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
 
 def test_registration_leaves_nothing_but_models():
     assert set(models_evit.default_cfgs) <= set(models_evit.__all__)
+
+
+# -- published names ---------------------------------------------------------------------------------------------------
+
+# millions of parameters, as the README of facebookresearch/deit gives them for DeiT III
+DEIT3 = {"small_patch16": 22.0, "medium_patch16": 38.8, "base_patch16": 86.6, "large_patch16": 304.4}
+DEIT3 |= {"huge_patch14": 632.1}
+
+
+def on_meta(name, **options):
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+@pytest.mark.parametrize("name", DEIT3)
+def test_deit3_names_have_the_published_size_layer_scale_and_weights(name):
+    model = on_meta(f"deit_{name}_LS")
+    assert sum(map(torch.numel, model.parameters())) / 1e6 == pytest.approx(DEIT3[name], abs=0.1)
+    assert model.pos_embed.shape[1] == model.patch_embed.num_patches  # none for the class token
+    assert model.pretrained_cfg["url"].endswith(f"deit/deit_3_{name.partition('_')[0]}_224_1k.pth")
+    gamma = timm.create_model(f"deit_{name}_LS", depth=1, embed_dim=32, num_heads=1).blocks[0].ls2.gamma
+    assert torch.equal(gamma, torch.full((32,), 1e-4))
+
+
+# of models_v2.py: blocks, width, heads, branches of a block, whether there is LayerScale
+THINGS = {
+    "deit_tiny_patch16_LS": (12, 192, 3, 1, True),
+    "deit_small_patch16_36": (36, 384, 6, 1, False),
+    "deit_small_patch16_36_LS": (36, 384, 6, 1, True),
+    "deit_small_patch16_18x2": (18, 384, 6, 2, False),
+    "deit_small_patch16_18x2_LS": (18, 384, 6, 2, True),
+    "deit_base_patch16_36x1": (36, 768, 12, 1, False),
+    "deit_base_patch16_36x1_LS": (36, 768, 12, 1, True),
+    "deit_base_patch16_18x2": (18, 768, 12, 2, False),
+    "deit_base_patch16_18x2_LS": (18, 768, 12, 2, True),
+    "deit_huge_patch14_52_LS": (52, 1280, 16, 1, True),
+    "deit_huge_patch14_26x2_LS": (26, 1280, 16, 2, True),
+}
+
+
+def arguments_of(name, monkeypatch):
+    """What timm is asked to build for a name: (variant, keyword arguments)."""
+    asked = []
+
+    def build(_, variant, pretrained, **kwargs):
+        asked.append((variant, kwargs))
+        return torch.nn.Identity()
+
+    for module in (deit, cait, mlp_mixer):
+        monkeypatch.setattr(module, "build_model_with_cfg", build)
+    timm.create_model(name)
+    return asked[0]
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_names_without_weights_have_the_published_shape(name, monkeypatch):
+    depth, width, heads, branches, has_scale = THINGS[name]
+    _, asked = arguments_of(name, monkeypatch)
+    assert (asked["depth"], asked["embed_dim"], asked["num_heads"]) == (depth, width, heads)
+    assert asked["init_values"] == (1e-4 if has_scale else None) and asked["no_embed_class"]
+    block = asked["block_fn"](dim=8, num_heads=1, init_values=asked["init_values"], drop_path=0.5)
+    assert sum(isinstance(module, Attention) for module in block.modules()) == branches
+    assert asked["pretrained_cfg"]["mean"] == (0.485, 0.456, 0.406) and "url" not in asked["pretrained_cfg"]
+
+
+def test_pretrained_weights_of_a_name_without_are_refused():
+    with tiny.user_error("--model deit_tiny_patch16_LS: pretrained weights cannot be had"):
+        models.build_model(models.ModelOptions("deit_tiny_patch16_LS", pretrained=True), 1000)
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16_LS", "deit_small_patch16_18x2"])
+def test_deit3_drops_all_blocks_at_one_rate(name):
+    def rates(name, **options):
+        model = on_meta(name, depth=3, **options)
+        return [[m.drop_prob for m in block.modules() if isinstance(m, DropPath)] for block in model.blocks]
+
+    branches = 2 if "x2" in name else 1
+    assert rates(name, drop_path_rate=0.3) == [[0.3] * 2 * branches] * 3
+    assert rates(name) == [[], [], []]
+    # of timm's names it rises
+    assert rates("deit3_small_patch16_224", drop_path_rate=0.3) == [
+        [],
+        [pytest.approx(0.15)] * 2,
+        [pytest.approx(0.3)] * 2,
+    ]
+
+
+@pytest.mark.parametrize("size", [160, 192, 384])
+def test_deit3_takes_its_published_image_sizes(size):
+    options = models.ModelOptions(
+        "deit_small_patch16_LS", input_size=(size, size), model_kwargs={"depth": 1, "embed_dim": 48}
+    )
+    model = models.build_model(options, 5)
+    assert model.patch_embed.grid_size == (size // 16, size // 16)
+    assert model.pos_embed.shape[1] == (size // 16) ** 2
+    with tiny.user_error("160 is not a multiple of the 14 px patch", "use 154 or 168"):  # published: 154 px of each 160
+        models.try_out(
+            on_meta("deit_huge_patch14_LS", img_size=160, depth=1), "--model deit_huge_patch14_LS", (160, 160)
+        )
+
+
+# of cait_models.py and resmlp_models.py: image size, width, blocks
+OTHERS = {
+    "cait_XXS24_224": (224, 192, 24),
+    "cait_XXS24": (384, 192, 24),
+    "cait_XXS36_224": (224, 192, 36),
+    "cait_XXS36": (384, 192, 36),
+    "cait_XS24": (384, 288, 24),
+    "cait_S24_224": (224, 384, 24),
+    "cait_S24": (384, 384, 24),
+    "cait_S36": (384, 384, 36),
+    "cait_M36": (384, 768, 36),
+    "cait_M48": (448, 768, 48),
+    "resmlp_12": (224, 384, 12),
+    "resmlp_24": (224, 384, 24),
+    "resmlp_36": (224, 384, 36),
+    "resmlpB_24": (224, 768, 24),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_cait_and_resmlp_have_their_published_names(name, monkeypatch):
+    variant, asked = arguments_of(name, monkeypatch)
+    config = timm.get_pretrained_cfg(name)
+    assert (config.input_size[1], asked["embed_dim"], asked.get("depth", asked.get("num_blocks"))) == OTHERS[name]
+    assert config.url == timm.get_pretrained_cfg(variant).url
+    file = config.url.rpartition("/")[2].removesuffix(".pth").removesuffix("_no_dist")
+    size = OTHERS[name][0]
+    assert file == (name if name.startswith("res") else f"{name.removeprefix('cait_').removesuffix('_224')}_{size}")
+
+
+def test_every_published_name_has_been_compared():
+    deit3 = {f"deit_{name}_LS" for name in DEIT3}
+    assert models_evit.PUBLISHED.keys() == deit3 | OTHERS.keys() and models_evit.UNTRAINED.keys() == THINGS.keys()
+
+
+@pytest.mark.parametrize(
+    "name, size, rate",
+    [
+        ("224_shrink_base", 224, 0.7),
+        ("224_shrink", 224, 0.7),
+        ("272_shrink", 272, 0.7),
+        ("224_shrink05", 224, 0.5),
+        ("288_shrink06", 288, 0.6),
+        ("304_shrink05", 304, 0.5),
+    ],
+)
+def test_example_names_of_evit_have_their_sizes_and_rates(name, size, rate):
+    model = on_meta(f"deit_small_patch16_{name}")
+    assert model.patch_embed.img_size == (size, size) and model.embed_dim == 384
+    assert [block.keep_rate for block in evit_blocks(model)] == [rate if i in (3, 6, 9) else 1.0 for i in range(12)]
+    assert models_evit.is_evit(f"deit_small_patch16_{name}")
 
 
 RUN = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, *tiny.DATA, "--warmup-epochs", "0"]

@@ -66,6 +66,8 @@ PUBLISHED_DEFAULTS = {
     "distillation_alpha": 0.5,
     "distillation_tau": 1.0,
     "finetune": "",
+    "cosub": False,
+    "src": False,
     "data_set": "IMNET",
     "inat_category": "name",
     "seed": 0,
@@ -240,6 +242,8 @@ def test_defaults_are_the_published_ones():
         ("--attn-only", {"train_scope": "attn"}),
         ("--bce-loss", {"bce_loss": True}),
         ("--cutmix-minmax 0.2 0.8", {"cutmix_minmax": [0.2, 0.8]}),
+        ("--ThreeAugment --src --color-jitter 0.3", {"aa": "3a", "src": True, "color_jitter": 0.3}),
+        ("--cosub --bce-loss", {"cosub": True, "bce_loss": True}),
         ("--data-set CIFAR", {"data_set": "CIFAR"}),
         ("--eval --resume a_b.pth", {"eval": True, "resume": "a_b.pth"}),
         (
