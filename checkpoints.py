@@ -626,8 +626,8 @@ def as_ours(
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
         raise _no_state(path, error) from None
     logger.warning(
-        "%s is of the original implementation: the run continues with epoch %d, but not bitwise as it would there%s",
-        *(path, epoch + 1, _not_here(flags)),
+        "%s is of the original implementation: the run continues with epoch %d, but not bitwise as it would there",
+        *(path, epoch + 1),
     )
     return checkpoint | {
         "optimizer": {"state": state, "param_groups": groups},
@@ -690,12 +690,6 @@ def _our_flags(args: Mapping[str, Any]) -> dict[str, Any]:
     usual = {"base_keep_rate": 0.7, "drop_loc": [3, 6, 9], "fuse_token": True}
     usual |= {"shrink_start_epoch": 10, "shrink_epochs": 0}
     return flags | {name: None for name, value in usual.items() if flags.get(name) == value}  # our defaults are None
-
-
-def _not_here(args: Mapping[str, Any]) -> str:
-    """What the flags of the original implementation ask for that there is not here, as the end of a sentence."""
-    lost = [f"--{name}" for name in ("cosub", "src") if args.get(name)]
-    return f"; {' and '.join(lost)} cannot be continued" if lost else ""
 
 
 # -- downloads ---------------------------------------------------------------------------------------------------------

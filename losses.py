@@ -168,7 +168,7 @@ class CosubLoss:
 
     def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """outputs [2B, C]; the batch has B targets. The logged terms are the means over both submodels."""
-        first, second = outputs.chunk(2)
+        first, second = outputs.float().chunk(2)
         base_loss = (self.base(first, batch.targets) + self.base(second, batch.targets)) / 2
         cosub_loss = (self.follow(first, second) + self.follow(second, first)) / 2
         terms = {"loss_base": base_loss.detach(), "loss_cosub": cosub_loss.detach()}

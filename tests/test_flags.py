@@ -90,7 +90,7 @@ def test_two_typed_weights_are_refused(capsys):
 
 
 @pytest.mark.parametrize(
-    "typo, hint", [("--overwit", ""), ("--overwritee", ""), ("--resplit", ""), ("--epoch", "--epochs"),
+    "typo, hint", [("--overwit", ""), ("--overwritee", ""), ("--use-lmdb", ""), ("--epoch", "--epochs"),
                    ("--weight-decy", "--weight-decay")]
 )  # fmt: skip
 def test_suggestions_are_close_and_never_delete_a_run(typo, hint, capsys):

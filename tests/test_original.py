@@ -222,7 +222,7 @@ def test_its_flags_are_compared_in_the_form_that_they_have_here(tmp_path, caplog
     assert "x.pth is of the original implementation: the run continues with epoch 5" in caplog.text
     assert "updates per epoch" not in caplog.text
     shrink = {"base_keep_rate": 0.7, "drop_loc": "(3, 6, 9)", "fuse_token": True, "shrink_start_epoch": 0}
-    theirs = args_of(data_set="CIFAR", unscale_lr=True, lr=8e-3, distributed=False, cosub=True, **shrink)
+    theirs = args_of(data_set="CIFAR", unscale_lr=True, lr=8e-3, distributed=False, **shrink)
     found = checkpoints.changes(resume(tmp_path / "x.pth", args=theirs)[1], about, compared)
     assert found[:-2] == [
         "--data-set was CIFAR100, is DIGITS",
@@ -230,7 +230,6 @@ def test_its_flags_are_compared_in_the_form_that_they_have_here(tmp_path, caplog
         "--shrink-start-epoch was 0, is None",
         "--lr-scaling was none, is linear",
     ]
-    assert "--cosub cannot be continued" in caplog.text
 
 
 @pytest.mark.parametrize("data, words", [("CIFAR", ("CIFAR100", "id")), ("INAT", ("INAT", "original"))])

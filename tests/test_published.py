@@ -23,7 +23,6 @@ TEXT = (tiny.REPOSITORY / "tests" / "published_lines.txt").read_text()
 LINES = [line for line in TEXT.splitlines() if line and not line.startswith("#")]
 MENDED = {"--repeated-aug--bce-loss": "--repeated-aug --bce-loss"}  # one line of DeiT III lacks a space
 VARIABLES = {"$datapath": "/path/to/imagenet", "$logdir": "/path/to/save", "$ckpt": "deit_small.pth"}
-SIMPLE_CROP = pytest.mark.xfail(strict=True, reason="--src comes with DeiT III's models")
 # Flags that say it with another name, or without a value.
 SAYS = {
     "--unscale-lr": {"lr_scaling": "none"},
@@ -82,10 +81,7 @@ def test_there_are_48_lines():
     assert len(LINES) == 48
 
 
-@pytest.mark.parametrize(
-    "line",
-    [pytest.param(line, marks=SIMPLE_CROP if "--src" in line else (), id=str(n)) for n, line in enumerate(LINES)],
-)
+@pytest.mark.parametrize("line", LINES, ids=map(str, range(len(LINES))))
 def test_a_published_line_has_the_values_that_it_says(line):
     args, values = parsed(line), said(words_of(line)[1])
     expected = {**PUBLISHED_DEFAULTS, **values}
