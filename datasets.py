@@ -759,7 +759,7 @@ def build_train_transform(options: ViewOptions, normalization: Normalization) ->
     """PIL image -> normalized float32 [3, H, W] by DeiT's training augmentation (paper, section 6 and table 9).
 
     Up to 64 pixels, the random resized crop gives way to a padding of 4 pixels and a random crop. So it does with
-    `options.src` (DeiT III, section 3.3), which resizes the short side only and pads by reflection.
+    `options.src` (DeiT III), which resizes the short side only and pads by reflection.
 
     Raises:
         UserError: if timm does not know the AutoAugment policy.

@@ -404,7 +404,7 @@ def keep_rates(text: str) -> float | list[float]:
 
 def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token reorganization (evit_* models)").add_argument
-    rates = "share of the patches to keep, or one share per layer: 0.7,0.7,0.5; default 0.7"
+    rates = "share of the patches to keep, or one share per layer: 0.7,0.7,0.5; default 0.7, *_shrinkNN 0.NN"
     add("--base-keep-rate", type=keep_rates, metavar="RATE", help=rates)
     add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default 3,6,9")
     fuse = "fuse the dropped patches into one token; default: yes, as in the original training scripts (the flag "

@@ -360,7 +360,7 @@ def barrier(is_long: bool = False) -> None:
         is_long: whether some may be hours ahead, as after a download; in 30 minutes, other waits are over.
     """
     if is_distributed():
-        dist.barrier(group=_groups.get("patient") if is_long else None)
+        dist.barrier(**({"group": _groups["patient"]} if is_long and _groups else {}))
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
