@@ -409,7 +409,7 @@ def test_deit3_takes_its_published_image_sizes(size):
 
 
 # of cait_models.py and resmlp_models.py: image size, width, blocks
-PUBLISHED_NAMES = {
+SHAPES = {
     "cait_XXS24_224": (224, 192, 24),
     "cait_XXS24": (384, 192, 24),
     "cait_XXS36_224": (224, 192, 36),
@@ -427,24 +427,20 @@ PUBLISHED_NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_cait_and_resmlp_have_their_published_names(name, monkeypatch):
     variant, asked = arguments_of(name, monkeypatch)
     config = timm.get_pretrained_cfg(name)
-    assert (config.input_size[1], asked["embed_dim"], asked.get("depth", asked.get("num_blocks"))) == PUBLISHED_NAMES[
-        name
-    ]
+    assert (config.input_size[1], asked["embed_dim"], asked.get("depth", asked.get("num_blocks"))) == SHAPES[name]
     assert config.url == timm.get_pretrained_cfg(variant).url
     file = config.url.rpartition("/")[2].removesuffix(".pth").removesuffix("_no_dist")
-    size = PUBLISHED_NAMES[name][0]
+    size = SHAPES[name][0]
     assert file == (name if name.startswith("res") else f"{name.removeprefix('cait_').removesuffix('_224')}_{size}")
 
 
 def test_every_published_name_has_been_compared():
     deit3 = {f"deit_{name}_LS" for name in DEIT3}
-    assert (
-        models_evit.PUBLISHED.keys() == deit3 | PUBLISHED_NAMES.keys() and models_evit.UNTRAINED.keys() == THINGS.keys()
-    )
+    assert models_evit.PUBLISHED.keys() == deit3 | SHAPES.keys() and models_evit.UNTRAINED.keys() == THINGS.keys()
 
 
 @pytest.mark.parametrize(
