@@ -268,7 +268,9 @@ def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int]) -> 
             continue
         for side, patch in zip(input_size, conv.stride, strict=True):
             near = " or ".join(str(size) for size in (side // patch * patch, -(-side // patch) * patch) if size)
-            if side % patch:
+            if side % patch and flag.removeprefix("--model ") in models_evit.PUBLISHED:
+                logger.warning("%s: the last %d px of %d are not seen, as in the original", flag, side % patch, side)
+            elif side % patch:
                 size = " ".join(map(str, input_size))
                 raise UserError(
                     f"--input-size {size}: {side} is not a multiple of the {patch} px patch of {flag}; use {near}"

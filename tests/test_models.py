@@ -297,6 +297,17 @@ def test_a_head_from_scratch_is_scaled_only_when_asked():
         assert torch.equal(ours, theirs * 0.5)
 
 
+def test_a_published_model_takes_the_size_that_it_was_published_with(caplog, monkeypatch):
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    model = build("deit_huge_patch14_LS", patch_size=None, input_size=(160, 160))
+    assert model.patch_embed.grid_size == (11, 11) and "the last 6 px of 160 are not seen" in caplog.text
+    batch, cut = images(160, 160), images(160, 160)
+    cut[:, :, 154:] = cut[:, :, :, 154:] = 0
+    assert torch.equal(model.eval()(batch), model(cut))
+    with tiny.user_error("--input-size 160 160: 160 is not a multiple of the 14 px patch"):
+        build("deit3_huge_patch14_224", patch_size=None, input_size=(160, 160))
+
+
 def test_a_wrong_model_name_is_told_those_that_it_begins():
     with tiny.user_error("--model deit_tiny", "did you mean deit_tiny_patch16_224"):
         build("deit_tiny")
