@@ -122,7 +122,9 @@ def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
     job.wait("timed out", lambda: int(job.show("Restarts")) >= 4)
     job.wait("training again", lambda epochs=job.epochs: job.epochs > epochs)
     job.cancel()
-    assert "stopped by SIGTERM; epoch" in job.logs() and "completed successfully" not in job.logs()
+    for path in job.folder.glob("*_log.out"):  # of the last start
+        assert "completed successfully" not in path.read_text().rpartition("Starting with")[2]
+    assert "stopped by SIGTERM; epoch" in job.logs()
     assert_same_epochs(undisturbed, job)
     names = {path.name for path in job.folder.iterdir()}
     assert {"config.json", "log.txt", "checkpoint.pth", "checkpoint_previous.pth", "best.pth", "tensorboard"} <= names
