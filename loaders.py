@@ -390,7 +390,7 @@ def build_val_loader(
 
 
 @torch.no_grad()
-def cache_features(
+def feature_source(
     source: Data,
     model: torch.nn.Module,
     views: ViewOptions,

@@ -151,11 +151,16 @@ def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
     """The training batches, and what is trained on them: the model, or its head on the features of the rest."""
     mixup = fill(loaders.MixupOptions, run.args)
     if run.args.cache_features:
-        head = models.linear_head(run.model, run.args.model)
-        features = loaders.cache_features(run.train, run.model, run.views, run.loading, run.world, run.autocast)
-        return loaders.build_epoch_loader(features, torch.clone, mixup, run.loading, run.world), head
+        source, head = cache_features(run)
+        return loaders.build_epoch_loader(source, torch.clone, mixup, run.loading, run.world), head
     loader = loaders.build_train_loader(run.train, run.views, run.normalization, mixup, run.loading, run.world)
     return loader, run.model
+
+
+def cache_features(run: Run) -> tuple[sources.Source, torch.nn.Linear]:
+    """The inputs of the classification layer as a source, and the layer."""
+    head = models.linear_head(run.model, run.args.model)
+    return loaders.feature_source(run.train, run.model, run.views, run.loading, run.world, run.autocast), head
 
 
 def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], torch.Tensor] | None:
@@ -228,10 +233,8 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
     logger.info("training  %d epochs of %s", args.epochs, updates)
     logger.info("output    %s", args.output_dir or "none")
     if len(run.train) < engine.FEW_IMAGES and not (args.pretrained or args.finetune or args.resume):
-        logger.warning(
-            "%d images are too few to train %s from scratch; start from --pretrained, or --finetune FILE",
-            *(len(run.train), args.model),
-        )
+        few = "%d images are too few to train %s from scratch; start from --pretrained, or --finetune FILE"
+        logger.warning(few, len(run.train), args.model)
 
 
 def resume(

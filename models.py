@@ -73,7 +73,8 @@ def create_model(
 
 def _near(name: str, names: Sequence[str]) -> list[str]:
     """Up to three names for a wrong one: those that it is the start of, else those of similar spelling."""
-    longer = sorted((each for each in names if each.startswith(name) and name), key=len)
+    longer = [each for each in names if each.startswith(name) and name]
+    longer.sort(key=lambda each: (not timm.is_model_pretrained(each), len(each)))
     return longer[:3] or difflib.get_close_matches(name, names, n=3)
 
 
