@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -707,7 +708,8 @@ def _compare_number(images: int, promised: int, is_over: Callable[[], int]) -> N
     Raises:
         RunError: on all ranks, if some are missing and no rank has ended early.
     """
-    logger.info("evaluated %d images", images)
+    if not sys.stderr.isatty():  # where an epoch has one line
+        logger.info("evaluated %d images", images)
     if images < max(promised, 1) and not any(agree(is_over())):
         raise RunError(
             f"only {images} of {promised or 'the'} validation images were evaluated: the others cannot be read, or are "
