@@ -97,10 +97,10 @@ def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = F
     With `eval_only` the training part may be empty. The first process of a machine downloads, the others wait.
 
     Raises:
-        UserError: see `read_sources`, another number of classes than `nb_classes`, or a flag that a stream does not
+        UserError: see `read_sources`, another number of classes than `nb_classes`, or a flag that the data do not
             support.
     """
-    train, val = read_sources(options, local_rank, eval_only)
+    train, val = (_upright(part, options) for part in read_sources(options, local_rank, eval_only))
     if options.nb_classes not in (None, val.num_classes):
         name = " ".join(filter(None, (options.data_set, options.data_path)))
         raise UserError(f"--nb-classes {options.nb_classes}: {name} has {val.num_classes} classes; drop the flag")
@@ -123,8 +123,6 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
     name = options.data_set
     if not name.startswith((*SCHEMES, CSV)) and name not in NAMES:
         raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
-    if options.upright and (name.startswith(SCHEMES) or name == "DIGITS"):
-        raise UserError(f"--upright: {name} is not read from image files; drop the flag")
     for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
         if column is not None and (name in NAMES or name.startswith("torch/")):
             raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
@@ -143,7 +141,7 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
     if name == "DIGITS":
         return _digits()
     if name.startswith(CSV):
-        return _upright(_csv(options), options)
+        return _csv(options)
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
         return _cifar(root, name, local_rank, eval_only)
@@ -155,21 +153,20 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         "INAT": lambda: _inaturalist(root, 2018, options),
         "INAT19": lambda: _inaturalist(root, 2019, options),
     }
-    return _upright(readers[name](), options)
+    return readers[name]()
 
 
-def _upright(parts: tuple[Source, Source], options: DataOptions) -> tuple[Source, Source]:
+def _upright(part: Data, options: DataOptions) -> Data:
     """The same images, turned as their EXIF orientation says if that is asked for.
 
     Raises:
         UserError: if they are not files.
     """
     if not options.upright:
-        return parts
-    if not all(isinstance(part.images, PathImages) for part in parts):
+        return part
+    if not (isinstance(part, Source) and isinstance(part.images, PathImages)):
         raise UserError(f"--upright: {options.data_set} is not read from image files; drop the flag")
-    train, val = (replace(part, images=PathImages(part.images.paths.tolist(), upright=True)) for part in parts)
-    return train, val
+    return replace(part, images=PathImages(part.images.paths.tolist(), upright=True))
 
 
 def _folder_of(name: str, data_path: str | None) -> Path:
@@ -233,13 +230,22 @@ def _is_new(folder: str | Path, seen: set[Any]) -> bool:
     return not known
 
 
+@contextlib.contextmanager
+def _readable(root: Path) -> Iterator[None]:
+    """Turn what keeps the files below `root` from being read into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
+
+
 def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Source, Source]:
     """`train/CLASS/image` and `val/CLASS/image`.
 
     An evaluation reads val/ only. The classes are the folders in train/ if it exists; some may have no images in val/.
     """
     root = train.parent
-    try:
+    with _readable(root):
         train_folders = {} if eval_only and not train.is_dir() else _class_folders(train)
         val_folders = _class_folders(val)
         class_names = sorted(train_folders or val_folders)
@@ -253,8 +259,6 @@ def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Sourc
             )
         held_out = _folder_part(val, val_folders, class_names, allow_empty=eval_only)
         return replace(held_out, order=held_out.order[:0]) if part is None else part, held_out
-    except OSError as error:
-        raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
 
 
 def _image_folders(root: Path, val_fraction: float, eval_only: bool) -> tuple[Source, Source]:
@@ -270,12 +274,10 @@ def _image_folders(root: Path, val_fraction: float, eval_only: bool) -> tuple[So
             logger.info("--val-fraction has no effect: %s has a folder val/", root)
         return _folder_tree(root / "train", root / "val", eval_only)
     folder = root / "train" if has_train else root
-    try:
+    with _readable(root):
         folders = _class_folders(folder)
         _warn_of_text_order(root, list(folders))
         whole = _folder_part(folder, folders, list(folders))
-    except OSError as error:
-        raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
     return _held_out(whole, val_fraction, folder)
 
 

@@ -24,7 +24,7 @@ import sklearn.datasets
 import tiny
 import torch
 import torchvision
-from PIL import Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter, ImageOps
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import datasets
@@ -46,6 +46,7 @@ from sources import (
     keep_in_memory,
     take_fraction,
 )
+from tools import pack_dataset
 from utils import RunError
 
 NORMALIZATION = MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -214,6 +215,33 @@ def test_a_validation_folder_is_used_whatever_the_fraction(tmp_path):
     assert [[Path(path) for path in paths_of(source)] for source in sources] == [paths["train"], paths["val"]]
     with tiny.user_error("--val-fraction 0.5", "DIGITS has a validation part"):
         read("DIGITS", val_fraction=0.5)
+
+
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "torch/image_folder", "CSV"])
+def test_photos_are_turned_upright_wherever_they_are_files(tmp_path, name):
+    paths = write_tree(tmp_path)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in (*paths["train"], *paths["val"]):
+        with Image.open(path) as image:
+            image.load()
+        image.save(path, exif=exif)
+    if name == "CSV":
+        rows = [f"{path},{path.parent.name},{part}" for part in ("train", "val") for path in paths[part]]
+        (tmp_path / "x.csv").write_text("\n".join(["path,label,split", *rows]))
+        name = f"csv/{tmp_path}/x.csv"
+    for is_upright, size in ((False, (10, 12)), (True, (12, 10))):
+        options = DataOptions(name, str(tmp_path), upright=is_upright, ram_cache=0)
+        assert [part[0][0].size for part in datasets.build_sources(options)] == [size, size]
+
+
+@pytest.mark.parametrize("name", ["DIGITS", "PACKED"])
+def test_data_that_are_no_files_cannot_be_turned_upright(tmp_path, name):
+    if name == "PACKED":
+        pack_dataset.main(["--data-set", "DIGITS", "--output", str(tmp_path / "pack")])
+    path = {"PACKED": str(tmp_path / "pack")}.get(name)
+    with tiny.user_error("--upright", f"{name} is not read from image files"):
+        datasets.build_sources(DataOptions(name, path, upright=True))
 
 
 def ordered_paths(source):
