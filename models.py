@@ -195,7 +195,7 @@ def build_model(
             model.set_grad_checkpointing()
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
-    try_out(model, f"--model {name}", options.input_size)
+    try_out(model, f"--model {name}", options.input_size, may_cut=name in models_evit.PUBLISHED)
     heads = () if comes_with_head else classifier_names(model)
     if options.finetune:
         report = load_finetune_weights(model, options.finetune, COMPLETE if eval_only else FINETUNING)
@@ -218,9 +218,12 @@ def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, rep
         logger.warning("--head-init-scale has no effect: the head comes with the weights")
     for name in heads:
         for parameter in model.get_submodule(name).parameters():
-            if replaced:
-                nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.trunc_normal_(parameter, std=0.02)
-            parameter.data.mul_(1.0 if scale is None else scale)
+            if replaced and parameter.ndim == 1:
+                nn.init.zeros_(parameter)
+            elif replaced:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            if scale is not None:
+                parameter.data.mul_(scale)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -229,9 +232,13 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def try_out(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
-    """Show the model one image, so that a size it cannot take is found before training starts."""
-    _check_patches(model, flag, input_size)
+def try_out(model: nn.Module, flag: str, input_size: tuple[int, int], may_cut: bool = False) -> None:
+    """Run the model on one image, so that a size it cannot take is found before training starts.
+
+    Args:
+        may_cut: warn, instead of refusing it, of a size that is no multiple of the patch.
+    """
+    _check_patches(model, flag, input_size, may_cut)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *input_size))
@@ -260,7 +267,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int]) -> int | None:
     return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two operations
 
 
-def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int]) -> None:
+def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int], may_cut: bool) -> None:
     """Refuse a size that is no multiple of the patch: timm's patch embedding would ignore the rest of each image."""
     for embed in model.children():
         conv = getattr(embed, "proj", None)
@@ -269,7 +276,7 @@ def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int]) -> 
             continue
         for side, patch in zip(input_size, conv.stride, strict=True):
             near = " or ".join(str(size) for size in (side // patch * patch, -(-side // patch) * patch) if size)
-            if side % patch and flag.removeprefix("--model ") in models_evit.PUBLISHED:
+            if side % patch and may_cut:
                 logger.warning("%s: the last %d px of %d are not seen, as in the original", flag, side % patch, side)
             elif side % patch:
                 size = " ".join(map(str, input_size))

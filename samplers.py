@@ -128,16 +128,17 @@ class KeyedSampler(Sampler):
         """Sample index at each position, [num_positions]."""
         if not self.shuffle:
             return np.arange(self.num_positions) // self.repeats
-        drawn = self._balanced() if self.members else range(self.length)
+        length = self.num_drawn if self.members else self.length
         # Sorting random keys, which all differ, is a permutation that no library version can change.
-        order = np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(len(drawn))))[: self.num_drawn]
-        order = drawn[order] if self.members else order
-        return np.repeat(order, self.repeats)[: self.num_positions] if self.repeats > 1 else order[: self.num_positions]
+        order = np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(length)))[: self.num_drawn]
+        if self.members:
+            order = self._balanced()[order]
+        return np.repeat(order, self.repeats)[: self.num_positions]
 
     def _balanced(self) -> np.ndarray:
-        """The epoch's samples: of each class equally many, or one fewer. Those of a small class come again and again.
+        """The epoch's samples: equally many of each class, or one fewer. Those of a small class come several times.
 
-        A class is gone through in random order before any of its samples comes again.
+        No sample comes again before every other of its class has come as often.
         """
         share = -(-self.num_drawn // len(self.members))
         columns = []

@@ -404,7 +404,7 @@ def test_deit3_takes_its_published_image_sizes(size):
     assert model.pos_embed.shape[1] == (size // 16) ** 2
     with tiny.user_error("160 is not a multiple of the 14 px patch", "use 154 or 168"):
         models.try_out(
-            on_meta("deit_huge_patch14_LS", img_size=160, depth=1), "--model deit3_huge_patch14_224", (160, 160)
+            on_meta("deit_huge_patch14_LS", img_size=160, depth=1), "--model deit_huge_patch14_LS", (160, 160)
         )
 
 
