@@ -947,13 +947,14 @@ def _totals(state: TrainState, rank: int, first: int) -> dict[str, float]:
     return {name: sum(each[name] for each in totals) / len(totals) for name in totals[0]}
 
 
-def _described(trained: dict[str, float], schedules: Sequence[Schedule]) -> dict[str, float]:
-    """An epoch's means for log.txt, with the published names."""
+def _described(state: TrainState, trained: dict[str, float], schedules: Sequence[Schedule]) -> dict[str, float]:
+    """An epoch's number and means for log.txt, with the published names."""
     # Other schedules than the published train_lr go by their own name and with the value that is evaluated.
     values = {schedule.name: schedule.value for schedule in schedules if schedule.name != "lr"}
     plain = ("images_per_second", "skipped_steps")
     named = {name if name in plain else f"train_{name}": v for name, v in trained.items() if name not in values}
-    return named | values
+    trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+    return {"epoch": state.epoch, "n_parameters": trainable} | named | values
 
 
 @dataclass(frozen=True)
@@ -965,7 +966,7 @@ class RunOptions:
     log_interval: int = 50  # steps between two log lines and two checks for a non-finite loss
     eval_interval: int = 1  # epochs between two evaluations; the last epoch is always evaluated
     augmentation_epochs: int | None = None  # after this many epochs the same views come again; None for never
-    early_stop: int | None = None  # end after so many epochs without a better accuracy; None for never
+    early_stop: int | None = None  # end after this many epochs without a better accuracy; None for never
     checkpoint_minutes: float | None = None  # between two checkpoints within an epoch
     stop_timeout: float = 60  # seconds that a stop signal waits for the update in progress
 
@@ -1005,7 +1006,7 @@ def fit(
             )
             trained = train_one_epoch(state, batches, criterion, schedules, log, after_update=saver.check, **seeds)
             _close_epoch(state, world)
-            record = _described(trained, schedules) | _counts(state)
+            record = _described(state, trained, schedules)
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
                 saver.save(log)  # an evaluation can fail
                 tested = _test(state, val_loader, stop)
@@ -1031,7 +1032,8 @@ def rehearse(
     options: RunOptions,
     world: World,
 ) -> None:
-    """Make two updates and evaluate one batch, save nothing, and log what the run would take."""
+    """Make two updates at the start of an epoch, evaluate one batch, save nothing, and log what the run would take."""
+    state.start_at(state.epoch, train_loader.updates_per_epoch)  # a resumed epoch may have no updates left
     first, ends = _position(state, train_loader, schedules, state.epoch % options.view_epochs), [time.perf_counter()]
     log = _step_log(state, train_loader, options, None, first, {})
 
@@ -1066,8 +1068,8 @@ def rehearse(
 
 def _columns(state: TrainState) -> list[str]:
     """What else than top-1 is worth a column: top-5 of 5 classes is always 100 %."""
-    has_more = getattr(state.module, "num_classes", 6) > 5
-    return ["top-5"] * has_more + ["EMA"] * (state.ema is not None)
+    is_worth_it = {"top-5": getattr(state.module, "num_classes", 6) > 5, "EMA": state.ema is not None}
+    return [name for name, is_shown in is_worth_it.items() if is_shown]
 
 
 def _step_log(
@@ -1100,12 +1102,6 @@ def _with_pictures(loader: EpochLoader, state: TrainState, output: Output) -> It
             output.writer.add_images("training images", views.clamp(0, 1), 0)
         is_first = False
         yield batch
-
-
-def _counts(state: TrainState) -> dict[str, float]:
-    """What is counted at the end of an epoch."""
-    trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
-    return {"epoch": state.epoch, "n_parameters": trainable}
 
 
 def _is_early_end(state: TrainState, options: RunOptions) -> bool:

@@ -131,6 +131,19 @@ def test_a_dry_run_saves_nothing_and_says_what_a_run_would_take(tmp_path, capsys
     assert "--dry-run: --eval trains nothing" in capsys.readouterr().err
 
 
+def test_a_dry_run_of_an_epoch_without_updates_left_takes_the_next_ones(tmp_path, capsys, monkeypatch):
+    def stopped(*_):
+        raise utils.RunError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(engine, "_test", stopped)  # after the epoch was saved, before its evaluation
+        run(tmp_path, "--epochs", "2")
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run(tmp_path, "--epochs", "2", "--resume", "auto", "--dry-run")
+    assert "dry run: an update takes" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+
+
 def test_few_images_from_scratch_are_a_warning(tmp_path, capsys):
     flags = ["--train-fraction", "0.1", "--batch-size", "32"]
     run(tmp_path / "scratch", *flags)
