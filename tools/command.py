@@ -65,8 +65,8 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
     parser = flags.Parser(
         prog=f"python -m tools.{tool}",
         description=description,
-        epilog="The model and the data are those that the checkpoint names. Flags of main.py may be added and take "
-        "precedence: --data-path, --device, --batch-size, --num-workers, --amp, --model, --base-keep-rate, ...",
+        epilog="The model and the data are those that the checkpoint names. Flags of main.py may be\nadded and take "
+        "precedence: --data-path, --device, --batch-size, --num-workers, --amp,\n--model, --base-keep-rate, ...",
     )
     # Set before the flags, so that these can hide it from the help, which says it in words.
     parser.set_defaults(resume="", main_flags=[])

@@ -76,8 +76,11 @@ def line_style(index: int) -> dict[str, str]:
 
 
 def plain(text: str, longest: int = 60) -> str:
-    """Text of a file or folder as matplotlib draws it unchanged: no mathtext, no control characters, not too long."""
-    text = escaped(text)
+    """Text of a file as matplotlib draws it unchanged: no mathtext, no control characters, not too long.
+
+    Its font has no glyphs for Chinese, Japanese and Korean: they become question marks.
+    """
+    text = "".join(char if ord(char) < 0x2E80 else "?" for char in escaped(text))
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-(longest // 2 - 1) :]}"
     return text.replace("$", r"\$")

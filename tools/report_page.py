@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from tools import pictures
 from utils import escaped
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by color-blind readers
+BLUE, ORANGE, GRAY = *pictures.COLORS[:2], "#777777"
 MOST_NUMBERS = 20  # classes of a confusion matrix with numbers in its cells
 MOST_PAIRS = 30  # confusions on the page
 LONGEST_LABEL = 24  # characters of a class name in a picture
@@ -31,43 +32,30 @@ def draw_figures(report: dict[str, Any], folder: Path) -> None:
         _draw_keep_rates(report["keep_rates"], folder / FIGURES["keep_rates"])
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # slow to import; this class needs no display
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _legend_above(axes: Any) -> None:
     """A legend that hides nothing."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
 
 
 def _draw_reliability(calibration: dict[str, Any], file: Path) -> None:
     """Accuracy over confidence by bin, above the number of images in each bin."""
-    figure = _figure(5, 5.5)
-    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    edges = [100 * row["low"] for row in calibration["bins"]]
-    width = 100 / len(edges)
-    filled = [row for row in calibration["bins"] if row["images"]]
-    bars = {"width": width, "align": "edge", "color": BLUE, "edgecolor": "white"}
-    above.bar([100 * row["low"] for row in filled], [row["accuracy"] for row in filled], label="accuracy", **bars)
-    points = [row["confidence"] for row in filled]
-    above.plot(points, points, "D", color=ORANGE, markersize=5, label="mean confidence")
-    above.plot([0, 100], [0, 100], "--", color=GREY, linewidth=1, label="perfect calibration")
-    above.set(ylabel="top-1 accuracy (%)", xlim=(0, 100), ylim=(0, 100))
-    figure.suptitle(f"expected calibration error {calibration['ece']:.1f} %", fontsize=11)
-    _legend_above(above)
-    below.bar(edges, [row["images"] for row in calibration["bins"]], **bars)
-    below.set(xlabel="probability of the predicted class (%)", ylabel="images")
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-    figure.savefig(file, dpi=150)
-
-
-def _label(name: str) -> str:
-    shown = "".join(char if ord(char) < 0x2E80 else "?" for char in escaped(name))  # no glyphs in matplotlib's font
-    return shown if len(shown) <= LONGEST_LABEL else f"{shown[: LONGEST_LABEL - 1]}…"
+    with pictures.plot(file, 5, 5.5) as figure:
+        above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        edges = [100 * row["low"] for row in calibration["bins"]]
+        width = 100 / len(edges)
+        filled = [row for row in calibration["bins"] if row["images"]]
+        bars = {"width": width, "align": "edge", "color": BLUE, "edgecolor": "white"}
+        above.bar([100 * row["low"] for row in filled], [row["accuracy"] for row in filled], label="accuracy", **bars)
+        points = [row["confidence"] for row in filled]
+        above.plot(points, points, "D", color=ORANGE, markersize=5, label="mean confidence")
+        above.plot([0, 100], [0, 100], "--", color=GRAY, linewidth=1, label="perfect calibration")
+        above.set(ylabel="top-1 accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+        figure.suptitle(f"expected calibration error {calibration['ece']:.1f} %", fontsize=11)
+        _legend_above(above)
+        below.bar(edges, [row["images"] for row in calibration["bins"]], **bars)
+        below.set(xlabel="probability of the predicted class (%)", ylabel="images")
+        for axes in (above, below):
+            axes.set_axisbelow(True)
 
 
 def _draw_confusion(matrix: np.ndarray, names: Sequence[str], file: Path) -> None:
@@ -80,25 +68,25 @@ def _draw_confusion(matrix: np.ndarray, names: Sequence[str], file: Path) -> Non
     count = len(names)
     has_numbers = count <= MOST_NUMBERS
     side = 2.5 + (0.55 if has_numbers else 0.12) * count
-    figure = _figure(max(5, side + 1), max(4, side))
-    axes = figure.subplots()
-    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    picture = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
-    bar = figure.colorbar(picture, ax=axes, shrink=0.8, ticks=(0, 1, 5, 10, 20, 40, 60, 80, 100))
-    bar.set_label("share of the true class's images (%)")
-    labels, size = [_label(name) for name in names], 10 if has_numbers else 7
-    plain = {"fontsize": size, "parse_math": False}  # a name may hold dollars
-    axes.set_xticks(range(count), labels=labels, rotation=90 if count > 5 else 30, **plain)
-    if count <= 5:
-        for text in axes.get_xticklabels():
-            text.set(ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), labels=labels, **plain)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    if has_numbers:
-        for (row, column), images in np.ndenumerate(matrix):
-            color = "white" if share[row, column] > 35 else "black" if images else GREY
-            axes.text(column, row, str(images), ha="center", va="center", color=color, fontsize=9)
-    figure.savefig(file, dpi=150)
+    with pictures.plot(file, max(5, side + 1), max(4, side)) as figure:
+        axes = figure.subplots()
+        axes.grid(False)
+        share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        picture = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+        bar = figure.colorbar(picture, ax=axes, shrink=0.8, ticks=(0, 1, 5, 10, 20, 40, 60, 80, 100))
+        bar.set_label("share of the true class's images (%)")
+        labels = [pictures.plain(name, LONGEST_LABEL) for name in names]
+        size = {"fontsize": 10 if has_numbers else 7}
+        axes.set_xticks(range(count), labels=labels, rotation=90 if count > 5 else 30, **size)
+        if count <= 5:
+            for text in axes.get_xticklabels():
+                text.set(ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), labels=labels, **size)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        if has_numbers:
+            for (row, column), images in np.ndenumerate(matrix):
+                color = "white" if share[row, column] > 35 else "black" if images else GRAY
+                axes.text(column, row, str(images), ha="center", va="center", color=color, fontsize=9)
 
 
 def rate_label(rate: float | Sequence[float]) -> str:
@@ -108,19 +96,20 @@ def rate_label(rate: float | Sequence[float]) -> str:
 
 def _draw_keep_rates(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Top-1 with its interval at each keep rate, the model's own in another color."""
-    figure = _figure(max(5, 0.9 * len(rows) + 1), 3.5)
-    axes = figure.subplots()
-    for own, color, marker, label in ((False, BLUE, "o", "other keep rates"), (True, ORANGE, "D", "the model's own")):
-        chosen = [place for place, row in enumerate(rows) if row["is_own"] == own]
-        tops = np.array([rows[place]["acc1"] for place in chosen])
-        margins = np.abs(np.array([rows[place]["interval"] for place in chosen]).reshape(-1, 2).T - tops)
-        axes.errorbar(chosen, tops, margins, fmt=marker, color=color, capsize=4, label=label)
-    axes.set_xticks(range(len(rows)), labels=[rate_label(row["keep_rate"]) for row in rows])
-    axes.set(xlabel="keep rate", ylabel="top-1 accuracy (%)")
-    axes.margins(0.1)
-    axes.grid(alpha=0.3)
-    _legend_above(axes)
-    figure.savefig(file, dpi=150)
+    with pictures.plot(file, max(5, 0.9 * len(rows) + 1), 3.5) as figure:
+        axes = figure.subplots()
+        for own, color, marker, label in (
+            (False, BLUE, "o", "other keep rates"),
+            (True, ORANGE, "D", "the model's own"),
+        ):
+            chosen = [place for place, row in enumerate(rows) if row["is_own"] == own]
+            tops = np.array([rows[place]["acc1"] for place in chosen])
+            margins = np.abs(np.array([rows[place]["interval"] for place in chosen]).reshape(-1, 2).T - tops)
+            axes.errorbar(chosen, tops, margins, fmt=marker, color=color, capsize=4, label=label)
+        axes.set_xticks(range(len(rows)), labels=[rate_label(row["keep_rate"]) for row in rows])
+        axes.set(xlabel="keep rate", ylabel="top-1 accuracy (%)")
+        axes.margins(0.1)
+        _legend_above(axes)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def label(keep_rate: float | Sequence[float]) -> str:
 
 
 def standard_error(accuracy: float, images: float) -> float:
-    """Binomial standard error in percentage points of an accuracy in per cent of so many images."""
+    """Binomial standard error in percentage points of an accuracy in per cent, measured on this many images."""
     return math.sqrt(max(0.0, accuracy * (100 - accuracy)) / images)
 
 
