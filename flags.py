@@ -731,6 +731,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{flag}: no distillation is asked for; add --distillation-type hard, or drop it")
     if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
         raise UserError("--precompute-teacher: there is no place for the predictions; add --teacher-cache FOLDER")
+    if args.cosub and args.distillation_type != "none":
+        raise UserError("--cosub: the submodels teach each other, without --distillation-type; drop one of them")
     if args.cache_features:
         _check_features(args)
     if not args.precompute_teacher and (args.precompute_epochs or args.precompute_batch_size):
@@ -755,22 +757,20 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
         raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
-    if args.cosub and args.distillation_type != "none":
-        raise UserError("--cosub: the submodels teach each other, without --distillation-type; drop one of them")
-    _check_views(args)
+    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; use a lower one")
+    _check_sizes(args)
 
 
-def _check_views(args: argparse.Namespace) -> None:
+def _check_sizes(args: argparse.Namespace) -> None:
     """Refuse image sizes and crops that do not go together."""
     size = " ".join(map(str, args.input_size))
     if len(args.input_size) > 2:
         raise UserError(f"--input-size {size}: give one number, or height and width")
     if args.src and (args.input_size[0] != args.input_size[-1] or args.input_size[0] <= 2 * PADDING):
         raise UserError(f"--input-size {size}: --src crops squares above {2 * PADDING} px; give one such number")
-    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; use a lower one")
 
 
 def _check_original(args: argparse.Namespace) -> None:

@@ -296,7 +296,7 @@ def open_output(
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         step = state.num_updates * state.accum_steps
         writer = utils.TensorBoard(folder / "tensorboard", step, config, args.log_wandb)
-        if not state.totals:  # a viewer drops the last epoch's values, which stand at the step that comes next
+        if not state.totals:  # the last epoch's values stand at the next step, from where viewers drop everything
             for record in utils.read_log(folder)[-1:]:
                 writer.add_epoch(record, step)
         return engine.Output(folder, writer, about, lock)

@@ -359,8 +359,11 @@ def barrier(is_long: bool = False) -> None:
     Args:
         is_long: whether some may be hours ahead, as after a download; in 30 minutes, other waits are over.
     """
-    if is_distributed():
-        dist.barrier(**({"group": _groups["patient"]} if is_long and _groups else {}))
+    group = _groups.get("patient") if is_long else None
+    if group is not None:
+        dist.barrier(group)
+    elif is_distributed():
+        dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -877,8 +880,9 @@ class TensorBoard:
 
     def add_epoch(self, record: Mapping[str, float], step: int) -> None:
         """Add a line of log.txt; `step` is the number of steps up to the end of its epoch."""
-        for name in record.keys() - {"epoch"}:
-            self.add_scalar(f"epoch/{name}", record[name], step)
+        for name, value in record.items():
+            if name != "epoch":
+                self.add_scalar(f"epoch/{name}", value, step)
 
     def add_images(self, name: str, images: torch.Tensor, step: int) -> None:
         """Add RGB images [B, 3, H, W] with values from 0 to 1."""

@@ -21,7 +21,7 @@ from utils import StepLog
 
 TEXT = (tiny.REPOSITORY / "tests" / "published_lines.txt").read_text()
 LINES = [line for line in TEXT.splitlines() if line and not line.startswith("#")]
-MENDED = {"--repeated-aug--bce-loss": "--repeated-aug --bce-loss"}  # one line of DeiT III lacks a space
+TYPOS = {"--repeated-aug--bce-loss": "--repeated-aug --bce-loss"}  # one line of DeiT III lacks a space
 VARIABLES = {"$datapath": "/path/to/imagenet", "$logdir": "/path/to/save", "$ckpt": "deit_small.pth"}
 # Flags that say it with another name, or without a value.
 SAYS = {
@@ -34,8 +34,8 @@ DEST = {"batch": "batch_size"}
 
 
 def words_of(line):
-    """The words after the script of a line, its typo mended and its shell variables replaced; and the script."""
-    for old, new in (MENDED | VARIABLES).items():
+    """The words after the script of a line, its typo fixed and its shell variables replaced; and the script."""
+    for old, new in (TYPOS | VARIABLES).items():
         line = line.replace(old, new)
     words = shlex.split(line)
     script = next(word for word in words if word.endswith(".py"))
