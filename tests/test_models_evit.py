@@ -271,15 +271,27 @@ def test_keep_rate_depends_on_the_update_alone():
     assert at_once.value == RATES
 
 
+@pytest.fixture
+def dynamo_settings():
+    """The settings of torch.compile that engine.build_state changes are restored after the test.
+
+    monkeypatch.setattr cannot do that: they are no attributes in the module's __dict__, so it deletes them.
+    """
+    config = torch._dynamo.config
+    names = ("cache_size_limit", "specialize_float", "optimize_ddp")
+    with config.patch({name: getattr(config, name) for name in names}):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.compile
+@pytest.mark.usefixtures("dynamo_settings")
 def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
     # Recompilations do not depend on the backend; this one does without a C++ compiler.
     counter, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **flags: compile_module(self, backend=counter, **flags)
     )
-    for name in ("cache_size_limit", "specialize_float", "optimize_ddp"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
     torch._dynamo.reset()
     flags = [*RUN, *REDUCED, "--compile", "--no-model-ema", "--amp", "off", "--grad-checkpointing"]
     args = parse_args([*flags, "--shrink-start-epoch", "1", "--shrink-epochs", "4"])
