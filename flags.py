@@ -203,7 +203,7 @@ SHAPES = {
         reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
     """),
     # a teacher's predictions for these views, as they are cached
-    "teacher": _names("distillation_type teacher_model teacher_model_kwargs teacher_cache_topk"),
+    "teacher": _names("distillation_type teacher_model teacher_model_kwargs teacher_input_size teacher_cache_topk"),
     # the updates: loss, optimizer, schedules, and what is trained
     "updates": _names("""
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
@@ -306,9 +306,16 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("momentum", _optimizer_has("momentum"), "another --opt"),
     ("opt_betas", _optimizer_has("betas"), "another --opt"),
     ("opt_eps", _optimizer_has("eps"), "another --opt"),
-    ("teacher_model teacher_model_kwargs distillation_alpha", _distills("soft", "hard"), "--distillation-type"),
+    (
+        "teacher_model teacher_model_kwargs teacher_input_size distillation_alpha",
+        _distills("soft", "hard"),
+        "--distillation-type",
+    ),
     ("distillation_tau distillation_scale teacher_cache_topk", _distills("soft"), "--distillation-type soft"),
 ]
+
+# Flags of one number, or height and width.
+_SIZES = ("input_size", "teacher_input_size")
 
 # Arguments of timm's models that fetch or read files.
 _FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
@@ -539,6 +546,8 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher-path", type=path_name, default="", help="checkpoint of the teacher (file or https address)")
     add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's pretrained weights (a download)")
     add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
+    size = "resize the views to this for the teacher; default: the teacher sees them at --input-size"
+    add("--teacher-input-size", type=_COUNT, nargs="+", metavar="PIXELS", help=size)
     cache = "cached teacher predictions for every view of the run; missing ones are computed and added"
     add("--teacher-cache", type=path_name, default="", metavar="FOLDER", help=cache)
     topk = "probabilities to cache per view, for soft distillation"
@@ -605,11 +614,12 @@ Options = TypeVar("Options")
 def fill(kind: type[Options], args: argparse.Namespace) -> Options:
     """An option dataclass, whose fields are names of flags, with their values.
 
-    One number for `--input-size` stands for a square: (224,) becomes (224, 224).
+    One number for a size stands for a square: `--input-size 224` becomes (224, 224).
     """
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
-    if "input_size" in values:
-        values["input_size"] = args.input_size[0], args.input_size[-1]
+    for name in _SIZES:
+        if values.get(name):
+            values[name] = values[name][0], values[name][-1]
     return kind(**values)
 
 
@@ -689,7 +699,7 @@ def _words(name: str, value: Any, path: str) -> list[str]:
         raise UserError(f"--resume {path}: its --model-kwargs are a {type(value).__name__}; give another file")
     if name == "model" and (":" in str(value) or "/" in str(value)):
         raise UserError(f"--resume {path}: names a model to fetch ({value}), which a checkpoint may not choose")
-    if name == "input_size":  # one number in the original implementation's checkpoints
+    if name in _SIZES:  # one number in the original implementation's checkpoints
         sizes = value[-2:] if isinstance(value, (list, tuple)) else [value]  # in timm, channels come first
         return [spelled(name), *(str(size) for size in sizes if isinstance(size, int))]
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -766,10 +776,14 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _check_sizes(args: argparse.Namespace) -> None:
     """Refuse image sizes and crops that do not go together."""
-    size = " ".join(map(str, args.input_size))
-    if len(args.input_size) > 2:
-        raise UserError(f"--input-size {size}: give one number, or height and width")
-    if args.src and (args.input_size[0] != args.input_size[-1] or args.input_size[0] <= 2 * PADDING):
+    for name in _SIZES:
+        size = getattr(args, name) or ()
+        if len(size) > 2:
+            given = " ".join(map(str, size))
+            raise UserError(f"{spelled(name)} {given}: give one number, or height and width")
+    height, width = args.input_size[0], args.input_size[-1]
+    if args.src and (height != width or height <= 2 * PADDING):
+        size = " ".join(map(str, args.input_size))
         raise UserError(f"--input-size {size}: --src crops squares above {2 * PADDING} px; give one such number")
 
 

@@ -232,13 +232,16 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def try_out(model: nn.Module, flag: str, input_size: tuple[int, int], may_cut: bool = False) -> None:
+def try_out(
+    model: nn.Module, flag: str, input_size: tuple[int, int], size_flag: str = "--input-size", may_cut: bool = False
+) -> None:
     """Run the model on one image, so that a size it cannot take is found before training starts.
 
     Args:
+        flag: names the model in an error, `size_flag` its size.
         may_cut: warn, instead of refusing it, of a size that is no multiple of the patch.
     """
-    _check_patches(model, flag, input_size, may_cut)
+    _check_patches(model, flag, input_size, size_flag, may_cut)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *input_size))
@@ -246,7 +249,7 @@ def try_out(model: nn.Module, flag: str, input_size: tuple[int, int], may_cut: b
         height, width = input_size
         why = reason(error)
         raise UserError(
-            f"{flag}: cannot take images of {height} x {width} px ({why}); change --input-size or --patch-size, or "
+            f"{flag}: cannot take images of {height} x {width} px ({why}); change {size_flag} or the patch size, or "
             f"drop the --*model-kwargs that say otherwise"
         ) from error
     model.train()
@@ -267,7 +270,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int]) -> int | None:
     return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two operations
 
 
-def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int], may_cut: bool) -> None:
+def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int], size_flag: str, may_cut: bool) -> None:
     """Refuse a size that is no multiple of the patch: timm's patch embedding would ignore the rest of each image."""
     for embed in model.children():
         conv = getattr(embed, "proj", None)
@@ -281,7 +284,7 @@ def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int], may
             elif side % patch:
                 size = " ".join(map(str, input_size))
                 raise UserError(
-                    f"--input-size {size}: {side} is not a multiple of the {patch} px patch of {flag}; use {near}"
+                    f"{size_flag} {size}: {side} is not a multiple of the {patch} px patch of {flag}; use {near}"
                 )
 
 

@@ -49,8 +49,14 @@ class TeacherOptions:
     teacher_cache: str = ""  # folder of the cached predictions
     teacher_cache_topk: int = 50  # probabilities to cache per view, for soft distillation
     distillation_type: str = "none"  # "hard" or "soft"
-    input_size: tuple[int, int] = (224, 224)  # height and width in pixels
+    input_size: tuple[int, int] = (224, 224)  # height and width in pixels of the student's views
+    teacher_input_size: tuple[int, int] | None = None  # to which they are resized for the teacher
     compile: bool = False  # compile the model
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the teacher sees."""
+        return self.teacher_input_size or self.input_size
 
 
 def build_teacher(
@@ -64,7 +70,7 @@ def build_teacher(
     model = models.place(load_teacher(options, num_classes), device)
     if options.compile:
         model.compile()
-    return FrozenTeacher(model, models.normalization(model), student_normalization)
+    return FrozenTeacher(model, models.normalization(model), student_normalization, options.size)
 
 
 def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
@@ -84,7 +90,7 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         name,
         flag="--teacher-model",
         num_classes=None if pretrained else num_classes,
-        input_size=options.input_size,
+        input_size=options.size,
         pretrained=pretrained,
         **options.teacher_model_kwargs,
     )
@@ -97,7 +103,7 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
             f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
             f"teacher on this data set first and pass it as --teacher-path"
         )
-    models.try_out(teacher, f"--teacher-model {name}", options.input_size)
+    models.try_out(teacher, f"--teacher-model {name}", options.size, "--teacher-input-size")
     return teacher
 
 
@@ -122,10 +128,17 @@ class FrozenTeacher:
     Args:
         model: takes images [B, 3, H, W] in its own normalization, gives logits [B, C].
         normalization, student_normalization: (mean, std) per channel, of the model and of the batches.
+        size: (H, W) to which batches of another size are resized, bicubic like the views; None leaves them as they are.
     """
 
-    def __init__(self, model: nn.Module, normalization: Normalization, student_normalization: Normalization) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self,
+        model: nn.Module,
+        normalization: Normalization,
+        student_normalization: Normalization,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.model, self.size = model.eval().requires_grad_(False), size
         device = next(model.parameters()).device
         mean, std, student_mean, student_std = (
             torch.tensor(list(values), dtype=torch.float32, device=device).view(1, -1, 1, 1)
@@ -136,7 +149,10 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.images * self.scale + self.shift).float()
+        images = batch.images * self.scale + self.shift
+        if self.size and images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images).float()
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------

@@ -203,6 +203,11 @@ CASES = {
         "pass one",
     ),
     "three input sizes": (f"{DEIT} --input-size 32 32 32", "--input-size 32 32 32", "height and width"),
+    "three teacher sizes": (
+        f"{DISTILLED} --distillation-type hard --teacher-path a.pth --teacher-input-size 32 32 32",
+        "--teacher-input-size 32 32 32",
+        "height and width",
+    ),
     "cutmix region reversed": ("--cutmix-minmax 0.9 0.1", "--cutmix-minmax", "swap them"),
     # data
     "unknown data set": ("--data-set CIFAR11", "--data-set CIFAR11", "use one of CIFAR"),

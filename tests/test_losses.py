@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
@@ -425,6 +426,18 @@ def test_equal_normalisations_leave_the_image_as_it_is():
     images = torch.randn(2, 3, 4, 4)
     seen = FrozenTeacher(Echo(), STUDENT_NORM, STUDENT_NORM)(batch_of(torch.zeros(2), images))
     assert torch.equal(seen, images)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (6, 20)])
+def test_the_teacher_sees_the_images_resized_to_its_own_size(size):
+    images = torch.randn(2, 3, 12, 16)
+    seen = FrozenTeacher(Echo(), STUDENT_NORM, STUDENT_NORM, size)(batch_of(torch.zeros(2), images))
+    assert seen.shape == (2, 3, *size)
+    for channel, found in zip(images.flatten(0, 1), seen.flatten(0, 1), strict=True):
+        expected = Image.fromarray(channel.numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(expected) - found.numpy()).max() < 1e-5
+    same = FrozenTeacher(Echo(), STUDENT_NORM, STUDENT_NORM, (12, 16))(batch_of(torch.zeros(2), images))
+    assert torch.equal(same, images)
 
 
 @pytest.fixture(scope="module")

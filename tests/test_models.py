@@ -48,7 +48,9 @@ def build_cnn(**options):
     return build("resnet10t", model_kwargs={"channels": (8, 16, 24, 32), "stem_width": 8}, **options)
 
 
-def teach(name=PLAIN, path="", num_classes=5, input_size=(32, 32), pretrained=False, **model_kwargs):
+def teach(
+    name=PLAIN, path="", num_classes=5, input_size=(32, 32), teacher_input_size=None, pretrained=False, **model_kwargs
+):
     if "deit" in name:
         model_kwargs = TINY | {"patch_size": 8} | model_kwargs
     options = TeacherOptions(
@@ -57,6 +59,7 @@ def teach(name=PLAIN, path="", num_classes=5, input_size=(32, 32), pretrained=Fa
         teacher_path=str(path),
         teacher_pretrained=pretrained,
         input_size=input_size,
+        teacher_input_size=teacher_input_size,
     )
     return load_teacher(options, num_classes)
 
@@ -801,8 +804,9 @@ def test_size_that_is_no_multiple_of_the_patch_is_refused_with_the_nearest(tmp_p
 def test_teacher_of_a_patch_that_does_not_fit_is_refused(tmp_path):
     source = build(input_size=(48, 48), patch_size=6)
     path = save(tmp_path / "t.pth", {"model": source.state_dict()})
-    with tiny.user_error("--input-size 32 32", f"6 px patch of --teacher-model {PLAIN}; use 30 or 36"):
+    with tiny.user_error("--teacher-input-size 32 32", f"6 px patch of --teacher-model {PLAIN}; use 30 or 36"):
         teach(path=path, patch_size=6)
+    teach(path=path, patch_size=6, teacher_input_size=(36, 36))
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "pvt_v2_b0"])

@@ -291,6 +291,20 @@ def test_views_made_on_the_device_are_the_same_for_the_teacher_and_later_for_the
     assert same_bits(tmp_path / "live", tmp_path / "stored")
 
 
+def test_a_teacher_of_another_size_is_cached_like_a_live_one(tmp_path):
+    sized = ["--model", "deit_tiny_patch16_224", *tiny.MODEL, "--input-size", "48", *tiny.DATA, "--epochs", "1"]
+    main.cli([*sized, "--warmup-epochs", "0", "--output-dir", str(tmp_path / "teacher")])
+    student = [*tiny.TINY, "--batch-size", "32", "--distillation-type", "hard"]
+    kwargs = ["patch_size=8", "embed_dim=48", "depth=2", "num_heads=3"]  # for the 36 positions of 48 px
+    student += ["--teacher-model", "deit_tiny_patch16_224", "--teacher-model-kwargs", *kwargs]
+    taught = ["--teacher-path", str(tmp_path / "teacher" / "best.pth"), "--teacher-input-size", "48"]
+    cache = ["--teacher-cache", str(tmp_path / "cache")]
+    main.cli([*student, *taught, "--output-dir", str(tmp_path / "live")])
+    main.cli([*student, *taught, *cache, "--precompute-teacher"])
+    main.cli([*student, *taught, *cache, "--output-dir", str(tmp_path / "stored")])
+    assert same_bits(tmp_path / "live", tmp_path / "stored")
+
+
 def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(teacher, tmp_path, capsys):
     def output(*flags):
         run = [*RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher, "--log-interval", "1", *flags]
@@ -384,6 +398,7 @@ OTHER = {
     "input_size": ["--input-size", "40"],
     "teacher_model": ["--teacher-model", "test_vit"],
     "teacher_model_kwargs": ["--teacher-model-kwargs", "drop_rate=0"],
+    "teacher_input_size": ["--teacher-input-size", "64"],
     "precision": ["--amp", "bf16" if select_amp("auto", CPU) is None else "off"],
     "distillation_type": ["--distillation-type", "soft"],
 }
