@@ -5,9 +5,13 @@ import os
 import ssl
 import subprocess
 import threading
+import types
 
 import pytest
 import torch
+import warm
+
+from tools import chaos
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
 torch.set_num_threads(1)  # for what is made before the first test
@@ -28,6 +32,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def warm_chaos(monkeypatch):
+    """The runs that are killed and started again need no new interpreters."""
+    monkeypatch.setattr(chaos, "subprocess", types.SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen}))
 
 
 class _Web(http.server.BaseHTTPRequestHandler):

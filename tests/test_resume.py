@@ -263,7 +263,7 @@ def wait_for(condition, seconds=120):
 @pytest.mark.process
 @pytest.mark.parametrize("name, later", [("SIGTERM", 0), ("SIGINT", 0), ("SIGUSR1", 3), ("SIGHUP", 3)])
 def test_a_signal_while_a_run_starts_ends_it_with_status_75(name, later, tmp_path):
-    process = tiny.Process(["main.py", *FLAGS, "--output-dir", tmp_path / "run"])
+    process = tiny.Process(["main.py", *FLAGS, "--output-dir", tmp_path / "run"], cold=True)
     wait_for(lambda: handles(process, signal.SIGUSR1))
     time.sleep(later)
     process.send_signal(getattr(signal, name))

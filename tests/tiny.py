@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from PIL import Image
 
 from tools.chaos import kill, processes_with
@@ -33,13 +34,14 @@ def environment(**changes):
     return {key: str(value) for key, value in changed.items() if value is not None}
 
 
-class Process(subprocess.Popen):
+class Process(warm.Popen):
     """A command of this repository, its output kept; with its children it can be found by its environment."""
 
-    def __init__(self, command, **changes):
+    def __init__(self, command, cold=False, **changes):
         self.variables = environment(**changes)
+        options = {"cwd": REPOSITORY, "env": self.variables, "cold": cold}
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        super().__init__([sys.executable, *map(str, command)], cwd=REPOSITORY, env=self.variables, **out)
+        super().__init__([sys.executable, *map(str, command)], **options, **out)
 
     def output(self, seconds=240):
         """The output once it has ended; if that takes too long, all its processes write what they are at and end."""
