@@ -161,7 +161,7 @@ def _bring_best(best: Path, folder: Path, best_acc1: float) -> None:
         _link(best, folder / BEST)
     else:
         logger.warning(
-            "the best.pth of the resumed run (%.2f %%) is not beside its checkpoint; %s is written once an epoch is "
+            "the best.pth of the resumed run (%.2f %%) is not next to its checkpoint; %s is written once an epoch is "
             "better",
             best_acc1,
             folder / BEST,
@@ -468,7 +468,7 @@ def _check_counters(checkpoint: Mapping[str, Any]) -> None:
         f"scaler.{key}": each for key, each in checkpoint["scaler"].items()
     }
     more |= {f"progress.{key}": each for totals in progress["totals"] for key, each in totals.items()}
-    more |= {f"broken_images.{place}": each for place, each in enumerate(checkpoint.get("broken_images") or [])}
+    more |= {f"broken_images.{index}": each for index, each in enumerate(checkpoint.get("broken_images") or [])}
     wrong += [name for name, value in more.items() if not _is_number(value)]
     if wrong:
         raise ValueError(f"{wrong[0]} is {(numbers | more)[wrong[0]]}")
@@ -610,7 +610,7 @@ def as_ours(
         unknown = saved.keys() - range(len(names))
         if unknown:
             raise ValueError(f"optimizer.state has {min(map(str, unknown))}, which is no parameter")
-        state_of = {name: saved[place] for place, name in enumerate(names) if place in saved}
+        state_of = {name: saved[index] for index, name in enumerate(names) if index in saved}
         order = [name for members in own for name in members]
         for name, (_, example) in zip(order, _examples(optimizer), strict=True):
             # Without a teacher, the second head has no gradient.
@@ -621,13 +621,14 @@ def as_ours(
             dict(groups[max(number - len(own), -len(groups))]) | {"params": list(range(end - len(members), end))}
             for number, (members, end) in enumerate(zip(own, ends, strict=True))
         ]
-        state = {place: state_of[name] for place, name in enumerate(order) if name in state_of}
+        state = {index: state_of[name] for index, name in enumerate(order) if name in state_of}
         scaler = dict(checkpoint.get("scaler") or {})
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
         raise _no_state(path, error) from None
     logger.warning(
         "%s is of the original implementation: the run continues with epoch %d, but not bitwise as it would there",
-        *(path, epoch + 1),
+        path,
+        epoch + 1,
     )
     return checkpoint | {
         "optimizer": {"state": state, "param_groups": groups},
@@ -654,7 +655,7 @@ def _original_order(weights: Sequence[str], groups: Sequence[Mapping[str, Any]],
     parameters = dict(module.named_parameters())
     trained = [name for name in weights if name in parameters and parameters[name].requires_grad]
     sizes = [len(group["params"]) for group in groups]
-    if [place for group in groups for place in group["params"]] != list(range(len(trained))):
+    if [index for group in groups for index in group["params"]] != list(range(len(trained))):
         raise ValueError(f"the optimizer has {sum(sizes)} parameters, not {len(trained)}")
     if len(sizes) == 1:
         return trained
@@ -772,8 +773,8 @@ def _fetch_file(url: str, path: Path, published: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder, "part")
-        with urllib.request.build_opener(_HttpsOnly).open(request, timeout=60) as answer, open(part, "wb") as stream:
-            shutil.copyfileobj(answer, stream, 2**20)
+        with urllib.request.build_opener(_HttpsOnly).open(request, timeout=60) as response, open(part, "wb") as stream:
+            shutil.copyfileobj(response, stream, 2**20)
         found = _sha256(part)
         if not found.startswith(published):
             raise ValueError(f"its SHA-256 is {found[: len(published)]}, not {published}")

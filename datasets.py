@@ -157,7 +157,7 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
 
 
 def _upright(part: Data, options: DataOptions) -> Data:
-    """The same images, turned as their EXIF orientation says if that is asked for.
+    """The same images, turned as their EXIF orientation says if `upright` is set.
 
     Raises:
         UserError: if they are not files.
@@ -184,8 +184,8 @@ def _digits() -> tuple[Source, Source]:
     """The bundled 8×8 digits; of each class every fifth image is held out."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)
-    grey = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # ink 0 to 16
-    source = whole_source(MemoryImages([np.repeat(image[:, :, None], 3, axis=2) for image in grey]), labels, range(10))
+    gray = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # ink 0 to 16
+    source = whole_source(MemoryImages([np.repeat(image[:, :, None], 3, axis=2) for image in gray]), labels, range(10))
     number_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
         number_in_class[labels == label] = np.arange((labels == label).sum())
@@ -337,7 +337,7 @@ def _folder_part(
         raise UserError(f"--data-path {root}: no images in {folder.name}/; it needs {folder.name}/CLASS/IMAGE")
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
-        logger.warning("--data-path %s: %d files in %s/ are not read: %s", *(root, skipped.total(), folder.name, kinds))
+        logger.warning("--data-path %s: %d files in %s/ are not read: %s", root, skipped.total(), folder.name, kinds)
     source = whole_source(PathImages(paths), targets, class_names)
     return replace(source, class_samples=_class_samples(source))
 
@@ -353,7 +353,7 @@ def _class_samples(source: Source) -> tuple[int, ...]:
         except OSError:
             return -1
 
-    with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
+    with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
         samples[labels] = list(pool.map(checksum, first))
     return tuple(samples.tolist())
 
@@ -374,11 +374,13 @@ def _csv(options: DataOptions) -> tuple[Source, Source]:
     if incomplete is not None:
         raise UserError(f"{what}: row {incomplete} has no {image} or no {label}; fill or remove it")
     paths = [folder / row[image] for row in rows]
-    with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
+    with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
         missing = [path for path, exists in zip(paths, pool.map(Path.is_file, paths), strict=True) if not exists]
     if missing:
-        raise UserError(f"{what}: {len(missing)} of {len(paths)} images are not in {folder}, first {missing[0]}; "
-                        f"name their folder with --data-path")  # fmt: skip
+        raise UserError(
+            f"{what}: {len(missing)} of {len(paths)} images are not in {folder}, first {missing[0]}; "
+            f"name their folder with --data-path"
+        )
     labels = [row[label] for row in rows]
     names = sorted(set(labels), key=int if all(map(str.isdecimal, labels)) else None)
     index = {name: number for number, name in enumerate(names)}
@@ -625,13 +627,13 @@ def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
     if not np.array_equal(train.targets, val.targets):
         return False
 
-    def pixels(source: Source, place: int) -> np.ndarray:
+    def pixels(source: Source, position: int) -> np.ndarray:
         with contextlib.suppress(RunError):
-            return np.asarray(source[place][0])
+            return np.asarray(source[position][0])
         return np.array(np.nan)  # of a broken image, which equals no other
 
-    places = np.linspace(0, len(train) - 1, 8).astype(int)
-    return all(np.array_equal(pixels(train, place), pixels(val, place)) for place in places)
+    positions = np.linspace(0, len(train) - 1, 8).astype(int)
+    return all(np.array_equal(pixels(train, position), pixels(val, position)) for position in positions)
 
 
 def _read_split(options: DataOptions, split: str, training: bool, local_rank: int) -> Any:
@@ -736,9 +738,9 @@ def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None)
         labels = [samples[index][1] for index in range(len(samples))]
     found = [class_index(label) for label in labels]
     if None in found:
-        place = found.index(None)
+        position = found.index(None)
         raise UserError(
-            f"--label-column: image {place} of {name} has the label {labels[place]!r}, not a class number; name "
+            f"--label-column: image {position} of {name} has the label {labels[position]!r}, not a class number; name "
             f"another column"
         )
     if not found:

@@ -55,7 +55,7 @@ FEW_IMAGES = 1000  # a model that starts from scratch learns little from fewer
 
 
 class Schedule(Protocol):
-    """A value that follows the number of optimiser updates made so far."""
+    """A value that follows the number of optimizer updates made so far."""
 
     name: str
 
@@ -188,7 +188,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
     )
     _warn_of_pointless_rates(learning_rate, options)
     if state.ema is not None and not (options.pretrained or options.finetune):
-        _warn_of_long_average(state.ema, options.epochs * updates_per_epoch)
+        _warn_of_long_ema(state.ema, options.epochs * updates_per_epoch)
     if not evit_blocks(state.module):
         return [learning_rate]
     start = 10 if options.shrink_start_epoch is None else options.shrink_start_epoch
@@ -200,7 +200,11 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
         logger.warning(
             "the run ends at keep rate %.3g, not at --base-keep-rate %.3g: --shrink-start-epoch %d and --shrink-epochs "
             "%d go beyond its %d epochs; lower them",
-            *(lowest, keep_rate.value, start, options.shrink_epochs or 0, options.epochs),
+            lowest,
+            keep_rate.value,
+            start,
+            options.shrink_epochs or 0,
+            options.epochs,
         )
     return [learning_rate, keep_rate]
 
@@ -217,24 +221,29 @@ def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptio
     if options.warmup_epochs and options.warmup_lr > peak:
         logger.warning(
             "--warmup-lr %.3g is above the peak learning rate %.3g, so the warm-up falls; lower it",
-            *(options.warmup_lr, peak),
+            options.warmup_lr,
+            peak,
         )
     first = {"step": options.decay_epochs, "multistep": min(options.decay_milestones or [0])}.get(options.sched, 0)
     if first >= options.epochs:
         logger.warning(
             "--sched %s: the first decay, at epoch %g, is beyond the %d epochs: the rate never falls",
-            *(options.sched, first, options.epochs),
+            options.sched,
+            first,
+            options.epochs,
         )
 
 
-def _warn_of_long_average(ema: ModelEmaV3, updates: int) -> None:
+def _warn_of_long_ema(ema: ModelEmaV3, updates: int) -> None:
     """Warn of EMA weights that stay near the first weights of the run."""
     share = ema.decay ** (updates - 1)  # the first update copies the weights
     if share > 0.1 and not ema.use_warmup:
         logger.warning(
             "--model-ema-decay %g is too long for %d updates: %.0f %% of the EMA weights are still the first weights; "
             "lower it, or add --model-ema-warmup",
-            *(ema.decay, updates, 100 * share),
+            ema.decay,
+            updates,
+            100 * share,
         )
 
 
@@ -317,10 +326,10 @@ class TrainState:
         amp_dtype: autocast type, or None for float32.
         accum_steps: micro-batches in an update.
         clip_grad: largest gradient norm, or None.
-        max_skipped_steps: in an epoch, updates whose gradient is not finite are left out up to so many times; above 0,
-            each update waits for the device.
+        max_skipped_steps: how many updates per epoch may be skipped because their gradient is not finite; values above
+            0 add one sync per update.
         ema: moving average of the module's weights, or None.
-        num_updates: optimiser updates made, or left out.
+        num_updates: optimizer updates made or skipped.
         best_acc1: best top-1 accuracy so far, in per cent, of an EViT at its final keep rate; -1 if there is none.
         best_epoch: the epoch that reached it; -1 if there is none.
         epoch: the epoch to train next, or to resume.
@@ -372,29 +381,29 @@ class TrainState:
         return self._micro_step % self.accum_steps != 0
 
     def step(self, loss: torch.Tensor) -> torch.Tensor:
-        """Accumulate the gradient of `loss`; at the last micro-batch clip, update the weights and their average.
+        """Accumulate the gradient of `loss`; at the last micro-batch clip, update the weights and the EMA weights.
 
         Returns:
-            The loss, or NaN if the update was left out.
+            The loss, or NaN if the update was skipped.
         """
         self.scaler.scale(loss / self.accum_steps).backward()
         self._micro_step += 1
         if self.is_within_update:
             return loss
-        left_out = False
+        is_skipped = False
         if self.clip_grad is not None or self.max_skipped_steps:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or math.inf)
             # In fp16 the scaler handles an overflow.
-            left_out = self.max_skipped_steps > 0 and not self.scaler.is_enabled() and not bool(norm.isfinite())
-        if not left_out:
+            is_skipped = self.max_skipped_steps > 0 and not self.scaler.is_enabled() and not bool(norm.isfinite())
+        if not is_skipped:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
         if self.ema is not None:
             self.ema.update(self.module, step=self.num_updates)
-        return torch.full_like(loss, math.nan) if left_out else loss
+        return torch.full_like(loss, math.nan) if is_skipped else loss
 
     def start_at(self, epoch: int, updates_per_epoch: int) -> None:
         """Begin with this epoch as if the ones before it had been trained."""
@@ -420,12 +429,12 @@ class TrainState:
         }
 
     def resume(self, checkpoint: dict[str, Any], path: str, updates_per_epoch: int, images_per_update: int = 1) -> None:
-        """Go on where a checkpoint was written.
+        """Resume from a checkpoint.
 
         Args:
             checkpoint: what `state_dict` gave.
             path: the file it is from, for error messages.
-            updates_per_epoch: optimiser updates in an epoch of this run.
+            updates_per_epoch: optimizer updates in an epoch of this run.
             images_per_update: images in one of them, over all ranks.
 
         Raises:
@@ -436,7 +445,7 @@ class TrainState:
         if self.ema is not None:
             average = ema_of(checkpoint, "--resume", path)
             if average is None:
-                logger.warning("%s has no averaged weights; the average starts from its weights", path)
+                logger.warning("%s has no EMA weights; they start from its weights", path)
             load_weights(self.ema.module, average or weights, "--resume", path)
         try:
             self._load_optimizer(checkpoint, path)
@@ -458,8 +467,11 @@ class TrainState:
         self.num_updates = self.epoch * updates_per_epoch + min(done, updates_per_epoch)
         if self.num_updates != step:
             logger.warning(
-                "%s was written with other updates per epoch; this run has %d, and shows %d images of epoch %d again",
-                *(path, updates_per_epoch, again, self.epoch),
+                "%s was written with other updates per epoch; this run has %d, and repeats %d images of epoch %d",
+                path,
+                updates_per_epoch,
+                again,
+                self.epoch,
             )
 
     def _load_optimizer(self, checkpoint: Mapping[str, Any], path: str) -> None:
@@ -664,7 +676,7 @@ def evaluate(
         model: the bare module, whose forward involves no other process.
         loader: this rank's share of the images, on the device.
         autocast: the precision to use.
-        is_over: is asked before each batch whether the results are no longer wanted.
+        is_over: called before each batch; True if the results are no longer wanted.
 
     Returns:
         `loss` (cross-entropy), `acc1` and `acc5` (per cent; top-k of k classes if there are fewer than 5), `images`.
@@ -765,7 +777,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def modules_of(state: TrainState) -> dict[str, nn.Module]:
-    """The model and, if there is one, its average, by their prefix in the log."""
+    """The model and its EMA, if there is one, by their prefix in the log."""
     return {"test_": state.module} | ({"test_ema_": state.ema.module} if state.ema is not None else {})
 
 
@@ -868,7 +880,7 @@ class Saver:
     def rescue(self, log: StepLog) -> str:
         """Save the last update although no batch comes, and say what is kept.
 
-        Other ranks may be stuck: they are not asked for their part of the log's means.
+        Other ranks may be stuck, so the log's means are those of this rank.
         """
         if not self.world.is_main:
             return "only rank 0 saves"
@@ -1062,14 +1074,18 @@ def rehearse(
     )
     logger.info(
         "an epoch would take about %s, an evaluation %s, all %d epochs %s; peak memory so far %.1f GiB",
-        *(duration(epoch), duration(evaluation), options.epochs, duration(total), peak_memory(world.device) / 2**30),
+        duration(epoch),
+        duration(evaluation),
+        options.epochs,
+        duration(total),
+        peak_memory(world.device) / 2**30,
     )
 
 
 def _columns(state: TrainState) -> list[str]:
     """What else than top-1 is worth a column: top-5 of 5 classes is always 100 %."""
     is_worth_it = {"top-5": getattr(state.module, "num_classes", 6) > 5, "EMA": state.ema is not None}
-    return [name for name, is_shown in is_worth_it.items() if is_shown]
+    return [name for name, is_worth in is_worth_it.items() if is_worth]
 
 
 def _step_log(

@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _expanded(self, words: Sequence[str]) -> list[str]:
-        """The words with those of a recipe in place of each `@file`, also in a recipe; hyphenated."""
+        """The words, hyphenated; each `@file` is replaced by its own words, also within a recipe."""
         typed = {_hyphenated(word).partition("=")[0] for word in words}
         pairs = [*ALTERNATIVES, *((new, old) for old, new in ALTERNATIVES)]
         replaced = {old for old, new in pairs if new in typed and old not in typed}
@@ -731,16 +731,16 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.dry_run and (args.eval or args.precompute_teacher):
         raise UserError(f"--dry-run: {'--eval' if args.eval else '--precompute-teacher'} trains nothing; drop one")
     if args.distillation_type == "none" and (args.teacher_path or args.teacher_pretrained):
-        raise UserError("--teacher-path: no distillation is asked for; add --distillation-type hard, or drop it")
+        raise UserError("--teacher-path: there is no distillation; add --distillation-type hard, or drop it")
     if args.teacher_path and args.teacher_pretrained:
         raise UserError(
             "--teacher-path and --teacher-pretrained both say where the teacher's weights come from; pass one"
         )
     if args.distillation_type == "none" and (args.teacher_cache or args.distill_on_class_token):
         flag = "--teacher-cache" if args.teacher_cache else "--distill-on-class-token"
-        raise UserError(f"{flag}: no distillation is asked for; add --distillation-type hard, or drop it")
+        raise UserError(f"{flag}: there is no distillation; add --distillation-type hard, or drop it")
     if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
-        raise UserError("--precompute-teacher: there is no place for the predictions; add --teacher-cache FOLDER")
+        raise UserError("--precompute-teacher: there is no folder for the predictions; add --teacher-cache FOLDER")
     if args.cosub and args.distillation_type != "none":
         raise UserError("--cosub: the submodels teach each other, without --distillation-type; drop one of them")
     if args.cache_features:

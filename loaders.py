@@ -38,7 +38,7 @@ from sources import (
 )
 from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, logger
 
-MOST_PADDING = 4  # area of the padded buffer, relative to that of the average image
+MOST_PADDING = 4  # area of the padded buffer, relative to that of the mean image
 MOST_WORKERS = 10
 MOST_SOCKET_NAME = 107 if sys.platform == "linux" else 103  # characters, of an AF_UNIX socket
 
@@ -343,8 +343,11 @@ def build_epoch_loader(
         )
         logger.info(
             "an epoch holds %d views of %d %s (of %d), in %d updates",
-            *(counter.num_positions, counter.num_drawn),
-            *("images, as many of each class" if options.class_balanced else "different images", len(source), updates),
+            counter.num_positions,
+            counter.num_drawn,
+            "images, as many of each class" if options.class_balanced else "different images",
+            len(source),
+            updates,
         )
         loader = _view_loader(source, view, counter, options, world)
     return EpochLoader(
@@ -541,7 +544,7 @@ def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batc
     """The batches of `loader`, on the device.
 
     On CUDA they are copied on a stream of their own. The loop has its steps queued by the time it asks for the next
-    batch, so that its copy runs while the device computes; no batch is read before it is asked for.
+    batch, so that its copy runs while the device computes; no batch is read before it is needed.
     """
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in loader)

@@ -80,7 +80,7 @@ def soft_distillation(student: torch.Tensor, teacher: torch.Tensor, tau: float, 
     Args:
         student, teacher: logits [B, C].
         tau: temperature τ.
-        scale: "batchmean" divides the sum by B; "legacy" by B · C, as the published code does.
+        scale: "batchmean" divides the sum by B; "legacy" by B · C, as the original implementation does.
     """
     divergence = F.kl_div(
         F.log_softmax(student.float() / tau, dim=1),

@@ -401,7 +401,7 @@ def main(args: argparse.Namespace) -> None:
 def cli(argv: Sequence[str] | None = None) -> None:
     """`main` with a command's exit statuses.
 
-    0 done, 1 a fault during the run, 2 a mistake in the flags or files, 75 stopped by a signal and saved.
+    0 done, 1 an error during the run, 2 a mistake in the flags or files, 75 stopped by a signal and saved.
     """
     args = None
     utils.open_standard_error()
@@ -417,7 +417,7 @@ def cli(argv: Sequence[str] | None = None) -> None:
             _end(f"main.py: error: {error}", 2)
         if isinstance(error, Preempted):
             _end(f"main.py: {rank}{error}", 75)
-        why = utils.fault(error)
+        why = utils.known_cause(error)
         if not why and not utils.is_distributed():
             raise
         if not why:

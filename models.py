@@ -41,7 +41,7 @@ def create_model(
         num_classes: None for as many as timm's weights have.
         input_size: (height, width) in pixels; passed to models that are built for one size.
         pretrained: download timm's weights.
-        options: keyword arguments of the model; those that are None are left out.
+        options: keyword arguments of the model; those that are None are skipped.
 
     Raises:
         UserError
@@ -450,7 +450,7 @@ def _fit_pos_embed(
 ) -> torch.Tensor:
     """Position embedding [1, prefix + h·w, D] -> [1, prefix' + h'·w', D] for the model's grid and prefix tokens.
 
-    A distillation token that only the model has keeps the row it was initialised with.
+    A distillation token that only the model has keeps the row it was initialized with.
     """
     current = model.pos_embed
     has_grid = hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size")

@@ -81,8 +81,8 @@ class EViTAttention(Attention):
 class EViTBlock(Block):
     """A timm block that keeps ceil(keep_rate · N) of its N patches between attention and MLP.
 
-    With a keep rate of 1 it is timm's block. A fused token of an earlier layer counts as a patch, as in the published
-    code. `reduce_tokens` sets the attributes below.
+    With a keep rate of 1 it is timm's block. A fused token of an earlier layer counts as a patch, as in the original
+    implementation. `reduce_tokens` sets the attributes below.
     """
 
     keep_rate: float = 1.0
@@ -174,7 +174,7 @@ class KeepRate:
 
     Args:
         models: models of EViT blocks, set up by `reduce_tokens` with their final rates; all follow the schedule.
-        updates_per_epoch: optimiser updates in an epoch.
+        updates_per_epoch: optimizer updates in an epoch.
         start_epoch: epochs at rate 1.
         epochs: epochs of the cosine; 0 for the final rate at once.
         steps: number of steps in the cosine.

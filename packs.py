@@ -31,9 +31,11 @@ PACK = "pack.json"
 KINDS = ("uint8", "jpeg")
 SPLITS = ("train", "val")
 INDEX = np.dtype(
-    [(name, "<u8" if name == "offset" else "<u4") for name in
-     ("shard", "offset", "length", "height", "width", "target", "crc32")]
-)  # fmt: skip
+    [
+        (name, "<u8" if name == "offset" else "<u4")
+        for name in ("shard", "offset", "length", "height", "width", "target", "crc32")
+    ]
+)
 MOST_CLASSES = 2**20
 ROWS = 2**20  # of the index, to check at once
 LARGEST_SIDE = 65535  # pixels; a JPEG has no larger one
@@ -152,7 +154,7 @@ class PackImages:
             except OSError as error:
                 raise _broken(flag, self.folder, f"{name} cannot be read ({error.strerror})") from None
             if length != stated:
-                raise _broken(flag, self.folder, f"{name} has {length} bytes in place of {stated}")
+                raise _broken(flag, self.folder, f"{name} has {length} bytes instead of {stated}")
         return shards
 
     def _read_index(self, length: int, checksum: int, flag: str) -> np.ndarray:
@@ -181,7 +183,7 @@ class PackImages:
         area = np.minimum(height, LARGEST_SIDE) * np.minimum(width, LARGEST_SIDE)
         wrong = {
             "shard": shard >= len(ends),
-            "place": (offset > end) | (length > end - np.minimum(offset, end)),
+            "offset": (offset > end) | (length > end - np.minimum(offset, end)),
             "size": (area == 0) | (np.maximum(height, width) > LARGEST_SIDE) | (area > LARGEST_AREA),
             "length": (length != 3 * area) if self.kind == "uint8" else length == 0,
             "class": target >= self.num_classes,
@@ -217,7 +219,7 @@ class PackImages:
         if self.kind == "uint8":
             return Image.fromarray(self.array(index))
         record = self.record(index)
-        # Most damage would only change colours; this costs a hundredth of decoding.
+        # Most damage would only change colors; this costs a hundredth of decoding.
         if zlib.crc32(record) != self.index["crc32"][index]:
             raise ImageError("wrong checksum")
         image, (height, width, _) = open_rgb(io.BytesIO(record)), self.shapes[index]
@@ -246,7 +248,7 @@ class PackImages:
 
 
 def verify(folder: Path, flag: str = "--data-path", most: int = 10) -> list[str]:
-    """Read a whole pack; the names of its first damaged records, at most so many: none if it is sound.
+    """Read a whole pack; the names of its first damaged records, at most `most`. An intact pack has none.
 
     Raises:
         UserError: if it cannot be opened.

@@ -24,8 +24,12 @@ def get_parser() -> flags.Parser:
     parser.set_defaults(output_dir="")
     add = parser.add_argument_group("job (its logs, and by default its output, go to JOB_DIR/<job id>)").add_argument
     natural, count = flags.in_range(int, 0), flags.in_range(int, 1)
-    add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: processes on this machine; "
-        "debug: in this process")  # fmt: skip
+    add(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="local: processes on this machine; debug: in this process",
+    )
     add("--nodes", type=count, default=2, help="machines")
     add("--ngpus", type=natural, default=8, help="GPUs, and as many processes, per machine; 0 for a CPU job")
     add("--tasks-per-node", type=count, help="processes per machine; default: one per GPU, one for a CPU job")
@@ -34,8 +38,12 @@ def get_parser() -> flags.Parser:
     add("--mem-gb", type=count, help=memory)
     add("--job-name", default="deit", help="name of the job in SLURM")
     add("--timeout", type=count, default=2800, help="minutes")
-    add("--signal-delay", type=count, default=120, help="seconds before the time-out in which the run saves and asks "
-        "to be queued again")  # fmt: skip
+    add(
+        "--signal-delay",
+        type=count,
+        default=120,
+        help="seconds before the time-out in which the run saves and asks to be queued again",
+    )
     add("--max-timeouts", type=natural, default=100, help="times that it may time out and be queued again")
     add("--partition", help="SLURM partition")
     add("--constraint", help="SLURM constraint, for example a kind of GPU")
@@ -72,7 +80,7 @@ class Job:
             main.main(self._args_of(environment.job_id))
         except utils.Preempted as stopped:
             print(f"rank {environment.global_rank}: {utils.escaped(str(stopped))}", file=sys.stderr, flush=True)
-            if stopped.signal in (signal.SIGTERM, signal.SIGINT):  # the job is cancelled, or requeued by others
+            if stopped.signal in (signal.SIGTERM, signal.SIGINT):  # the job is canceled, or requeued by others
                 sys.exit(75)
             # submitit's own handler, which was put aside during the run: its first task asks for the requeue.
             signal.raise_signal(stopped.signal)
@@ -106,7 +114,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # they become lines of a script
         if not (getattr(args, name) or "").isprintable():
             raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
-    # A relative folder would mean another place on another machine.
+    # A relative folder would be another folder on another machine.
     args = argparse.Namespace(**{**vars(args), "job_dir": str(Path(args.job_dir).resolve())})
     Path(args.job_dir).mkdir(parents=True, exist_ok=True)
     try:

@@ -21,7 +21,7 @@ CHUNK = 2**14  # samples of a rank that a sampler prepares at once
 class Batch(NamedTuple):
     """What the loaders yield and the criteria read. (A data set's single sample has the same fields, unbatched.)"""
 
-    images: torch.Tensor  # [B, 3, H, W], normalised; or uint8 as they are stored, to be augmented on the device
+    images: torch.Tensor  # [B, 3, H, W], normalized; or uint8 as they are stored, to be augmented on the device
     targets: torch.Tensor  # [B] class indices, or [B, C] class probabilities after Mixup
     positions: torch.Tensor  # [B], index in the epoch's global order; always on the CPU
     sizes: torch.Tensor | None = None  # [B, 2], of stored images: the height and width that they fill
@@ -143,9 +143,9 @@ class KeyedSampler(Sampler):
         share = -(-self.num_drawn // len(self.members))
         columns = []
         for members in self.members:
-            turn, place = np.divmod(np.arange(-(-share // len(members)) * len(members)), len(members))
-            keys = random_keys(self.seed, "balance", self.epoch, turn, members[place])
-            columns.append(members[place[np.lexsort((keys, turn))][:share]])
+            turn, index = np.divmod(np.arange(-(-share // len(members)) * len(members)), len(members))
+            keys = random_keys(self.seed, "balance", self.epoch, turn, members[index])
+            columns.append(members[index[np.lexsort((keys, turn))][:share]])
         first = random_key(self.seed, "balance", self.epoch) % len(columns)  # the classes that get one fewer change
         return np.stack(columns[first:] + columns[:first], axis=1).ravel()[: self.num_drawn]
 

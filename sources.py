@@ -34,7 +34,7 @@ reader_wds.Image = SimpleNamespace(open=open_image)
 
 
 class Images(Protocol):
-    """Images that are decoded when asked for."""
+    """Images that are decoded when they are indexed."""
 
     def __getitem__(self, index: int) -> Image.Image: ...
 
@@ -82,7 +82,7 @@ class BrokenImages:
         found = self.all_found()
         if len(found) > self.reported:
             names = ", ".join(self.images.describe(index) for index in found)
-            logger.warning("%d images cannot be read, others take their places: %s", len(found), names)
+            logger.warning("%d images cannot be read and are replaced by others: %s", len(found), names)
         self.reported = len(found)
         if len(found) > self.limit:
             raise RunError(f"{len(found)} images cannot be read, --skip-broken-images is {self.limit}: fix or remove")
@@ -100,7 +100,7 @@ class Source:
         order: which samples of `images` belong to this source.
         class_names: name of each class, or () if the data do not say.
         class_samples: CRC-32 of the first image file of each class, or (): it shows classes that exchanged their names.
-        broken: takes note of images that cannot be read, in whose place the next ones come; or None.
+        broken: notes the images that cannot be read, which the next ones replace; or None.
         is_training: whether --skip-broken-images applies to the images.
     """
 
@@ -116,21 +116,21 @@ class Source:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> tuple[Image.Image, int]:
-        return self._sample(place, lambda images, index: images[index])
+    def __getitem__(self, position: int) -> tuple[Image.Image, int]:
+        return self._sample(position, lambda images, index: images[index])
 
-    def array(self, place: int) -> tuple[np.ndarray, int]:
+    def array(self, position: int) -> tuple[np.ndarray, int]:
         """The sample as uint8 [H, W, 3], of images that are in memory or packed."""
-        return self._sample(place, lambda images, index: images.array(index))
+        return self._sample(position, lambda images, index: images.array(index))
 
-    def _sample(self, place: int, read: Callable[[Any, int], Any]) -> tuple[Any, int]:
-        index = self.order[place]
+    def _sample(self, position: int, read: Callable[[Any, int], Any]) -> tuple[Any, int]:
+        index = self.order[position]
         try:
             with decoding():
                 return read(self.images, index), int(self.targets[index])
         except ImageError as error:
             if self.broken is not None and self.broken.add(index):
-                return self._sample((place + 1) % len(self), read)
+                return self._sample((position + 1) % len(self), read)
             remedy = ", then --resume auto, or skip some with --skip-broken-images" if self.is_training else ""
             raise RunError(
                 f"cannot read image {self.images.describe(index)} ({error}); fix or remove it{remedy}"
@@ -290,8 +290,8 @@ def keep_in_memory(source: Data, limit_mb: float) -> Data:
     if np.mean(sizes) * len(source) > limit_mb * 2**20:
         return source
 
-    def read(places: range) -> list[tuple[np.ndarray, int]]:
-        return [_decoded(source, place) for place in places]
+    def read(positions: range) -> list[tuple[np.ndarray, int]]:
+        return [_decoded(source, position) for position in positions]
 
     blocks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
@@ -302,10 +302,10 @@ def keep_in_memory(source: Data, limit_mb: float) -> Data:
     return replace(source, images=images, targets=targets, order=order)
 
 
-def _decoded(source: Source, place: int) -> tuple[np.ndarray, int]:
+def _decoded(source: Source, position: int) -> tuple[np.ndarray, int]:
     if hasattr(source.images, "array"):
-        return source.array(place)
-    image, target = source[place]
+        return source.array(position)
+    image, target = source[position]
     return np.asarray(image), target
 
 

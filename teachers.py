@@ -155,7 +155,7 @@ class FrozenTeacher:
         return self.model(images).float()
 
 
-# -- what is stored ----------------------------------------------------------------------------------------------------
+# -- what is cached ----------------------------------------------------------------------------------------------------
 
 
 def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -273,8 +273,8 @@ class TeacherCache:
         self.folder, self.codec = folder, codec
         self.num_positions, self.rank, self.world_size = num_positions, rank, world_size
         self.epoch = -1  # the one that is open
-        self.files: dict[int, np.ndarray] = {}  # its records by the rank that wrote them,
-        self.writers = world_size  # of so many
+        self.files: dict[int, np.ndarray] = {}  # its records by the rank that wrote them
+        self.writers = world_size  # number of these ranks
         self.left = 0  # views of this rank that are still missing
         self.lock: Any = None
 
@@ -395,9 +395,9 @@ class TeacherCache:
 
     def write(self, positions: np.ndarray, rows: np.ndarray) -> None:
         """Add records [B] at this rank's positions [B]; the last one that is missing finishes the file."""
-        own, places = self.files[self.rank], positions // self.world_size
-        self.left -= int(self.codec.missing(own[places]).sum())
-        own[places] = rows
+        own, indices = self.files[self.rank], positions // self.world_size
+        self.left -= int(self.codec.missing(own[indices]).sum())
+        own[indices] = rows
         if not self.left:
             own.flush()
             path = self.folder / f"{self._stem(self.epoch)}.part.npy"
@@ -530,16 +530,16 @@ def _shared_fingerprint(folder: Path, own: bytes) -> dict[str, Any]:
             # `write_first` needs hard links, which some file systems lack; others lack locks.
             with _lock(folder / "fingerprint.lock", fcntl.LOCK_EX):
                 write_first(path, own)
-        stored = read_json(path)
-        names = stored["class_names"] if isinstance(stored, dict) and "class_names" in stored else []
-        if not isinstance(stored, dict) or not isinstance(names, list) or not all(type(n) is str for n in names):
+        found = read_json(path)
+        names = found["class_names"] if isinstance(found, dict) and "class_names" in found else []
+        if not isinstance(found, dict) or not isinstance(names, list) or not all(type(n) is str for n in names):
             raise ValueError("not what a run has written")
     except OSError as error:
         where = Path(error.filename or path).name
         raise UserError(f"{FLAG} {folder}: {where} {error.strerror}; name another folder") from None
     except ValueError as error:
         raise UserError(f"{FLAG} {folder}: {path.name} cannot be read ({error}); name another folder") from None
-    return stored
+    return found
 
 
 def check_fingerprint(
@@ -557,15 +557,15 @@ def check_fingerprint(
         UserError: naming the fields that differ, or the first class whose name does.
     """
     content = {**fingerprint, "class_names": list(classes.class_names)}
-    stored = _shared_fingerprint(folder, (json.dumps(content, indent=1) + "\n").encode())
-    known = {"class_names": stored.pop("class_names", [])}
+    found = _shared_fingerprint(folder, (json.dumps(content, indent=1) + "\n").encode())
+    known = {"class_names": found.pop("class_names", [])}
     compare_classes(known, {"train": classes}, f"{FLAG} {folder}", allow_mismatch)
     ours = json.loads(json.dumps(fingerprint))  # tuples become lists, as they did in the file
     differing = [
-        f"{name} ({reprlib.repr(stored.get(name))} there, {reprlib.repr(ours.get(name))} here)"
-        for name in {**stored, **ours}
+        f"{name} ({reprlib.repr(found.get(name))} there, {reprlib.repr(ours.get(name))} here)"
+        for name in {**found, **ours}
         # flags that are newer than the cache are missing there: they had no effect
-        if ours.get(name) is not None and (stored.get(name) or None) != (ours.get(name) or None)
+        if ours.get(name) is not None and (found.get(name) or None) != (ours.get(name) or None)
     ]
     if differing:
         raise UserError(f"{FLAG} {folder}: is of another run: {', '.join(differing)}; match the flags, or name another")

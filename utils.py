@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A fault during a run, such as a NaN or a broken image: one line; exit status 1."""
+    """An error during a run, such as a NaN or a broken image: one line; exit status 1."""
 
 
 class Preempted(Exception):
@@ -79,7 +79,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all processes of the run, and the device it computes on."""
+    """Rank and size of the process group, and the device of this process."""
 
     rank: int
     size: int
@@ -253,7 +253,7 @@ def _join(world: World, address: str, port: int) -> None:
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         if world.device.type == "cuda":
             _compare_gpus(store, world, torch.cuda.get_device_properties(world.device))
-        # gloo beside NCCL, for what stays on the CPU (log values, an average of the weights kept there)
+        # gloo next to NCCL, for what stays on the CPU (log values, EMA weights kept there)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
         _groups["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -325,7 +325,7 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 def is_lost_loader(error: Exception) -> bool:
-    """Whether this is what a process sees when one of its loader processes has been killed."""
+    """Whether this is what a process sees when one of its data-loader workers has been killed."""
     # The second, if it was killed while it handed a batch over.
     said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
     return said or isinstance(error, ConnectionError | EOFError)
@@ -338,8 +338,8 @@ def is_full_memory(error: Exception) -> bool:
     return missing or (isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None)
 
 
-def fault(error: Exception) -> str:
-    """What ended a run, in words; '' for what is not known."""
+def known_cause(error: Exception) -> str:
+    """Say what ended a run; '' if the cause is not known."""
     said = last_line(error)
     if isinstance(error, RunError):
         return said
@@ -771,7 +771,7 @@ def reason(error: BaseException) -> str:
 
 
 def last_line(error: Exception) -> str:
-    """The message without the traceback that a loader process wraps around it."""
+    """The message without the traceback that a data-loader worker wraps around it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
@@ -810,7 +810,7 @@ def append_log(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         RunError: if the disk takes no more.
     """
-    with _disk_faults(folder / "log.txt"), open(folder / "log.txt", "a") as stream:
+    with _disk_errors(folder / "log.txt"), open(folder / "log.txt", "a") as stream:
         stream.write(json.dumps(record) + "\n")
         stream.flush()
         os.fsync(stream.fileno())  # the checkpoint that follows must not survive a power cut alone
@@ -861,7 +861,7 @@ class TensorBoard:
         values = {
             name: value if isinstance(value, int | float) else escaped(str(value)) for name, value in config.items()
         }
-        with _disk_faults("TensorBoard files"):
+        with _disk_errors("TensorBoard files"):
             self.board.add_text("flags", f"| flag | value |\n|---|---|\n{rows}")
             for summary in hparams(values, {"epoch/test_acc1": 0}):
                 self.board.file_writer.add_summary(summary)
@@ -873,7 +873,7 @@ class TensorBoard:
         Raises:
             RunError: if the disk takes no more.
         """
-        with _disk_faults("TensorBoard files"):
+        with _disk_errors("TensorBoard files"):
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log({name: value}, step=step)
@@ -886,12 +886,12 @@ class TensorBoard:
 
     def add_images(self, name: str, images: torch.Tensor, step: int) -> None:
         """Add RGB images [B, 3, H, W] with values from 0 to 1."""
-        with _disk_faults("TensorBoard files"):
+        with _disk_errors("TensorBoard files"):
             self.board.add_images(name, images, step)
 
     def flush(self) -> None:
         """Bring everything so far to the files."""
-        with _disk_faults("TensorBoard files"):
+        with _disk_errors("TensorBoard files"):
             self.board.flush()
 
     def close(self) -> None:
@@ -970,7 +970,7 @@ class EpochTable:
 
 
 @contextlib.contextmanager
-def _disk_faults(what: Any) -> Iterator[None]:
+def _disk_errors(what: Any) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -1032,7 +1032,7 @@ class Progress:
     """A progress bar on a terminal, otherwise log lines; silent where this process does not log.
 
     Args:
-        description: what is going on.
+        description: what is done.
         total: number of units to do.
         unit: what is counted.
         done: units that are done already.

@@ -51,14 +51,14 @@ class Affine:
         )
 
     def outside(self, height: int, width: int) -> torch.Tensor:
-        """Which pixels [B, 1, height, width] of a view get their centre from outside a view of that size."""
-        x, y = _centres(width, self.a), _centres(height, self.a)[:, None]
+        """Which pixels [B, 1, height, width] of a view get their center from outside a view of that size."""
+        x, y = _centers(width, self.a), _centers(height, self.a)[:, None]
         a, b, c, d, e, f = (each[:, None, None, None] for each in self.coefficients)
         u, v = a * x + (b * y + c), d * x + (e * y + f)
         return (u < 0) | (u >= width) | (v < 0) | (v >= height)
 
 
-def _centres(number: int, like: torch.Tensor) -> torch.Tensor:
+def _centers(number: int, like: torch.Tensor) -> torch.Tensor:
     return torch.arange(number, device=like.device) + 0.5
 
 
@@ -78,7 +78,7 @@ def _bilinear(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Lines:
-    """Positions on the lines of an image: the i-th centre of line l is at skew · l + slope · i + offset, [B] each.
+    """Positions on the lines of an image: the i-th center of line l is at skew · l + slope · i + offset, [B] each.
 
     Attributes:
         first, length: [B], where positions have to stay.
@@ -97,7 +97,7 @@ class Lines:
         skew, slope, offset, first, length = (
             each[:, None, None] for each in (self.skew, self.slope, self.offset, self.first, self.length)
         )
-        positions = slope * _centres(number, slope) + (skew * lines[:, None] + offset)
+        positions = slope * _centers(number, slope) + (skew * lines[:, None] + offset)
         return torch.minimum(torch.maximum(positions, first), first + length)
 
 
@@ -142,45 +142,45 @@ class Resampler:
         # Along a column u of the image, y moves v = skew u + slope y + offset.
         skew, slope = map.d / map.a, map.e - map.d * map.b / map.a
         columns = Lines(skew, slope, map.f - skew * map.c, top, box_height, margin_y)
-        seen = self._pass(padded, _centres(padded.shape[2], map.a) - margin_x, columns, height, 0, bilinear)
+        seen = self._pass(padded, _centers(padded.shape[2], map.a) - margin_x, columns, height, 0, bilinear)
         rows = Lines(map.b, map.a, map.c, left, box_width, margin_x)
-        views = self._pass(seen.transpose(2, 3), _centres(height, map.a), rows, width, 1, bilinear)
+        views = self._pass(seen.transpose(2, 3), _centers(height, map.a), rows, width, 1, bilinear)
         return _to_uint8(views)
 
     def _pass(
-        self, values: torch.Tensor, lines: torch.Tensor, places: Lines, number: int, axis: int, bilinear: torch.Tensor
+        self, values: torch.Tensor, lines: torch.Tensor, grid: Lines, number: int, axis: int, bilinear: torch.Tensor
     ) -> torch.Tensor:
         """[B, 3, L, n] -> [B, 3, L, number]. Without skew all lines are alike, and a CPU is faster with a product."""
 
         def sheared(_: torch.Tensor, values: torch.Tensor, *fields: torch.Tensor) -> torch.Tensor:
-            places, bilinear = Lines(*fields[:5], margin), fields[5]
-            return self._sheared(values, places.positions(lines, number), places, axis, bilinear)
+            grid, bilinear = Lines(*fields[:5], margin), fields[5]
+            return self._sheared(values, grid.positions(lines, number), grid, axis, bilinear)
 
-        margin = places.margin
-        fields = (places.skew, places.slope, places.offset, places.first, places.length, bilinear)
+        margin = grid.margin
+        fields = (grid.skew, grid.slope, grid.offset, grid.first, grid.length, bilinear)
         if not can_select_samples(values):
             return sheared(values, values, *fields)
-        weights = self._straight(values.shape[3], places.positions(lines[:1], number)[:, 0], places, axis, bilinear)
+        weights = self._straight(values.shape[3], grid.positions(lines[:1], number)[:, 0], grid, axis, bilinear)
         straight = (values.flatten(1, 2) @ weights).unflatten(1, (3, -1))
-        return only(places.skew != 0, sheared, straight, values, *fields)
+        return only(grid.skew != 0, sheared, straight, values, *fields)
 
     def _straight(
-        self, length: int, positions: torch.Tensor, places: Lines, axis: int, bilinear: torch.Tensor
+        self, length: int, positions: torch.Tensor, grid: Lines, axis: int, bilinear: torch.Tensor
     ) -> torch.Tensor:
         """[B, length, n]: what each pixel of a line counts at positions [B, n]."""
-        distance = (_centres(length, positions) - places.margin)[:, None] - positions[:, None, :]
-        return self._weights(distance, places.slope, axis, bilinear)
+        distance = (_centers(length, positions) - grid.margin)[:, None] - positions[:, None, :]
+        return self._weights(distance, grid.slope, axis, bilinear)
 
     def _sheared(
-        self, values: torch.Tensor, positions: torch.Tensor, places: Lines, axis: int, bilinear: torch.Tensor
+        self, values: torch.Tensor, positions: torch.Tensor, grid: Lines, axis: int, bilinear: torch.Tensor
     ) -> torch.Tensor:
         """Values at positions [B, L, n] by gathering taps, with weights from a table of PHASES between two pixels."""
         taps = self.taps[axis]
         phase = torch.arange(PHASES, device=values.device) / PHASES
         distance = torch.arange(taps, device=values.device)[:, None] - (taps // 2 - 1) - phase  # (taps, PHASES)
-        weights = self._weights(distance.expand(len(values), -1, -1), places.slope, axis, bilinear)
-        # In phases, rounded, from the centre of the first pixel
-        steps = ((positions + (places.margin - taps // 2 + 0.5)) * PHASES + 0.5).long()
+        weights = self._weights(distance.expand(len(values), -1, -1), grid.slope, axis, bilinear)
+        # In phases, rounded, from the center of the first pixel
+        steps = ((positions + (grid.margin - taps // 2 + 0.5)) * PHASES + 0.5).long()
         phase, tap = (steps & (PHASES - 1)).flatten(1), (steps >> PHASE_BITS)[:, None].expand(-1, 3, -1, -1)
         reach, result = values.shape[3] - taps + 1, values.new_zeros(tap.shape)
         for number in range(taps):
@@ -202,10 +202,10 @@ def _repeat_edges(
     images: torch.Tensor, dim: int, first: torch.Tensor, length: torch.Tensor, margin: int
 ) -> torch.Tensor:
     """Add `margin` pixels on both sides of `dim`; all outside [first, first + length) repeat the outermost inside."""
-    places = torch.arange(-margin, images.shape[dim] + margin, device=images.device)
-    places = torch.minimum(torch.maximum(places, first[:, None].long()), (first + length)[:, None].long() - 1)
-    index = places[:, None, :, None] if dim == 2 else places[:, None, None, :]
-    shape = [*images.shape[:2], places.shape[1], images.shape[3]] if dim == 2 else [*images.shape[:3], places.shape[1]]
+    grid = torch.arange(-margin, images.shape[dim] + margin, device=images.device)
+    grid = torch.minimum(torch.maximum(grid, first[:, None].long()), (first + length)[:, None].long() - 1)
+    index = grid[:, None, :, None] if dim == 2 else grid[:, None, None, :]
+    shape = [*images.shape[:2], grid.shape[1], images.shape[3]] if dim == 2 else [*images.shape[:3], grid.shape[1]]
     return images.gather(dim, index.expand(shape))
 
 
@@ -213,7 +213,7 @@ def _to_uint8(values: torch.Tensor) -> torch.Tensor:
     return values.clamp_(0, 255).to(torch.uint8)
 
 
-# -- operations on the colours of uint8 images [B, 3, H, W], each as PIL's ---------------------------------------------
+# -- operations on the colors of uint8 images [B, 3, H, W], each as PIL's ---------------------------------------------
 
 
 def blend(base: torch.Tensor | float, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -222,15 +222,15 @@ def blend(base: torch.Tensor | float, images: torch.Tensor, factor: torch.Tensor
     return _to_uint8(base + factor.view(-1, 1, 1, 1) * (images.float() - base))
 
 
-def grey(images: torch.Tensor) -> torch.Tensor:
+def gray(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 1, H, W], PIL's conversion to mode L (ITU-R 601)."""
     red, green, blue = images.int().split(1, dim=1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
 
 
 def adjust_color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """0 is grey, 1 the image; factor [B]."""
-    return blend(grey(images), images, factor)
+    """0 is gray, 1 the image; factor [B]."""
+    return blend(gray(images), images, factor)
 
 
 def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -268,9 +268,9 @@ def equalize_table(images: torch.Tensor) -> torch.Tensor:
     """[B, 3, 256]: each channel's histogram levelled, as PIL counts."""
     batch, pixels = len(images), images[0, 0].numel()
     channel = torch.arange(batch * 3, device=images.device)[:, None] * 256
-    places = (images.reshape(batch * 3, -1).int() + channel).flatten().long()
+    bins = (images.reshape(batch * 3, -1).int() + channel).flatten().long()
     counts = torch.zeros(batch * 3 * 256, dtype=torch.int32, device=images.device)
-    counts = counts.scatter_add(0, places, torch.ones_like(places, dtype=torch.int32)).view(batch, 3, 256).long()
+    counts = counts.scatter_add(0, bins, torch.ones_like(bins, dtype=torch.int32)).view(batch, 3, 256).long()
     value = torch.arange(256, device=images.device)
     last = counts.gather(2, torch.where(counts > 0, value, 0).amax(dim=2, keepdim=True))
     step = (pixels - last) // 255  # 0 for a single value, which then stays
@@ -279,8 +279,8 @@ def equalize_table(images: torch.Tensor) -> torch.Tensor:
 
 
 def contrast_table(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """[B, 1, 256]: 0 is the mean grey, 1 the image; factor [B]."""
-    mean = (grey(images).float().mean(dim=(1, 2, 3)) + 0.5).floor()[:, None, None, None]
+    """[B, 1, 256]: 0 is the mean gray, 1 the image; factor [B]."""
+    mean = (gray(images).float().mean(dim=(1, 2, 3)) + 0.5).floor()[:, None, None, None]
     value = torch.arange(256, device=images.device).view(1, 1, 1, 256)
     return blend(mean, value, factor)[:, 0]
 
@@ -299,18 +299,18 @@ def only(
     """
     if not can_select_samples(values):
         return torch.where(chosen.view(-1, *[1] * (values.ndim - 1)), function(values, *arguments), values)
-    places = chosen.nonzero()[:, 0]
-    if len(places):
-        parts = function(*(each.index_select(0, places) for each in (values, *arguments)))
-        for place, part in zip(places.tolist(), parts, strict=True):
-            values[place].copy_(part)  # index_copy_ is ten times slower
+    indices = chosen.nonzero()[:, 0]
+    if len(indices):
+        parts = function(*(each.index_select(0, indices) for each in (values, *arguments)))
+        for index, part in zip(indices.tolist(), parts, strict=True):
+            values[index].copy_(part)  # index_copy_ is ten times slower
     return values
 
 
-def paint(values: torch.Tensor, where: torch.Tensor, colour: torch.Tensor | int) -> torch.Tensor:
-    """`colour` where bool [B, 1, H, W] says so: torch.where, as products, with which a CPU is ten times faster."""
+def paint(values: torch.Tensor, where: torch.Tensor, color: torch.Tensor | int) -> torch.Tensor:
+    """`color` where bool [B, 1, H, W] says so: torch.where, as products, with which a CPU is ten times faster."""
     where = where.to(values.dtype)
-    return values * (1 - where) + colour * where
+    return values * (1 - where) + color * where
 
 
 def can_select_samples(values: torch.Tensor) -> bool:

@@ -44,10 +44,10 @@ def splitmix64(x: torch.Tensor) -> torch.Tensor:
 
 
 class Draws:
-    """Uniform numbers in [0, 1) for each sample: the first that are asked for, the next, ...
+    """Uniform numbers in [0, 1) for each sample: the first ones drawn, the next, ...
 
     Args:
-        keys: int64 [B], the samples' keys: hashed ones, since neighbours among small numbers would share draws.
+        keys: int64 [B], the samples' keys: hashed ones, since neighbors among small numbers would share draws.
         number: how many there are for each.
     """
 
@@ -59,7 +59,7 @@ class Draws:
         """float32 [number, B], uniform in [low, high)."""
         self.used += number
         if self.used > len(self.numbers):
-            raise IndexError(f"there are {len(self.numbers)} numbers for each sample, {self.used} are asked for")
+            raise IndexError(f"there are {len(self.numbers)} numbers for each sample, {self.used} are drawn")
         return low + (high - low) * self.numbers[self.used - number : self.used]
 
     def normal(self) -> torch.Tensor:
@@ -125,7 +125,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Te
 
 @dataclass
 class Step:
-    """One operation of each sample: its kind [B] (a place in KINDS) and its argument [B]."""
+    """One operation of each sample: its kind [B] (an index into KINDS) and its argument [B]."""
 
     kind: torch.Tensor
     argument: torch.Tensor
@@ -240,7 +240,7 @@ def as_affine(step: Step, height: int, width: int) -> Affine:
 
     angle = torch.deg2rad(argument("rotate"))
     cos, sin = torch.cos(angle), torch.sin(angle)
-    x, y = width / 2, height / 2  # what a rotation leaves in its place
+    x, y = width / 2, height / 2  # the center of a rotation
     return Affine(
         cos,
         argument("shear_x") - sin,
@@ -251,8 +251,8 @@ def as_affine(step: Step, height: int, width: int) -> Affine:
     )
 
 
-def recolour(images: torch.Tensor, step: Step, kinds: frozenset[str]) -> torch.Tensor:
-    """Apply a step to the samples whose operation is one of colour.
+def recolor(images: torch.Tensor, step: Step, kinds: frozenset[str]) -> torch.Tensor:
+    """Apply a step to the samples whose operation is one of color.
 
     Eight of the eleven operations are tables of 256 values a channel, applied together.
 

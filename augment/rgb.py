@@ -52,7 +52,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def _from_integers(image: Image.Image) -> Image.Image:
     """RGB from mode I or I;16, which may hold 12, 16 or 32 bits.
 
-    Values up to 65535 are 16-bit grey in any mode: Pillow opens 16-bit PNG and PGM in mode I, too.
+    Values up to 65535 are 16-bit gray in any mode: Pillow opens 16-bit PNG and PGM in mode I, too.
     """
     values = np.asarray(image).astype(np.int64)
     tags = getattr(image, "tag_v2", {})

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from augment.image_ops import Affine, Resampler, in_parts, only, paint
-from augment.policy import GEOMETRIC, Draws, Policy, as_affine, is_supported, jitter, recolour
+from augment.policy import GEOMETRIC, Draws, Policy, as_affine, is_supported, jitter, recolor
 from utils import UserError
 
 SMALL_IMAGE = 64  # up to this size views are made by padding and cropping, not by random resized crops
@@ -150,7 +150,7 @@ class TrainAugmentation(nn.Module):
         fill = torch.tensor([min(255, round(255 * value)) for value in normalization[0]], dtype=torch.uint8)
         self.register_buffer("fill", fill.view(1, 3, 1, 1))
         noise = torch.randn(NOISE + 3 * math.prod(self.size), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("noise", noise)  # read from one of the first NOISE places on
+        self.register_buffer("noise", noise)  # read from one of its first NOISE positions on
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The view of each image that its key says.
@@ -161,7 +161,7 @@ class TrainAugmentation(nn.Module):
             keys: int64 [B].
 
         Returns:
-            [B, 3, height, width], normalised.
+            [B, 3, height, width], normalized.
         """
         return in_parts(self._views, self.size, images, sizes, keys)
 
@@ -182,10 +182,10 @@ class TrainAugmentation(nn.Module):
         elif outside is not None:
             views = _reflect(views, outside, flipped < self.hflip)
         for step, moved in zip(steps, filled, strict=True):
-            views = recolour(views, step, self.kinds)
+            views = recolor(views, step, self.kinds)
             views = only(step.is_a(*GEOMETRIC), self._fill, views, *moved.coefficients)
         for step in jitter(self.color_jitter, draws) if self.color_jitter else []:
-            views = recolour(views, step, frozenset(("brightness", "contrast", "color")))
+            views = recolor(views, step, frozenset(("brightness", "contrast", "color")))
         return self._erase(self.normalize(views), draws)
 
     def _blacken(
@@ -202,7 +202,7 @@ class TrainAugmentation(nn.Module):
         return paint(views, Affine(*coefficients).outside(*self.size), self.fill)
 
     def _erase(self, views: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Random erasing (Zhong et al. 2020) with timm's probabilities, after normalisation."""
+        """Random erasing (Zhong et al. 2020) with timm's probabilities, after normalization."""
         if not self.re_prob:
             return views
         erased = draws()[0] <= self.re_prob
@@ -270,15 +270,15 @@ def _simple_crop(
     return _whole(sizes), map, (top, left, new_height, new_width)
 
 
-def _reflect(views: torch.Tensor, place: tuple[torch.Tensor, ...], flipped: torch.Tensor) -> torch.Tensor:
+def _reflect(views: torch.Tensor, box: tuple[torch.Tensor, ...], flipped: torch.Tensor) -> torch.Tensor:
     """Fill what is beyond the edges of the image with its reflection, which the view shows as well.
 
     Args:
         views: [B, 3, height, width].
-        place: what `_simple_crop` says of each.
+        box: what `_simple_crop` returns for each.
         flipped: which are mirrored.
     """
-    top, left, height, width = (each[:, None].long() for each in place)
+    top, left, height, width = (each[:, None].long() for each in box)
     y, x = (torch.arange(length, device=views.device) for length in views.shape[2:])
     x = torch.where(flipped[:, None], views.shape[3] - 1 - x, x)
     rows, columns = (
@@ -302,7 +302,7 @@ def random_resized_crop(
     )
     down, right = draws(2)
     top, left = (down * (height - crop_height + 1)).floor(), (right * (width - crop_width + 1)).floor()
-    # Else the largest centre with the nearest allowed aspect ratio.
+    # Else the largest center with the nearest allowed aspect ratio.
     most_height = torch.minimum(height, (width / CROP_ASPECT[0]).round())
     most_width = torch.minimum(width, (height * CROP_ASPECT[1]).round())
     crop_height, crop_width = torch.where(found, crop_height, most_height), torch.where(found, crop_width, most_width)

@@ -41,7 +41,7 @@ def warm_chaos(monkeypatch):
 
 
 class _Web(http.server.BaseHTTPRequestHandler):
-    """Answers a path, as it was asked for, with the bytes in `files`, or sends to the address that is there."""
+    """Serves a path, as it was requested, with the bytes in `files`, or sends to the address that is there."""
 
     files: dict[str, bytes | str] = {}
 

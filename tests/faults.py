@@ -1,4 +1,4 @@
-"""main.py with a fault: `python tests/faults.py KIND RANK UPDATE FLAGS ...`; at that update, that rank meets the fault.
+"""main.py with fault injection: `python tests/faults.py KIND RANK UPDATE FLAGS ...`; that rank fails at that update.
 
 KIND is nan (a loss), exception, loader (SIGKILL to a data-loader worker), rank (SIGKILL to itself) or stuck (the loader
 gives no further batch, in a worker or in the process itself).

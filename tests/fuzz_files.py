@@ -92,8 +92,8 @@ def make_pack(folder, kind):
 
 def read_pack(folder):
     for source in read_sources(DataOptions("PACKED", str(folder))):
-        for place in range(len(source)):
-            source[place]
+        for position in range(len(source)):
+            source[position]
 
 
 def make_cache(folder):
@@ -145,8 +145,8 @@ def make_annotations(folder):
 
 def read_annotations(folder):
     for source in read_sources(DataOptions("INAT", str(folder))):
-        for place in range(len(source)):
-            source[place]
+        for position in range(len(source)):
+            source[position]
 
 
 def make_images(folder):
@@ -258,23 +258,23 @@ def hostile_tensors():
 
 
 def mutated_bytes(content, rng):
-    """Change a few places of a file: bits, bytes, slices, tokens of text."""
+    """Change a few positions of a file: bits, bytes, slices, tokens of text."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        place, length = rng.randrange(len(content) + 1), rng.choice((1, 2, 4, 8, 100))
+        position, length = rng.randrange(len(content) + 1), rng.choice((1, 2, 4, 8, 100))
         kind = rng.randrange(7)
-        if kind == 0 and place < len(content):
-            content[place] ^= 1 << rng.randrange(8)
+        if kind == 0 and position < len(content):
+            content[position] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            content[place : place + length] = rng.randbytes(min(length, len(content) - place))
+            content[position : position + length] = rng.randbytes(min(length, len(content) - position))
         elif kind == 2:
-            content[place : place + length] = rng.choice((b"\0", b"\xff")) * min(length, len(content) - place)
+            content[position : position + length] = rng.choice((b"\0", b"\xff")) * min(length, len(content) - position)
         elif kind == 3:
-            del content[place : place + length]
+            del content[position : position + length]
         elif kind == 4:
-            content[place:place] = content[rng.randrange(len(content) + 1) :][:length]
+            content[position:position] = content[rng.randrange(len(content) + 1) :][:length]
         elif kind == 5 and rng.random() < 0.3:
-            del content[place:]
+            del content[position:]
         else:
             tokens = list(re.finditer(rb"-?\d+(\.\d+)?|\"[^\"]*\"|\[[^\[\]]*\]|\{[^{}]*\}|null|true|false", content))
             if tokens:
@@ -322,9 +322,9 @@ def mutated_array(content, rng):
         return mutated_bytes(header, rng) + records
     records = bytearray(records)
     for _ in range(rng.choice((1, 1, 3))):
-        place = rng.randrange(len(records))
+        position = rng.randrange(len(records))
         value = rng.choice((0, 1, 3, 255, 2**16 - 1, 2**31, 2**32 - 1)).to_bytes(4, "little")[: rng.choice((1, 2, 4))]
-        records[place : place + len(value)] = value[: len(records) - place]
+        records[position : position + len(value)] = value[: len(records) - position]
     return header + bytes(records)
 
 
@@ -431,7 +431,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="number of the one mutation to repeat")
     parser.add_argument(
-        "--subjects", nargs="+", choices=SUBJECTS, default=tuple(SUBJECTS), help="what is mutated, in turn"
+        "--subjects", nargs="+", choices=SUBJECTS, default=tuple(SUBJECTS), help="what is mutated, one after the other"
     )
     own = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -34,7 +34,7 @@ from augment.policy import (
     as_affine,
     jitter,
     parse_policy,
-    recolour,
+    recolor,
     splitmix64,
 )
 from augment.views import random_resized_crop
@@ -46,7 +46,7 @@ from datasets import (
 )
 from tools import pack_dataset, pictures, show_augmentation
 
-# Differences from PIL in grey levels: their mean, their 99th percentile, the largest 4 pixels or more from an edge.
+# Differences from PIL in gray levels: their mean, their 99th percentile, the largest 4 pixels or more from an edge.
 TOLERANCES = {
     "exact": (0, 0, 0),
     "table": (0.01, 1, 1),  # autocontrast: whole numbers here, floating point there
@@ -55,12 +55,12 @@ TOLERANCES = {
         0.25,
         3,
         8,
-    ),  # PIL leaves out what is beyond an edge, here the edge is repeated; and it rounds in between
+    ),  # PIL skips what is beyond an edge, here the edge is repeated; and it rounds in between
     "bilinear": (0.45, 1, 1),  # one direction
     "bilinear rotation": (1.0, 12, 40),  # both: PIL takes the four nearest pixels, here two passes
     "bicubic": (1.0, 10, 25),  # one direction: PIL's kernel for affine maps has a = -1, here -1/2 as in resizing
     "bicubic rotation": (1.8, 20, 80),
-    "moved": (1.0, 20, 100),  # bilinear as above, with operations of colour, which enlarge or cut off
+    "moved": (1.0, 20, 100),  # bilinear as above, with operations of color, which enlarge or cut off
     "moved twice": (2.0, 20, 150),  # PIL interpolates twice, and so blurs
 }
 NORMALIZATION = MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,9 +73,9 @@ PHOTOGRAPHS = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg"
 def photos(height, width, number=4):
     """Different parts of two photographs, as they are."""
     images = []
-    for place, share in enumerate(np.linspace(0, 1, number)):
+    for position, share in enumerate(np.linspace(0, 1, number)):
         top, left = int((427 - height) * share), int((640 - width) * share)
-        images.append(PHOTOGRAPHS[place % 2].crop((left, top, left + width, top + height)))
+        images.append(PHOTOGRAPHS[position % 2].crop((left, top, left + width, top + height)))
     return images
 
 
@@ -93,12 +93,12 @@ def sizes_of(images):
     return torch.tensor([image.size[::-1] for image in images])
 
 
-def in_a_frame(images, height, width, seed=0):
-    """Images at the top left of a frame that is otherwise full of rubbish."""
-    frame = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (len(images), 3, height, width), np.uint8))
-    for place, image in zip(frame, images, strict=True):
-        place[:, : image.height, : image.width] = batch([image])[0]
-    return frame
+def in_padded_buffer(images, height, width, seed=0):
+    """Images at the top left of a padded buffer that is otherwise full of noise."""
+    buffer = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (len(images), 3, height, width), np.uint8))
+    for padded, image in zip(buffer, images, strict=True):
+        padded[:, : image.height, : image.width] = batch([image])[0]
+    return buffer
 
 
 def full(value, number=4):
@@ -125,7 +125,7 @@ def host_view(size, **options):
     return build_train_transform(ViewOptions(size, **options), NORMALIZATION)
 
 
-def grey_levels(views, mean=MEAN, std=STD):
+def gray_levels(views, mean=MEAN, std=STD):
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     return ((views.float() * std + mean) * 255).round()
 
@@ -142,9 +142,9 @@ def assert_close(ours, theirs, name, inside=None):
 def assert_alike(ours, theirs, limit=4.5):
     """Two samples have the same mean and spread, within standard errors."""
     ours, theirs = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
-    centre = np.concatenate([ours, theirs]).mean()
+    center = np.concatenate([ours, theirs]).mean()
     for power in (1, 2):
-        a, b = (ours - centre) ** power, (theirs - centre) ** power
+        a, b = (ours - center) ** power, (theirs - center) ** power
         error = math.sqrt(a.var() / len(a) + b.var() / len(b))
         assert abs(a.mean() - b.mean()) <= limit * error + 1e-6, (power, a.mean(), b.mean(), error)
 
@@ -174,7 +174,7 @@ def test_arguments_are_timms(name, monkeypatch):
             continue
         (theirs,) = level_fn(magnitude, {"translate_const": 1})
         if name == "Desaturate":
-            theirs = 1 - theirs  # the share of colour that is left
+            theirs = 1 - theirs  # the share of color that is left
         assert ours == pytest.approx(theirs, abs=1e-5), magnitude
 
 
@@ -189,7 +189,7 @@ def test_random_blur_has_timms_radius(uniform, monkeypatch):
     assert ours.item() == pytest.approx(radii[0])
 
 
-COLOURS = {
+COLORS = {
     "autocontrast": (lambda image, *_, **__: auto_augment.auto_contrast(image), "table", [0]),
     "equalize": (lambda image, *_, **__: auto_augment.equalize(image), "exact", [0]),
     "invert": (lambda image, *_, **__: auto_augment.invert(image), "exact", [0]),
@@ -213,26 +213,26 @@ def with_odd_images(images):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 57), (96, 96)])
-@pytest.mark.parametrize("kind", COLOURS)
-def test_colours_are_pils(kind, size):
-    function, tolerance, arguments = COLOURS[kind]
+@pytest.mark.parametrize("kind", COLORS)
+def test_colors_are_pils(kind, size):
+    function, tolerance, arguments = COLORS[kind]
     images = photos(*size) if kind == "blur" else with_odd_images(photos(*size))
     for argument in arguments:
         theirs = batch([function(image, argument) for image in images])
-        ours = recolour(batch(images), step_of(kind, argument, len(images)), frozenset(KINDS))
+        ours = recolor(batch(images), step_of(kind, argument, len(images)), frozenset(KINDS))
         assert_close(ours, theirs, tolerance)
 
 
 def test_every_operation_has_been_compared():
-    assert {kind for kind, _ in OPERATIONS.values()} == {*COLOURS, *GEOMETRIC}
+    assert {kind for kind, _ in OPERATIONS.values()} == {*COLORS, *GEOMETRIC}
     names = {*auto_augment._RAND_TRANSFORMS, *auto_augment._RAND_INCREASING_TRANSFORMS, *auto_augment._RAND_3A}
     assert names <= OPERATIONS.keys()
 
 
-def test_other_samples_keep_their_colours():
+def test_other_samples_keep_their_colors():
     images = batch(photos(32, 32))
     step = Step(torch.tensor([KINDS.index(kind) for kind in ("invert", "none", "rotate", "blur")]), full(1.5))
-    views = recolour(images.clone(), step, frozenset(KINDS))
+    views = recolor(images.clone(), step, frozenset(KINDS))
     assert [torch.equal(view, image) for view, image in zip(views, images, strict=True)] == [False, True, True, False]
 
 
@@ -277,7 +277,7 @@ def test_geometry_is_pils(kind, interpolation, size):
 
 # -- resampling --------------------------------------------------------------------------------------------------------
 
-RESIZES = {  # frame, box (top, left, height, width), size
+RESIZES = {  # stored_size, box (top, left, height, width), size
     "up 9": ((32, 32), (5, 3, 24, 20), (224, 224)),
     "up, not square": ((32, 32), (5, 3, 24, 20), (48, 32)),
     "as it is": ((32, 32), (0, 0, 32, 32), (32, 32)),
@@ -298,8 +298,8 @@ def resized(images, box, size, interpolation, bilinear=None):
 @pytest.mark.parametrize("interpolation", PILLOW)
 @pytest.mark.parametrize("name", RESIZES)
 def test_resizing_is_pils(name, interpolation):
-    frame, box, size = RESIZES[name]
-    images = photos(*frame)
+    stored_size, box, size = RESIZES[name]
+    images = photos(*stored_size)
     theirs = [pil.resized_crop(image, *box, size, InterpolationMode(interpolation)) for image in images]
     assert_close(resized(batch(images), box, size, interpolation), batch(theirs), "resize")
 
@@ -311,8 +311,8 @@ def test_as_it_is_nothing_changes():
 
 @pytest.mark.parametrize("name", ["up, not square", "down 2.3, not square"])
 def test_random_interpolation_is_either(name):
-    frame, box, size = RESIZES[name]
-    images, bilinear = batch(photos(*frame)), torch.tensor([True, False, False, True])
+    stored_size, box, size = RESIZES[name]
+    images, bilinear = batch(photos(*stored_size)), torch.tensor([True, False, False, True])
     one, other = (resized(images, box, size, interpolation) for interpolation in ("bilinear", "bicubic"))
     assert not torch.equal(one, other)
     views = resized(images, box, size, "random", bilinear)
@@ -322,8 +322,8 @@ def test_random_interpolation_is_either(name):
 @pytest.mark.parametrize("name", RESIZES)
 def test_gathering_and_products_agree(name, monkeypatch):
     """What a GPU computes is what a CPU computes."""
-    frame, box, size = RESIZES[name]
-    images = batch(photos(*frame))
+    stored_size, box, size = RESIZES[name]
+    images = batch(photos(*stored_size))
     straight = resized(images, box, size, "bicubic")
     monkeypatch.setattr(image_ops, "can_select_samples", lambda values: False)
     difference = (resized(images, box, size, "bicubic").int() - straight.int()).abs().float()
@@ -335,18 +335,18 @@ def test_views_do_not_depend_on_how_they_are_computed(size, policy, monkeypatch)
     images = photos(120, 90, 32)
     views = train_view((120, 90), (size, size), aa=policy, train_interpolation="random")
     arguments = batch(images), sizes_of(images), keys_of(32)
-    alone = grey_levels(views(*arguments))
+    alone = gray_levels(views(*arguments))
     monkeypatch.setattr(image_ops, "can_select_samples", lambda values: False)
-    difference = (grey_levels(views(*arguments)) - alone).abs()
+    difference = (gray_levels(views(*arguments)) - alone).abs()
     # Where two differ by more, a value lies at a threshold: of solarize, of posterize, of a histogram.
     assert difference.mean() < 0.1 and (difference > 1).float().mean() < 3e-3
 
 
-def views_of(kind, frame, size):
+def views_of(kind, stored_size, size):
     if kind == "eval":
-        view = eval_view(frame, size)
+        view = eval_view(stored_size, size)
         return lambda images, sizes, keys: view(images, sizes)
-    return train_view(frame, size, train_interpolation="random", reprob=0.5)
+    return train_view(stored_size, size, train_interpolation="random", reprob=0.5)
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
@@ -355,7 +355,7 @@ def test_what_is_outside_an_image_is_never_seen(kind, size):
     images = [photos(height, width, 1)[0] for height, width in ((100, 60), (60, 100), (37, 45), (110, 110))] * 4
     arguments = sizes_of(images), keys_of(16)
     view = views_of(kind, (120, 130), size)
-    some, others = (view(in_a_frame(images, 120, 130, seed), *arguments) for seed in (0, 1))
+    some, others = (view(in_padded_buffer(images, 120, 130, seed), *arguments) for seed in (0, 1))
     assert torch.equal(some, others)
 
 
@@ -364,10 +364,10 @@ def test_what_is_outside_an_image_is_never_seen(kind, size):
 def test_evaluation_is_pils(size, ratio):
     images = [photos(height, width, 1)[0] for height, width in ((256, 256), (200, 300), (299, 181), (120, 133))]
     transform = build_eval_transform(ViewOptions(size, eval_crop_ratio=ratio), NORMALIZATION)
-    views = eval_view((300, 320), size, eval_crop_ratio=ratio)(in_a_frame(images, 300, 320), sizes_of(images))
+    views = eval_view((300, 320), size, eval_crop_ratio=ratio)(in_padded_buffer(images, 300, 320), sizes_of(images))
     theirs = torch.stack([transform(image) for image in images])
     assert views.shape == theirs.shape
-    difference = (grey_levels(views) - grey_levels(theirs)).abs()
+    difference = (gray_levels(views) - gray_levels(theirs)).abs()
     for each in difference:
         assert (each <= 2).float().mean() >= 0.98 and each.mean() < 0.25
         assert (each[:, 4:-4, 4:-4] <= 2).float().mean() >= 0.995  # away from the edges
@@ -569,19 +569,19 @@ def test_regions_are_filled():
     assert abs(values.mean()) < 0.02 and values.std() == pytest.approx(1, abs=0.02)
     assert np.abs(np.corrcoef(values.T.numpy()) - np.eye(3)).max() < 0.02  # channels have nothing to do with each other
     views, masks = erased(300, remode="rand")
-    colours = torch.stack([view[:, mask].mean(dim=1) for view, mask in zip(views, masks, strict=True)])
+    colors = torch.stack([view[:, mask].mean(dim=1) for view, mask in zip(views, masks, strict=True)])
     spread = torch.stack([view[:, mask].std(dim=1) for view, mask in zip(views, masks, strict=True)])
     assert spread.max() < 1e-5
-    assert abs(colours.mean()) < 0.15 and colours.std() == pytest.approx(1, abs=0.12)
-    assert (colours[:, 0] != colours[:, 1]).all() and len(torch.unique(colours[:, 0])) > 290
+    assert abs(colors.mean()) < 0.15 and colors.std() == pytest.approx(1, abs=0.12)
+    assert (colors[:, 0] != colors[:, 1]).all() and len(torch.unique(colors[:, 0])) > 290
 
 
 # -- the whole pipeline ------------------------------------------------------------------------------------------------
 
-THEIRS = {kind: function for kind, (function, *_) in {**COLOURS, **GEOMETRY}.items()}
+THEIRS = {kind: function for kind, (function, *_) in {**COLORS, **GEOMETRY}.items()}
 PAIRS = {  # kinds and arguments, tolerance
-    "fill after colour": ([("invert", 0), ("rotate", 27.0)], "moved"),
-    "fill before colour": ([("rotate", 27.0), ("invert", 0)], "moved"),
+    "fill after color": ([("invert", 0), ("rotate", 27.0)], "moved"),
+    "fill before color": ([("rotate", 27.0), ("invert", 0)], "moved"),
     "shear, solarize": ([("shear_x", 0.27), ("solarize", 110)], "moved"),
     "posterize, translate": ([("posterize", 2), ("translate_y", -0.3)], "moved"),
     "shear, contrast": ([("shear_y", 0.2), ("contrast", 1.9)], "moved"),
@@ -593,36 +593,36 @@ PAIRS = {  # kinds and arguments, tolerance
 }
 
 
-@pytest.mark.parametrize("flip, frame", [(0.0, 96), (1.0, 24)])
+@pytest.mark.parametrize("flip, stored_size", [(0.0, 96), (1.0, 24)])
 @pytest.mark.parametrize("name", PAIRS)
-def test_pipeline_is_timms(name, flip, frame, monkeypatch):
+def test_pipeline_is_timms(name, flip, stored_size, monkeypatch):
     """The whole image, flipped or not, as it is or enlarged, and two certain operations in order."""
     pair, tolerance = PAIRS[name]
     options = {"train_interpolation": "bilinear", "hflip": flip, "reprob": 0.0, "aa": "rand-m9-n2-p1.0-inc1"}
     transform = host_view((96, 96), **options)
     crop = transform.transforms[0]
     crop.scale = crop.ratio = (1.0, 1.0)
-    [place] = [i for i, part in enumerate(transform.transforms) if isinstance(part, auto_augment.RandAugment)]
+    [position] = [i for i, part in enumerate(transform.transforms) if isinstance(part, auto_augment.RandAugment)]
     settings = {"resample": PILLOW["bilinear"], "fillcolor": FILL}
-    transform.transforms[place : place + 1] = [
+    transform.transforms[position : position + 1] = [
         lambda image, kind=kind, argument=argument: THEIRS[kind](image, argument, **settings) for kind, argument in pair
     ]
     monkeypatch.setattr("augment.views.CROP_AREA", (1.0, 1.0))
     monkeypatch.setattr("augment.views.CROP_ASPECT", (1.0, 1.0))
     monkeypatch.setattr(Policy, "forward", lambda policy, draws: [step_of(*each) for each in pair])
-    images = photos(frame, frame)
-    view = train_view((frame, frame), (96, 96), **options)
+    images = photos(stored_size, stored_size)
+    view = train_view((stored_size, stored_size), (96, 96), **options)
     views = view(batch(images), sizes_of(images), keys_of(4))
     theirs = torch.stack([transform(image) for image in images])
-    assert_close(grey_levels(views), grey_levels(theirs), tolerance)
+    assert_close(gray_levels(views), gray_levels(theirs), tolerance)
 
 
-def test_geometry_fills_with_the_mean_and_colours_change_it(monkeypatch):
+def test_geometry_fills_with_the_mean_and_colors_change_it(monkeypatch):
     images, moved = photos(96, 96), ("translate_x", 0.4)
     view = train_view((96, 96), (96, 96), hflip=0.0, reprob=0.0)
     for pair, corner in (([("invert", 0), moved], FILL), ([moved, ("invert", 0)], [255 - value for value in FILL])):
         monkeypatch.setattr(Policy, "forward", lambda policy, draws, pair=pair: [step_of(*each) for each in pair])
-        views = grey_levels(view(batch(images), sizes_of(images), keys_of(4)))
+        views = gray_levels(view(batch(images), sizes_of(images), keys_of(4)))
         assert (views[..., 60:] == torch.tensor(corner)[:, None, None]).all()
 
 
@@ -636,11 +636,11 @@ def test_small_images_are_padded_and_shifted():
     white, digits = torch.full((500, 3, 8, 8), 255, dtype=torch.uint8), read_sources(DataOptions("DIGITS"))[0]
     view = train_view((8, 8), (32, 32), train_interpolation="bilinear", **PLAIN)
     arguments = torch.full((500, 2), 8), keys_of(500)
-    frames = grey_levels(view(white, *arguments))
-    shifts = [(black_rows(each), black_rows(each.transpose(1, 2))) for each in frames]
+    levels = gray_levels(view(white, *arguments))
+    shifts = [(black_rows(each), black_rows(each.transpose(1, 2))) for each in levels]
     assert set(shifts) == set(itertools.product(range(-4, 5), repeat=2))
-    images = [digits[place][0] for place in range(500)]
-    views = grey_levels(view(batch(images), *arguments))
+    images = [digits[position][0] for position in range(500)]
+    views = gray_levels(view(batch(images), *arguments))
     expected = []
     for image, (down, right) in zip(images, shifts, strict=True):
         padded = Image.new("RGB", (40, 40))
@@ -650,13 +650,13 @@ def test_small_images_are_padded_and_shifted():
 
 
 def simple_crops(images, size, keys, **options):
-    """Views, and for each image what PIL and NumPy make of it at the same place."""
+    """Views, and for each image what PIL and NumPy make of it at the same position."""
     height, width = np.array([image.size[::-1] for image in images]).max(axis=0).tolist()
-    view, places = train_view((height, width), (size, size), **{**PLAIN, **options}, src=True), []
+    view, boxes = train_view((height, width), (size, size), **{**PLAIN, **options}, src=True), []
     crop = view.crop
-    view.crop = lambda *arguments: places.append(crop(*arguments)) or places[-1]
-    views = grey_levels(view(in_a_frame(images, height, width), sizes_of(images), keys))
-    rows = torch.cat([torch.stack(place, dim=1) for *_, place in places]).int().tolist()
+    view.crop = lambda *arguments: boxes.append(crop(*arguments)) or boxes[-1]
+    views = gray_levels(view(in_padded_buffer(images, height, width), sizes_of(images), keys))
+    rows = torch.cat([torch.stack(box, dim=1) for *_, box in boxes]).int().tolist()
     theirs = []
     for image, (top, left, new_height, new_width) in zip(images, rows, strict=True):
         short, long = sorted(image.size)
@@ -688,12 +688,12 @@ def test_simple_random_crops_are_drawn_alike():
     _, _, rows = simple_crops(images, 16, keys_of(2 * number))
     square, wide = (Counter((top, left) for top, left, *_ in rows[part::2]) for part in (0, 1))
     for found, columns in ((square, 9), (wide, 13)):
-        places = list(itertools.product(range(-4, 5), range(-4, columns - 4)))
-        assert_counts_alike(found, Counter(dict.fromkeys(places, number // len(places))))
+        offsets = list(itertools.product(range(-4, 5), range(-4, columns - 4)))
+        assert_counts_alike(found, Counter(dict.fromkeys(offsets, number // len(offsets))))
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0"])
-def test_simple_random_crops_with_policies_that_move_the_image_are_for_the_host(policy):
+def test_simple_random_crops_with_moving_policies_are_for_the_host(policy):
     assert augment.is_supported(policy) and not augment.is_supported(policy, src=True)
     with tiny.user_error(f"--src --aa {policy}", "--augment host"):
         train_view((40, 40), (32, 32), aa=policy, src=True)
@@ -726,11 +726,11 @@ def test_small_images_are_never_interpolated_at_random():
 
 
 def test_padding_moves_with_the_image(monkeypatch):
-    """It is black, as torchvision's; a flip comes after it; what an operation brings in has the mean colour."""
+    """It is black, as torchvision's; a flip comes after it; what an operation brings in has the mean color."""
     arguments = torch.full((50, 3, 32, 32), 255, dtype=torch.uint8), torch.full((50, 2), 32), keys_of(50)
 
     def views(**options):
-        return grey_levels(train_view((32, 32), (32, 32), **{**PLAIN, **options})(*arguments))
+        return gray_levels(train_view((32, 32), (32, 32), **{**PLAIN, **options})(*arguments))
 
     plain = views()
     assert (plain == 0).any() and torch.equal(views(hflip=1.0), plain.flip(-1))
@@ -740,7 +740,7 @@ def test_padding_moves_with_the_image(monkeypatch):
     assert torch.equal(moved[..., :24], plain[..., 8:])
 
 
-# -- colour jitter -----------------------------------------------------------------------------------------------------
+# -- color jitter -----------------------------------------------------------------------------------------------------
 
 
 def test_jitter_makes_no_tensor_on_the_host(monkeypatch):
@@ -779,7 +779,7 @@ def test_jitter_is_pils(order, monkeypatch):
     theirs = images
     for kind in order:
         theirs = [adjust[kind](image, factors[kind]) for image in theirs]
-    assert_close(grey_levels(view(batch(images), sizes_of(images), keys_of(4))), batch(theirs), "exact")
+    assert_close(gray_levels(view(batch(images), sizes_of(images), keys_of(4))), batch(theirs), "exact")
 
 
 @pytest.mark.parametrize("policy, jittered", [("none", True), ("3a", True), ("rand-m9-t3a", True), ("v0", False)])
@@ -807,11 +807,11 @@ def test_policies_replace_jitter_as_in_timm(policy, jittered, monkeypatch):
 )
 def test_views_compile_without_a_break(kind, size, options, monkeypatch):
     images = photos(90, 70, 6)
-    frame, arguments = (90, 70), (batch(images), sizes_of(images))
+    stored_size, arguments = (90, 70), (batch(images), sizes_of(images))
     if kind == "eval":
-        view = eval_view(frame, (size, size), dtype=torch.bfloat16)
+        view = eval_view(stored_size, (size, size), dtype=torch.bfloat16)
     else:
-        view = train_view(frame, (size, size), reprob=0.6, dtype=torch.bfloat16, **options)
+        view = train_view(stored_size, (size, size), reprob=0.6, dtype=torch.bfloat16, **options)
         arguments += (keys_of(6),)
     torch._dynamo.reset()
     compiled = torch.compile(view, fullgraph=True, backend="eager")(*arguments)  # else raises where the graph breaks
@@ -951,7 +951,7 @@ def test_picture_of_a_folder_tells_by_its_content_what_it_is(layout, tmp_path, c
         (["--output", "{folder}/picture.xyz"], "picture.png"),
     ],
 )
-def test_what_cannot_be_drawn_is_a_line(flags, words, tmp_path, capsys):
+def test_what_cannot_be_drawn_is_a_one_line_error(flags, words, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as info:

@@ -52,11 +52,11 @@ def test_both_pipelines_give_views_of_the_same_images():
     for loader in bench._readers(settled(), CPU, 40, 48, 0):
         loader.set_epoch(0)
         batches = list(loader)
-        places = torch.cat([batch.positions for batch in batches])
-        assert places.tolist() == list(range(8))  # four batches of two
+        positions = torch.cat([batch.positions for batch in batches])
+        assert positions.tolist() == list(range(8))  # four batches of two
         views = torch.cat([batch.images for batch in batches])
         assert views.shape == (8, 3, 48, 48) and views.dtype == torch.float32
-        assert views.amin() < -1.5 and views.amax() > 1.5  # normalised noise
+        assert views.amin() < -1.5 and views.amax() > 1.5  # normalized noise
 
 
 def test_steps_are_compared_and_their_operations_counted(tmp_path, capsys, monkeypatch):
@@ -111,7 +111,7 @@ def test_evit_is_compared_in_training_and_inference(tmp_path, capsys):
 
 def test_every_way_to_be_taught_is_compared(tmp_path, capsys):
     (rows,) = run(tmp_path, capsys, "distillation")
-    assert [row["name"].split()[0] for row in rows] == ["no", "stored", "50", "live"]
+    assert [row["name"].split()[0] for row in rows] == ["no", "cached", "50", "live"]
 
 
 @pytest.mark.process
@@ -169,7 +169,7 @@ def test_defaults_depend_on_the_device(monkeypatch):
         (["--data-path", "/nowhere"], ["--data-path /nowhere", "no such folder"]),
     ],
 )
-def test_a_mistake_is_a_line_before_anything_is_measured(flags, words, monkeypatch, capsys):
+def test_a_mistake_is_a_one_line_error_before_anything_is_measured(flags, words, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SECTIONS", {**bench.SECTIONS, "augmentation": None, "step": None})
     with tiny.user_error(*words):
         settled(*flags)

@@ -99,7 +99,7 @@ def test_a_save_that_dies_leaves_every_earlier_file_whole(tmp_path, monkeypatch,
         with pytest.raises(expected):
             save_checkpoint(checkpoint_of(3), tmp_path, is_best=True)
     assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before
-    # ... and the run that goes on from there leaves nothing behind either
+    # ... and the run that resumes from there leaves nothing behind either
     save_checkpoint(checkpoint_of(3), tmp_path, is_best=True)
     assert names_in(tmp_path) == sorted(before)
     assert [epoch_in(tmp_path / name) for name in names_in(tmp_path)] == [3, 3, 2]
@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path):
     assert names_in(tmp_path) == ["checkpoint.pth"] and epoch_in(tmp_path / "checkpoint.pth") == 0
 
 
-def test_a_missing_folder_is_a_fault_of_the_run(tmp_path):
+def test_a_missing_folder_is_an_error_of_the_run(tmp_path):
     with pytest.raises(RunError, match="cannot write a checkpoint"):
         save_checkpoint(checkpoint_of(0), tmp_path / "gone", is_best=False)
 
@@ -224,7 +224,7 @@ def test_a_safetensors_file_is_read(tmp_path):
     assert set(read) == {"model"} and all(torch.equal(read["model"][name], weights[name]) for name in weights)
 
 
-def test_a_checkpoint_of_the_original_code_with_its_flags_in_a_namespace_is_read(tmp_path):
+def test_a_checkpoint_with_its_flags_in_a_namespace_is_read(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(model="x")}, tmp_path / "original.pth")
     checkpoint = read_checkpoint(str(tmp_path / "original.pth"), "--finetune")
     assert torch.equal(checkpoint["model"]["w"], torch.ones(2))
@@ -304,7 +304,7 @@ def test_numpy_scalars_smuggle_nothing(tmp_path, code):
 
 
 @pytest.mark.parametrize("cls", [argparse.Namespace, Path, np.float64])
-def test_values_in_a_file_do_not_let_code_in_beside_them(tmp_path, cls):
+def test_values_in_a_file_do_not_let_code_in_with_them(tmp_path, cls):
     value = cls(1) if cls is np.float64 else cls()
     torch.save({"args": [value, Malicious(tmp_path / "marker")]}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="--resume .*never run"):

@@ -107,7 +107,7 @@ def no_network(monkeypatch):
 # -- the bundled digits ------------------------------------------------------------------------------------------------
 
 
-def test_digits_are_those_of_scikit_learn_with_every_fifth_of_a_class_held_out():
+def test_digits_are_scikit_learns_with_every_fifth_of_a_class_held_out():
     theirs = sklearn.datasets.load_digits()
     train, val = read("DIGITS")
     assert len(train) + len(val) == 1797 and train.num_classes == val.num_classes == 10
@@ -159,12 +159,12 @@ def test_folder_tree_is_read_in_alphabetical_order_of_its_classes(tmp_path, name
     + [("x.png", "1"), ("x.bmp", "P")],
 )
 def test_images_of_every_mode_become_rgb(tmp_path, file, mode):
-    grey = Image.linear_gradient("L").resize((32, 24)) if mode != "1" else Image.new("L", (32, 24), "white")
-    save(grey.convert(mode), tmp_path / "train" / "cat" / file)
-    save(grey, tmp_path / "val" / "cat" / "1.png")
+    gray = Image.linear_gradient("L").resize((32, 24)) if mode != "1" else Image.new("L", (32, 24), "white")
+    save(gray.convert(mode), tmp_path / "train" / "cat" / file)
+    save(gray, tmp_path / "val" / "cat" / "1.png")
     found = read("IMNET", tmp_path)[0][0][0]
     assert found.mode == "RGB" and found.size == (32, 24)
-    difference = np.abs(np.asarray(found).astype(int) - np.asarray(grey).astype(int)[:, :, None])
+    difference = np.abs(np.asarray(found).astype(int) - np.asarray(gray).astype(int)[:, :, None])
     assert difference.max() <= (6 if file.lower().endswith(("jpg", "jpeg", "webp")) else 0)
 
 
@@ -678,7 +678,7 @@ def test_categories_without_ids_are_numbered_from_zero(tmp_path):
     assert targets_of(read("INAT", tmp_path)[0]) == [7, 2, 3, 2]
 
 
-def test_level_that_the_taxonomy_has_not_is_a_user_error_that_lists_those_it_has(tmp_path):
+def test_unknown_taxonomy_level_is_a_user_error_that_lists_the_levels(tmp_path):
     write_inaturalist(tmp_path, 2018, False)
     with tiny.user_error("--inat-category genus", "use one of kingdom, name"):
         read("INAT", tmp_path, inat_category="genus")
@@ -715,7 +715,7 @@ def test_schemes_read_class_folders(tmp_path, scheme):
             np.testing.assert_array_equal(found, np.asarray(Image.open(file)))
 
 
-def test_hugging_face_package_does_not_take_the_place_of_this_repositorys_module(tmp_path):
+def test_the_hugging_face_package_does_not_shadow_datasets_py(tmp_path):
     write_tree(tmp_path / "pets", parts=("train", "validation"))
     path = sys.path[:]
     for _ in range(2):
@@ -906,7 +906,7 @@ def test_tfds_without_tensorflow_is_a_user_error(tmp_path, monkeypatch):
 
 
 def write_shards(root, split, counts, contrast=10, files=None):
-    """WebDataset shards of one-colour images: the n-th of a split has brightness `contrast` · n and class n % 3.
+    """WebDataset shards of one-color images: the n-th of a split has brightness `contrast` · n and class n % 3.
 
     `files(number, image)` gives the files of a sample by suffix.
     """
@@ -1028,7 +1028,7 @@ def test_larger_fraction_contains_the_smaller_one():
     assert len(smaller) == 71
 
 
-def test_fraction_does_not_depend_on_the_generators_and_is_not_just_the_first_images():
+def test_fraction_ignores_the_generators_and_is_not_just_the_first_images():
     parts = []
     for seed in (0, 1):
         seed_generators(seed)
@@ -1049,7 +1049,7 @@ def test_fraction_of_a_part():
 def test_memory_holds_the_same_pixels_of_images_of_any_size(tmp_path):
     write_tree(tmp_path)
     save(picture(9, height=5, width=31), tmp_path / "train" / "cat" / "wide.png")
-    save(picture(8, mode="L"), tmp_path / "train" / "dog" / "grey.png")
+    save(picture(8, mode="L"), tmp_path / "train" / "dog" / "gray.png")
     source = take_fraction(read("IMNET", tmp_path)[0], 0.9)
     kept = keep_in_memory(source, 1)
     assert isinstance(kept.images, MemoryImages) and targets_of(kept) == targets_of(source)
@@ -1098,7 +1098,7 @@ def test_broken_image_stops_the_copy_to_memory(tmp_path):
 # -- transforms --------------------------------------------------------------------------------------------------------
 
 
-def normalised(pixels, mean=MEAN, std=STD):
+def normalized(pixels, mean=MEAN, std=STD):
     """[H, W, 3] bytes -> [3, H, W] by hand, in float64."""
     scaled = (np.asarray(pixels) / 255 - np.array(mean)) / np.array(std)
     return torch.from_numpy(scaled.transpose(2, 0, 1))
@@ -1149,11 +1149,11 @@ def test_views_have_the_input_size(input_size, interpolation, aa):
 
 
 @pytest.mark.parametrize("input_size", [(72, 72), (96, 72)])
-def test_large_images_are_cropped_without_padding_and_normalised_for_the_model(input_size):
+def test_large_images_are_cropped_unpadded_and_normalized_for_the_model(input_size):
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)
     transform = host_view(input_size, (mean, std), **NO_AUGMENTATION)
-    colour = Image.new("RGB", (100, 80), (10, 100, 200))
-    assert_is(transform(colour), normalised(np.full((*input_size, 3), (10, 100, 200)), mean, std))
+    color = Image.new("RGB", (100, 80), (10, 100, 200))
+    assert_is(transform(color), normalized(np.full((*input_size, 3), (10, 100, 200)), mean, std))
     seed_generators(0)
     crops = [transform(picture(0, 100, 80)) for _ in range(2)]
     assert not torch.equal(*crops)
@@ -1247,7 +1247,7 @@ def center_crop_by_hand(image, input_size, crop_ratio):
 def test_large_images_are_evaluated_at_their_center(image_size, input_size, crop_ratio):
     image = picture(0, *image_size)
     transform = build_eval_transform(ViewOptions(input_size, eval_crop_ratio=crop_ratio), NORMALIZATION)
-    assert_is(transform(image), normalised(center_crop_by_hand(image, input_size, crop_ratio)))
+    assert_is(transform(image), normalized(center_crop_by_hand(image, input_size, crop_ratio)))
 
 
 @pytest.mark.parametrize("input_size", [(32, 32), (64, 48)])
@@ -1256,4 +1256,4 @@ def test_small_images_are_evaluated_whole(input_size, image_size):
     image, mean, std = picture(0, *image_size), (0.5, 0.5, 0.4), (0.5, 0.25, 1.0)
     transform = build_eval_transform(ViewOptions(input_size), (mean, std))
     resized = image if image_size == input_size else image.resize(input_size[::-1], Image.BICUBIC)
-    assert_is(transform(image), normalised(resized, mean, std))
+    assert_is(transform(image), normalized(resized, mean, std))

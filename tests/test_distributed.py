@@ -103,7 +103,7 @@ def test_missing_validation_images_end_all_ranks(tmp_path):
         assert f"main.py: rank {rank}: run ended: only 6 of 7 validation images" in output
 
 
-def test_same_flags_twice_give_the_same_bits(tmp_path):
+def test_same_flags_twice_are_bitwise_identical(tmp_path):
     for name, workers in (("first", "0"), ("second", "2")):
         run(*tiny.TINY, "--num-workers", workers, "--output-dir", tmp_path / name)
     for key in ("model", "model_ema"):
@@ -123,7 +123,7 @@ def test_bare_srun_starts_a_process_group(tmp_path):
 
 
 @pytest.mark.process
-def test_a_mistake_ends_all_ranks_with_a_line():
+def test_a_mistake_ends_all_ranks_with_a_one_line_error():
     output = tiny.torchrun(2, "main.py", *tiny.TINY, "--batch-size", "4096", status=1)  # torchrun's own status is 1
     assert "main.py: error: --batch-size 4096" in output
     assert "exitcode  : 2" in output

@@ -177,7 +177,7 @@ def test_evaluation_of_nothing_is_nothing():
     assert evaluate(build_deit(), [], contextlib.nullcontext()) == expected
 
 
-def test_the_average_is_evaluated_beside_the_model():
+def test_ema_weights_are_evaluated_next_to_the_model():
     model, batches = build_deit(), random_batches((8, 5))
     state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.1), ema=ModelEmaV3(model))
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_clipping_sees_the_accumulated_gradient():
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-def test_the_average_follows_its_formula():
+def test_ema_weights_follow_their_formula():
     # timm's: after the first update the weights themselves, then decay · average + (1 - decay) · weights
     model = build_deit()
     state = state_of(model, ema=ModelEmaV3(model, decay=0.7))
@@ -279,7 +279,7 @@ def test_the_average_follows_its_formula():
         torch.testing.assert_close(value, average[name].float())
 
 
-def test_the_average_moves_once_per_update():
+def test_ema_weights_move_once_per_update():
     model = build_deit()
     state = state_of(model, ema=ModelEmaV3(model, decay=0.5), accum_steps=2)
     before = weights_in(state.ema.module)
@@ -338,7 +338,7 @@ def test_precisions_are_called_by_name(name, dtype):
     assert engine.select_amp("auto", CPU) in (None, torch.bfloat16)
 
 
-# -- optimisers --------------------------------------------------------------------------------------------------------
+# -- optimizers --------------------------------------------------------------------------------------------------------
 
 
 def test_biases_norms_and_embeddings_are_not_decayed():
@@ -405,7 +405,7 @@ def test_layer_decay_of_a_model_without_layers_is_refused():
         ("momentum", lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9)),
     ],
 )
-def test_fused_optimisers_are_taken_and_make_the_same_updates(name, reference):
+def test_fused_optimizers_are_taken_and_make_the_same_updates(name, reference):
     model, batches = build_deit().to(memory_format=torch.channels_last), random_batches((4, 4, 4))
     twin = copy.deepcopy(model)
     optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05)
@@ -445,7 +445,7 @@ def test_fusedlamb_makes_the_updates_of_apex_computed_by_hand():
 
 
 @pytest.mark.parametrize("name, fused", [("lookahead_adamw", True), ("lamb", False), ("radam", False)])
-def test_optimisers_of_every_kind_can_be_built(name, fused):
+def test_optimizers_of_every_kind_can_be_built(name, fused):
     model = build_deit()
     before, state = weights_in(model), TrainState(model, model, build_optimizer(model, name, lr=0.01))
     take_step(state, random_batches((4,))[0])
@@ -456,7 +456,7 @@ def test_optimisers_of_every_kind_can_be_built(name, fused):
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lookahead_adamw"])
 @pytest.mark.parametrize("written, read", [(True, False), (False, True)])
 @pytest.mark.parametrize("amp_dtype", [None, torch.float16])
-def test_a_checkpoint_of_the_other_implementation_goes_on(name, written, read, amp_dtype):
+def test_a_checkpoint_of_the_other_optimizer_kernels_resumes(name, written, read, amp_dtype):
     def build(fused):
         model = build_deit()
         optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.05, fused=fused)
@@ -631,7 +631,7 @@ def test_a_checkpoint_is_resumed_in_another_precision(written, read):
 
 
 @pytest.mark.parametrize("name, options", [("adamww", {}), ("adamw", {"betas": (0.9,)}), ("adamw", {"eps": -1.0})])
-def test_an_optimiser_that_cannot_be_built_is_the_user_s_mistake(name, options):
+def test_an_optimizer_that_cannot_be_built_is_the_user_s_mistake(name, options):
     with pytest.raises(UserError, match=f"^--opt {name}: [^\n]*$"):
         build_optimizer(build_deit(), name, lr=0.1, **options)
 
@@ -817,11 +817,11 @@ def test_the_share_of_the_first_weights_that_is_told_is_true(caplog, monkeypatch
 
 
 class Blobs(Dataset):
-    """Noisy images whose mean colour tells their class; the noise follows from the sample's key."""
+    """Noisy images whose mean color tells their class; the noise follows from the sample's key."""
 
     def __init__(self, length=BATCH * STEPS + 3):
         generator = torch.Generator().manual_seed(11)
-        self.colours = torch.randn(10, 3, 1, 1, generator=generator)
+        self.colors = torch.randn(10, 3, 1, 1, generator=generator)
         self.targets = torch.randint(10, (length,), generator=generator)
 
     def __len__(self):
@@ -831,7 +831,7 @@ class Blobs(Dataset):
         index, position, key = sample
         seed_generators(key)
         target = self.targets[index]
-        return Batch(self.colours[target] + torch.randn(3, 32, 32), target, position)
+        return Batch(self.colors[target] + torch.randn(3, 32, 32), target, position)
 
 
 MIXUP = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.0, "num_classes": 10}
@@ -1118,7 +1118,7 @@ def test_the_teacher_is_compiled_with_the_model(flags, tmp_path, monkeypatch):
     assert not compiled.model.training and same_bits(build_resnet().state_dict(), compiled.model.state_dict())
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def run(folder, epochs=3, resume=None, watch=None, build=build_state, **options):
@@ -1257,7 +1257,7 @@ def records_in(folder):
     ],
     ids=["adamw", "accumulating", "fp16", "bf16"],
 )
-def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(tmp_path, options):
+def test_a_killed_and_resumed_run_is_bitwise_identical(tmp_path, options):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
@@ -1278,7 +1278,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(tmp_path, options)
     assert records_in(whole) == records_in(killed)
 
 
-def test_a_model_with_batch_statistics_resumes_to_the_same_bits(tmp_path):
+def test_a_model_with_batch_statistics_resumes_bitwise_identically(tmp_path):
     def build():
         return build_state(build_resnet())
 
@@ -1290,7 +1290,7 @@ def test_a_model_with_batch_statistics_resumes_to_the_same_bits(tmp_path):
     assert_same_bits(at_the_end["model_ema"], dict(again.ema.module.state_dict()))
 
 
-def test_a_run_with_layer_decay_resumes_to_the_same_bits_and_rates(tmp_path):
+def test_a_run_with_layer_decay_resumes_bitwise_with_the_same_rates(tmp_path):
     def build(layer_decay=0.7):
         model = build_deit(drop_path_rate=0.3)
         optimizer = build_optimizer(model, "adamw", lr=2e-3, weight_decay=0.05, layer_decay=layer_decay)
@@ -1311,8 +1311,18 @@ def test_a_checkpoint_is_plain_and_its_names_carry_no_prefix(tmp_path):
     state = run(tmp_path, epochs=1)
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert set(checkpoint) == {
-        *("model", "optimizer", "lr_scheduler", "scaler", "model_ema"),
-        *("epoch", "step", "progress", "broken_images", "best_acc1", "best_epoch", "args"),
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "scaler",
+        "model_ema",
+        "epoch",
+        "step",
+        "progress",
+        "broken_images",
+        "best_acc1",
+        "best_epoch",
+        "args",
     }
     assert set(checkpoint["model"]) == set(checkpoint["model_ema"]) == set(build_deit().state_dict())
     assert json.loads(json.dumps(checkpoint["args"])) == checkpoint["args"]
@@ -1356,7 +1366,7 @@ def test_an_accuracy_at_another_keep_rate_is_never_the_best(tmp_path):
     assert read_checkpoint(str(tmp_path / "best.pth"), "--resume")["epoch"] == 2
 
 
-def test_an_average_that_the_checkpoint_lacks_starts_from_its_weights(tmp_path):
+def test_ema_weights_missing_in_a_checkpoint_start_from_its_weights(tmp_path):
     run(tmp_path, epochs=1)
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume") | {"model_ema": None}
     state = build_state()
@@ -1387,7 +1397,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_the_user_s_mistake(tmp_path):
 
 
 @pytest.mark.parametrize("written, read", [("adamw", "sgd"), ("sgd", "adamw")])
-def test_the_state_of_another_optimiser_cannot_be_resumed(tmp_path, written, read):
+def test_the_state_of_another_optimizer_cannot_be_resumed(tmp_path, written, read):
     run(tmp_path, epochs=1, opt=written)
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
     with pytest.raises(UserError, match="--resume here: .*--opt"):
@@ -1408,7 +1418,7 @@ def test_the_log_has_the_original_keys_once_per_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("accum_steps", [1, 2])
-def test_rates_average_and_log_of_a_run_are_those_computed_by_hand(tmp_path, accum_steps):
+def test_rates_ema_and_log_of_a_run_are_those_computed_by_hand(tmp_path, accum_steps):
     epochs, updates, rates, weights, steps = 3, STEPS // accum_steps, [], [], []
     state = build_state(accum_steps=accum_steps)
     state.optimizer.register_step_pre_hook(lambda opt, *_: rates.append([group["lr"] for group in opt.param_groups]))

@@ -181,7 +181,7 @@ CASES = {
     "input size zero": ("--input-size 0", "--input-size", "at least 1"),
     "unknown choice": ("--distillation-type medium", "--distillation-type", "soft"),
     "unknown train scope": ("--train-scope tail", "--train-scope", "attn"),
-    "unknown taxonomy level": ("--inat-category colour", "--inat-category", "genus"),
+    "unknown taxonomy level": ("--inat-category color", "--inat-category", "genus"),
     "model kwargs without =": ("--model-kwargs depth", "--model-kwargs", "key=value"),
     "model kwargs with a flag of its own": ("--model-kwargs num_classes=4", "--model-kwargs", "drop it"),
     "model kwargs that load a file": ("--model-kwargs checkpoint_path={w}/malicious.pth", "--model-kwargs", "drop it"),
@@ -268,8 +268,8 @@ CASES = {
         "drop the flag",
     ),
     "attention of a conv net": (f"{CONVOLUTIONAL} --train-scope attn", "--train-scope attn", "--train-scope head"),
-    # optimisation and devices
-    "unknown optimiser": (f"{DEIT} --opt adamww", "--opt adamww", "list_optimizers()"),
+    # optimization and devices
+    "unknown optimizer": (f"{DEIT} --opt adamww", "--opt adamww", "list_optimizers()"),
     "second-order optimizer": (f"{DEIT} --opt adahessian", "--opt adahessian", "use another, such as adamw"),
     "second-order optimizer in Lookahead": (f"{DEIT} --opt lookahead_adahessian", "second derivatives", "use another"),
     "optimizer of another package": (f"{DEIT} --opt bnbadamw", "--opt bnbadamw", "list_optimizers()"),
@@ -340,13 +340,13 @@ CASES = {
         "--resume {w}/weights_only.pth",
         "--finetune",
     ),
-    "resume without optimiser": (f"{DEIT} --resume {{w}}/no_optimizer.pth", "--resume {w}/no_optimizer.pth", "--opt"),
+    "resume without optimizer": (f"{DEIT} --resume {{w}}/no_optimizer.pth", "--resume {w}/no_optimizer.pth", "--opt"),
     "resume of a false average": (
         f"{DEIT} --resume {{w}}/no_average.pth",
         "--resume {w}/no_average.pth",
         "give a file",
     ),
-    "resume with another optimiser": (
+    "resume with another optimizer": (
         f"{DEIT} --resume {{w}}/run/checkpoint.pth --opt adam --epochs 2",
         "--resume {w}/run/checkpoint.pth: was trained with --opt adamw, whose state --opt adam cannot use",
         "pass --opt adamw",
@@ -487,7 +487,7 @@ def test_a_mistake_as_a_process_without_network(tmp_path):
     assert "check the network, or pass a local file" in line
 
 
-# -- faults during a run -----------------------------------------------------------------------------------------------
+# -- errors during a run -----------------------------------------------------------------------------------------------
 
 
 def intact_checkpoint(folder, epoch):
@@ -501,7 +501,7 @@ def intact_checkpoint(folder, epoch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_in_the_middle_of_training(workers, tmp_path, capsys, monkeypatch):
-    # The ended run's loader processes are garbage here, and torch would wait 5 s for each.
+    # The ended run's data-loader workers are garbage here, and torch would wait 5 s for each.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     data = folder_tree(tmp_path / "data", number=12)
     sampler = samplers.KeyedSampler(24, seed=0, repeats=3, multiple=8)

@@ -163,7 +163,7 @@ def test_logits_that_are_not_finite_do_not_agree(which, value):
     assert export.difference(lambda images: 0 * sound(images), lambda images: 0 * sound(images), (8, 8)) == 0
 
 
-def test_what_cannot_be_exported_is_a_line(evit, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_exported_is_a_one_line_error(evit, tmp_path, capsys, monkeypatch):
     assert "name it .onnx or .pt2" in line_of(capsys, "--resume", evit, "--output", tmp_path / "model.bin")
     more = torch.load(evit, weights_only=True) | {"class_names": list("0123456789a")}
     torch.save(more, tmp_path / "more.pth")
@@ -396,7 +396,7 @@ def test_classes_without_a_name_are_counted(name):
     assert loaded(torch.zeros(1, 3, 32, 32)).shape == (1, 12)
 
 
-def test_what_own_models_do_not_say_is_a_line():
+def test_what_own_models_do_not_say_is_a_one_line_error():
     with tiny.user_error("--model own_vit: has no pretrained weights; drop --pretrained"):
         build_model(ModelOptions("own_vit", (32, 32), pretrained=True), 10)
     with tiny.user_error("--train-scope head: ", "add get_classifier() to OwnConvNet"):

@@ -90,9 +90,15 @@ def test_two_typed_weights_are_refused(capsys):
 
 
 @pytest.mark.parametrize(
-    "typo, hint", [("--overwit", ""), ("--overwritee", ""), ("--use-lmdb", ""), ("--epoch", "--epochs"),
-                   ("--weight-decy", "--weight-decay")]
-)  # fmt: skip
+    "typo, hint",
+    [
+        ("--overwit", ""),
+        ("--overwritee", ""),
+        ("--use-lmdb", ""),
+        ("--epoch", "--epochs"),
+        ("--weight-decy", "--weight-decay"),
+    ],
+)
 def test_suggestions_are_close_and_never_delete_a_run(typo, hint, capsys):
     said = refused([*tiny.TINY, typo], capsys)
     assert (f"did you mean {hint}?" in said) if hint else ("did you mean" not in said)
@@ -113,7 +119,7 @@ def test_help_opens_with_commands_and_names_no_empty_default(capsys):
 
 
 @pytest.mark.parametrize("flag", ["--base-keep-rate=0.5", "--drop-loc=1", "--no-fuse-token", "--shrink-epochs=3"])
-def test_flags_of_evit_with_another_model_are_a_line(flag, capsys):
+def test_flags_of_evit_with_another_model_are_a_one_line_error(flag, capsys):
     assert "has no EViT blocks; use a model such as evit_small" in refused([*tiny.TINY, flag], capsys)
 
 
@@ -135,7 +141,7 @@ PRECOMPUTED = [*CACHED, "--precompute-teacher"]
         ([*PRECOMPUTED, "--precompute-epochs", "0:2", "--augmentation-epochs", "1"], "end with :1"),
     ],
 )
-def test_flags_of_a_cached_teacher_that_do_not_fit_are_a_line(words, remedy, capsys):
+def test_flags_of_a_cached_teacher_that_do_not_fit_are_a_one_line_error(words, remedy, capsys):
     assert remedy in refused(words, capsys)
 
 
@@ -153,7 +159,7 @@ ONE_VIEW += ["--drop-path", "0", "--no-repeated-aug"]
         ([*ONE_VIEW, "--cutmix-minmax", "0.1", "0.2"], "no --cutmix-minmax"),
     ],
 )
-def test_flags_of_cached_features_that_do_not_fit_are_a_line(words, remedy, capsys):
+def test_flags_of_cached_features_that_do_not_fit_are_a_one_line_error(words, remedy, capsys):
     assert remedy in refused([*HEAD, *words, "--output-dir", ""], capsys)
 
 
@@ -169,7 +175,7 @@ def test_flags_of_cached_features_that_do_not_fit_are_a_line(words, remedy, caps
         (["--layer-decay", "1.5"], "1.5 is not above 0 and at most 1"),
     ],
 )
-def test_flags_of_deit3_that_do_not_fit_are_a_line(words, remedy, capsys):
+def test_flags_of_deit3_that_do_not_fit_are_a_one_line_error(words, remedy, capsys):
     assert remedy in refused([*tiny.TINY, *words, "--output-dir", ""], capsys)
 
 
@@ -195,7 +201,9 @@ WITHOUT_EFFECT = {
     "--cosub --layer-decay 0.7": [],
     "--layer-decay 0.7 --train-scope head": ["--layer-decay"],
     "--data-set CIFAR --train-split a --val-split b --inat-category genus": [
-        *("--train-split", "--val-split", "--inat-category"),
+        "--train-split",
+        "--val-split",
+        "--inat-category",
     ],
     "--data-set hfds/a --train-split a --val-split b": [],
     "--no-model-ema --model-ema-decay 0.9 --model-ema-warmup": ["--model-ema-decay", "--model-ema-warmup"],

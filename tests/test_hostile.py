@@ -187,8 +187,8 @@ def test_records_that_overlap_are_refused(tmp_path):
 
 def test_a_storage_that_claims_more_than_its_record_is_refused(tmp_path):
     def claim(pickled):
-        place = pickled.index(b"cpu")
-        return pickled[:place] + pickled[place:].replace(b"K\x64", b"J" + (2 * 10**9).to_bytes(4, "little"))
+        position = pickled.index(b"cpu")
+        return pickled[:position] + pickled[position:].replace(b"K\x64", b"J" + (2 * 10**9).to_bytes(4, "little"))
 
     (tmp_path / "x.pth").write_bytes(rewritten(content_of({"model": {"w": torch.ones(100)}}), claim))
     with tiny.user_error("--finetune", "not a readable checkpoint"):
@@ -384,8 +384,8 @@ def test_mutated_checkpoints_lead_to_one_line_errors_only(tmp_path, trained):
     def change(pickled):
         mutated = bytearray(pickled)
         for _ in range(generator.randint(1, 2)):
-            place = generator.randrange(len(mutated))
-            mutated[place : place + generator.choice((0, 1))] = bytes([generator.randrange(256)])
+            position = generator.randrange(len(mutated))
+            mutated[position : position + generator.choice((0, 1))] = bytes([generator.randrange(256)])
         return bytes(mutated)
 
     for _ in range(80):

@@ -330,7 +330,7 @@ HOSTILE_PACKS = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE_PACKS)
-def test_a_hostile_pack_is_refused_in_a_line_when_opened(pack, attack):
+def test_a_hostile_pack_is_refused_with_a_one_line_error_when_opened(pack, attack):
     assert [len(source) for source in read("PACKED", pack)] == [len(TARGETS), 2]
     HOSTILE_PACKS[attack](pack)
     with tiny.user_error("--data-path", pack, "pack it again") as error:
@@ -414,12 +414,12 @@ def test_annotations_must_be_regular_files(tmp_path, name, kind):
         {"categories": [{"id": 0, "name": []}]},
     ],
 )
-def test_annotations_that_lie_are_a_line(tmp_path, changes):
+def test_annotations_that_lie_are_a_one_line_error(tmp_path, changes):
     with tiny.user_error("--data-path", "fetch them again"):
         read("INAT", annotations(tmp_path / "data", **changes))
 
 
-def test_nested_annotations_are_a_line(tmp_path):
+def test_nested_annotations_are_a_one_line_error(tmp_path):
     (annotations(tmp_path / "data") / "train2018.json").write_text(DEEP)
     with tiny.user_error("--data-path", "train2018.json", "fetch it again"):
         read("INAT", tmp_path / "data")
@@ -439,7 +439,7 @@ def stanford_cars(root, label=2):
 
 @pytest.mark.parametrize("name", ["cars_meta.mat", "cars_train_annos.mat", "cars_test_annos_withlabels.mat"])
 @pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 MAT-file" + bytes(105) + b"\x00\x01IM" + b"\xff" * 64, None])
-def test_hostile_car_labels_are_a_line(tmp_path, name, content):
+def test_hostile_car_labels_are_a_one_line_error(tmp_path, name, content):
     (path,) = stanford_cars(tmp_path).rglob(name)
     assert [len(part) for part in read("CARS", tmp_path)] == [2, 2]
     if content is None:
@@ -451,7 +451,7 @@ def test_hostile_car_labels_are_a_line(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("label", [0, 3])
-def test_a_car_of_no_class_is_a_line(tmp_path, label):
+def test_a_car_of_no_class_is_a_one_line_error(tmp_path, label):
     stanford_cars(tmp_path, label)
     with tiny.user_error("--data-path", "not Stanford Cars", "none of its 2 classes"):
         read("CARS", tmp_path)
@@ -658,7 +658,7 @@ def test_a_hostile_log_is_summarized(tmp_path, content):
     assert len(summarize.table([row]).splitlines()) == 3
 
 
-def test_a_log_that_is_no_regular_file_is_a_line_of_the_tool(tmp_path, capsys):
+def test_a_log_that_is_no_regular_file_is_a_one_line_error_of_the_tool(tmp_path, capsys):
     fifo(tmp_path / "log.txt")
     with pytest.raises(SystemExit) as end:
         summarize.main([str(tmp_path)])
@@ -732,8 +732,15 @@ def test_deep_model_kwargs_are_refused(capsys, value):
 def test_model_kwargs_are_literals_or_text():
     words = ["depth=2", "x=a=b", "act_layer=gelu", "sizes=(1, 2)", "norm='quoted'", "odd=a b", "none=None", "open=[1"]
     assert flags.parse_args(["--model-kwargs", *words]).model_kwargs == {
-        "depth": 2, "x": "a=b", "act_layer": "gelu", "sizes": (1, 2), "norm": "quoted", "odd": "a b", "none": None,
-        "open": "[1"}  # fmt: skip
+        "depth": 2,
+        "x": "a=b",
+        "act_layer": "gelu",
+        "sizes": (1, 2),
+        "norm": "quoted",
+        "odd": "a b",
+        "none": None,
+        "open": "[1",
+    }
 
 
 PATHS = ["--data-path", "--output-dir", "--resume", "--finetune", "--teacher-path", "--teacher-cache"]

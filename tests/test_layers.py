@@ -27,7 +27,7 @@ FLOORS = {
 }
 # A module is a file, or a folder of files that is imported as one: floors do not divide the inside of a folder.
 MODULES = sorted([path.stem for path in ROOT.glob("*.py")] + [path.parent.name for path in ROOT.glob("*/__init__.py")])
-BESIDE = ({path.parent.name for path in ROOT.glob("*/*.py")} | {"tests", "tools"}) - set(FLOORS)
+NOT_TRAINING = ({path.parent.name for path in ROOT.glob("*/*.py")} | {"tests", "tools"}) - set(FLOORS)
 
 
 def imports_of(source):
@@ -37,7 +37,7 @@ def imports_of(source):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # a relative import would name a neighbour too, in a repository without packages
+            # a relative import would name a neighbor too, in a repository without packages
             names |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
             names |= {str(argument.value).partition(".")[0] for argument in node.args[:1] if hasattr(argument, "value")}
@@ -59,12 +59,12 @@ def test_there_are_modules_to_check():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_has_a_floor(module):
-    assert module in FLOORS, f"{module}.py has no place in the house: put it on a floor, or where it belongs"
+    assert module in FLOORS, f"{module}.py is not in FLOORS: add its floor"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
-    # Neighbours on one floor may know each other, if not in circles: losses reads the Batch of samplers.
+    # Neighbors on one floor may know each other, if not in circles: losses reads the Batch of samplers.
     floor = FLOORS.get(module, -1)
     above = {name for name in house_imports(module) if FLOORS.get(name, 99) > floor}
     assert not above, f"{module}.py (floor {floor}) imports {', '.join(sorted(above))} from above"
@@ -115,9 +115,9 @@ def test_main_is_imported_by_the_job_launcher_alone():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_module_leans_on_what_is_beside_the_house(module):
-    beside = all_imports(module) & BESIDE
-    assert not beside, f"{module}.py imports {', '.join(sorted(beside))}, which is not training"
+def test_no_module_imports_tools_or_tests(module):
+    imported = all_imports(module) & NOT_TRAINING
+    assert not imported, f"{module}.py imports {', '.join(sorted(imported))}, which is not training"
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_views_made_on_the_device_depend_on_their_key_alone(images, input_size):
     assert_same_views(views(memory, view, num_workers=2, batch_size=7), expected)
     assert_same_views(views(memory, view, batch_size=2, size=3), expected)
     other = views(memory, view, epoch=3)
-    assert not any(torch.equal(other[place][1], image) for place, (_, image) in expected.items())
+    assert not any(torch.equal(other[position][1], image) for position, (_, image) in expected.items())
 
 
 def test_images_in_memory_are_picked_on_the_device_without_workers(images):
@@ -219,9 +219,9 @@ def test_images_of_all_sizes_are_padded_to_the_largest(tmp_path):
     assert padded_size(memory) == (14, 12)
     batch = PaddedImages(memory).__getitems__([(2, 7, 0), (0, 8, 0), (1, 9, 0)])
     assert batch.sizes.tolist() == [[5, 5], [14, 9], [7, 12]] and batch.positions.tolist() == [7, 8, 9]
-    for image, (height, width), place in zip(batch.images, batch.sizes.tolist(), (2, 0, 1), strict=True):
+    for image, (height, width), position in zip(batch.images, batch.sizes.tolist(), (2, 0, 1), strict=True):
         pixels = image.permute(1, 2, 0).numpy()
-        assert np.array_equal(pixels[:height, :width], memory.array(place)[0])
+        assert np.array_equal(pixels[:height, :width], memory.array(position)[0])
         assert not pixels[height:].any() and not pixels[:, width:].any()
 
 
@@ -252,9 +252,9 @@ def shards(tmp_path):
 
 def pretend_rank(monkeypatch, rank, size):
     """What a data set sees of a process group, without one."""
-    answers = {"is_initialized": size > 1, "get_rank": rank, "get_world_size": size, "barrier": None}
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    values = {"is_initialized": size > 1, "get_rank": rank, "get_world_size": size, "barrier": None}
+    for name, value in values.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
 
 
 def numbers_in(batches):
@@ -282,7 +282,7 @@ def test_stream_trains_on_whole_batches_in_every_epoch(shards, monkeypatch, num_
             assert [len(batch.images) for batch in batches] == [2] * (6 // size)
             assert len({int(p) for batch in batches for p in batch.positions}) == 12 // size
             numbers += numbers_in(batches)
-    # Two shards of the same size divide evenly among one or two processes: nothing is left out or repeated.
+    # Two shards of the same size divide evenly among one or two processes: nothing is skipped or repeated.
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
 
 
@@ -393,7 +393,7 @@ def test_stream_without_validation_images_ends_the_run(tmp_path):
         evaluated(val_loader(val))
 
 
-def test_stream_with_more_validation_images_than_promised_is_evaluated_whole(shards, caplog):
+def test_stream_with_more_validation_images_than_stated_is_evaluated_whole(shards, caplog):
     _, val = read("wds/", shards, num_classes=3)
     val.dataset.reader.num_samples = 5
     assert evaluated(val_loader(val))["images"] == 7
@@ -404,9 +404,9 @@ def test_images_evaluated_are_logged_and_may_be_fewer_after_a_signal(shards, cap
     caplog.set_level("INFO", "deit")
     loader = val_loader(read("wds/", shards, num_classes=3)[1])
     assert evaluated(loader)["images"] == 7 and "evaluated 7 images" in caplog.text
-    asked = iter([0, 0])
+    calls = iter([0, 0])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3))
-    stats = list(engine.evaluate_all([("", model)], loader, None, lambda: next(asked, 15)))
+    stats = list(engine.evaluate_all([("", model)], loader, None, lambda: next(calls, 15)))
     assert [each["images"] for each in stats] == [4]
 
 
@@ -511,7 +511,7 @@ def test_broken_image_is_named_in_one_line(tmp_path, how, num_workers):
     break_image(path, how)
     with pytest.raises(RunError) as info:
         list(val_loader(source, num_workers=num_workers))
-    traceback.clear_frames(info.tb)  # torch waits long for loader processes that are left to the garbage collector
+    traceback.clear_frames(info.tb)  # torch waits long for workers that are left to the garbage collector
     line = last_line(info.value)
     assert "\n" not in line and line.startswith("cannot read image") and str(path) in line
 
@@ -547,8 +547,9 @@ def mixed(mixup_fn, seed=0, device=CPU):
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-@pytest.mark.parametrize(("mixup", "cutmix", "minmax"), [(0.8, 0, None), (0, 1.0, None), (0.8, 1.0, None),
-                                                         (0, 0, (0.2, 0.6))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mixup", "cutmix", "minmax"), [(0.8, 0, None), (0, 1.0, None), (0.8, 1.0, None), (0, 0, (0.2, 0.6))]
+)
 def test_mixed_targets_are_probabilities_of_the_two_classes(mode, mixup, cutmix, minmax):
     mixup_fn = mixup_with(mixup=mixup, cutmix=cutmix, cutmix_minmax=minmax, mixup_mode=mode)
     for seed in range(5):
@@ -609,8 +610,8 @@ def test_odd_batch_is_a_user_error():
 def test_all_but_the_positions_goes_to_the_device():
     batch = mixed(None, device=torch.device("meta"))
     assert isinstance(batch, Batch) and batch.sizes is None
-    places = [tensor.device.type for tensor in (batch.images, batch.targets, batch.positions, batch.keys)]
-    assert places == ["meta", "meta", "cpu", "meta"]
+    positions = [tensor.device.type for tensor in (batch.images, batch.targets, batch.positions, batch.keys)]
+    assert positions == ["meta", "meta", "cpu", "meta"]
 
 
 def test_copies_to_the_host_wait(monkeypatch):

@@ -1,4 +1,4 @@
-"""Criteria against hand-computed values, naive loops in float64, and what the published code computes."""
+"""Criteria against hand-computed values, naive loops in float64, and what the original implementation computes."""
 
 import math
 
@@ -101,7 +101,7 @@ def test_smoothed_bce_is_least_at_the_smoothed_targets():
 
 
 def test_under_autocast_bce_is_that_of_float32(logits):
-    # Targets in bfloat16 would be 0.922 in place of 0.92, and 0.0201 in place of 0.02.
+    # Targets in bfloat16 would be 0.922 instead of 0.92, and 0.0201 instead of 0.02.
     logits = logits.bfloat16()
     expected = BinaryCrossEntropy(0.1)(logits.float(), torch.arange(6) % 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -114,7 +114,7 @@ def test_under_autocast_bce_is_that_of_float32(logits):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("options", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}, {"mode": "elem"}, {"prob": 0.0}])
 def test_mixed_cross_entropy_is_the_published_one(options, smoothing):
-    """The published code smooths inside Mixup and then uses the soft-target loss; here the criterion smooths."""
+    """The original smooths inside Mixup and then uses the soft-target loss; here the criterion smooths."""
     options = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "num_classes": 10} | options
     targets = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(2))
@@ -399,7 +399,7 @@ STUDENT_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TEACHER_NORM = ((0.5, 0.4, 0.3), (0.5, 0.25, 0.125))
 
 
-def normalised(pixels, norm):
+def normalized(pixels, norm):
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in norm)
     return (pixels - mean) / std
 
@@ -415,14 +415,14 @@ class Echo(nn.Module):
         return images * self.weight
 
 
-def test_the_teacher_sees_the_image_in_its_own_normalisation():
+def test_the_teacher_sees_the_image_in_its_own_normalization():
     pixels = torch.rand(2, 3, 4, 4)
     teacher = FrozenTeacher(Echo(), TEACHER_NORM, STUDENT_NORM)
-    seen = teacher(batch_of(torch.zeros(2), normalised(pixels, STUDENT_NORM)))
-    torch.testing.assert_close(seen, normalised(pixels, TEACHER_NORM), atol=1e-5, rtol=1e-5)
+    seen = teacher(batch_of(torch.zeros(2), normalized(pixels, STUDENT_NORM)))
+    torch.testing.assert_close(seen, normalized(pixels, TEACHER_NORM), atol=1e-5, rtol=1e-5)
 
 
-def test_equal_normalisations_leave_the_image_as_it_is():
+def test_equal_normalizations_leave_the_image_as_it_is():
     images = torch.randn(2, 3, 4, 4)
     seen = FrozenTeacher(Echo(), STUDENT_NORM, STUDENT_NORM)(batch_of(torch.zeros(2), images))
     assert torch.equal(seen, images)
@@ -446,24 +446,24 @@ def resnet():
     return timm.create_model("test_resnet", num_classes=5)
 
 
-def test_a_real_teacher_is_asked_in_eval_mode_and_without_gradients(resnet):
+def test_a_real_teacher_runs_in_eval_mode_and_without_gradients(resnet):
     resnet.train().requires_grad_(True)
     before = {name: value.clone() for name, value in resnet.state_dict().items()}
     teacher = FrozenTeacher(resnet, TEACHER_NORM, STUDENT_NORM)
     pixels = torch.rand(4, 3, 32, 32)
-    images = normalised(pixels, STUDENT_NORM).requires_grad_(True)
+    images = normalized(pixels, STUDENT_NORM).requires_grad_(True)
     said = teacher(batch_of(torch.zeros(4), images))
     assert not said.requires_grad and said.dtype == torch.float32
     assert not any(module.training for module in resnet.modules())
     assert not any(parameter.requires_grad for parameter in resnet.parameters())
-    # batch statistics untouched, and an image's answer independent of the others in the batch
+    # batch statistics untouched, and an image's logits independent of the others in the batch
     assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
     with torch.no_grad():
-        alone = torch.cat([resnet(normalised(pixels[i : i + 1], TEACHER_NORM)) for i in range(4)])
+        alone = torch.cat([resnet(normalized(pixels[i : i + 1], TEACHER_NORM)) for i in range(4)])
     torch.testing.assert_close(said, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_under_autocast_the_teacher_still_answers_in_float32(resnet):
+def test_under_autocast_the_teacher_still_predicts_in_float32(resnet):
     teacher = FrozenTeacher(resnet, TEACHER_NORM, STUDENT_NORM)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert teacher(batch_of(torch.zeros(2), torch.randn(2, 3, 32, 32))).dtype == torch.float32

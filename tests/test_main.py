@@ -108,8 +108,9 @@ def test_epochs_are_a_table_of_80_columns(tmp_path, capsys):
 def test_a_run_says_first_what_it_trains(tmp_path, capsys):
     run(tmp_path, "--train-scope", "head")
     said = capsys.readouterr().err
-    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2,
-                              num_heads=3, num_classes=10)  # fmt: skip
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10
+    )
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     # patches, and of 18 tokens: qkv, attention (twice 18 x 48), projection, MLP; two heads
     tokens, width = 18, 48
@@ -180,7 +181,7 @@ def test_checkpoints_are_plain_and_hold_the_flags_as_json(plain_run):
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_plain_weights_are_fine_tuned_into_a_distilled_model_with_a_teacher(kind, plain_run, teacher_flags, tmp_path):
+def test_plain_weights_are_fine_tuned_into_a_distilled_model(kind, plain_run, teacher_flags, tmp_path):
     flags = ["--finetune", plain_run / "best.pth", "--distillation-type", kind, *teacher_flags]
     (record,) = run(tmp_path, *flags, "--distillation-alpha", "0.3")
     combined = 0.7 * record["train_loss_base"] + 0.3 * record["train_loss_distillation"]
@@ -298,7 +299,7 @@ def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("local_size", [1, 2])
-def test_loader_processes_default_to_the_cpus_of_a_rank(local_size):
+def test_data_loader_workers_default_to_the_cpus_of_a_rank(local_size):
     world = utils.World(0, local_size, 0, local_size, torch.device("cpu"))
     expected = min(10, max(1, utils.available_cpus() // local_size))
     assert loaders.num_workers(fill(loaders.LoaderOptions, parse_args([])), world) == expected
@@ -421,8 +422,10 @@ def test_some_of_the_classes_are_evaluated_with_their_own_indices(named_run, fol
             for split in ("train", "val"):
                 shutil.copytree(folders / split / name, tmp_path / part / split / name)
     (some, said), (others, _), (every, _) = (
-        accuracy("--data-path", tmp_path / "some"), accuracy("--data-path", tmp_path / "others"), accuracy()
-    )  # fmt: skip
+        accuracy("--data-path", tmp_path / "some"),
+        accuracy("--data-path", tmp_path / "others"),
+        accuracy(),
+    )
     assert "evaluating 5 of its 12 classes" in said
     assert every > 0 and (5 * some + 7 * others) / 12 == pytest.approx(every, abs=0.02)
 

@@ -107,7 +107,7 @@ def test_model_options_win_over_the_flags():
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet10t"])
-def test_rates_of_zero_and_the_input_size_are_not_handed_to_models_without_them(name):
+def test_zero_rates_and_input_size_are_not_passed_to_models_without_them(name):
     with torch.device("meta"):
         assert build(name, drop=0.0, drop_path=0.0, input_size=(64, 32)).num_classes == 5
 
@@ -160,7 +160,7 @@ def test_distillation_needs_a_model_with_a_distillation_head():
         build(PLAIN, distilled=True)
 
 
-def test_distilled_model_gives_two_predictions_in_training_and_their_mean_in_evaluation():
+def test_distilled_model_returns_both_heads_in_training_else_their_mean():
     model = build(DISTILLED, distilled=True)
     both = model(images())
     assert isinstance(both, tuple) and len(both) == 2 and not torch.equal(*both)
@@ -323,7 +323,7 @@ def test_a_wrong_model_name_is_told_those_that_it_begins():
     ("old_size", "new_size"),
     [((32, 32), (48, 48)), ((48, 48), (16, 16)), ((32, 32), (16, 48)), ((32, 32), (16, 64))],  # last: as many patches
 )
-def test_position_embedding_is_resampled_beside_its_prefix(tmp_path, name, old_size, new_size):
+def test_position_embedding_is_resampled_except_for_its_prefix(tmp_path, name, old_size, new_size):
     source, model = build(name, 1, input_size=old_size), build(name, 2, input_size=new_size)
     old, prefix = source.state_dict()["pos_embed"], source.num_prefix_tokens
     report = load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
@@ -357,7 +357,7 @@ def test_positions_without_prefix_tokens_are_resampled_whole():
         torch.testing.assert_close(fitted, resample_abs_pos_embed(source.pos_embed, [6, 6], num_prefix_tokens=0))
 
 
-def test_position_embedding_of_a_model_without_a_patch_grid_is_taken_as_it_is(tmp_path):
+def test_position_embedding_without_a_patch_grid_is_taken_as_it_is(tmp_path):
     options = {"model_kwargs": {"embed_dim": 8, "stages": (1, 1, 1, 1), "num_heads": 1}}
     source, model = build("hiera_tiny_224", 1, **options), build("hiera_tiny_224", 2, **options)
     load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
@@ -377,7 +377,7 @@ def test_distilled_weights_in_a_plain_model_keep_all_but_the_distillation(tmp_pa
     assert_same(model.state_dict(), weights, but=[*report.dropped, "pos_embed"])
 
 
-def test_plain_weights_in_a_distilled_model_leave_the_distillation_as_initialised(tmp_path):
+def test_plain_weights_leave_the_distillation_head_as_initialized(tmp_path):
     source, model, untouched = build(PLAIN, 1), build(DISTILLED, 2), build(DISTILLED, 2).state_dict()
     report = load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
     assert sorted(report.missing) == ["dist_token", "head_dist.bias", "head_dist.weight"] and not report.dropped
@@ -451,7 +451,7 @@ def test_exact_loading_takes_the_same_model():
         ({"patch_size": 4, "input_size": (16, 16)}, "patch_embed.proj.weight: [48, 3, 4, 4] there", False),
     ],
 )
-def test_resume_refuses_another_model_and_advises_finetune_only_where_it_works(tmp_path, other, at, finetune_takes_it):
+def test_resume_refuses_another_model_and_names_finetune_where_it_works(tmp_path, other, at, finetune_takes_it):
     weights, model = build(seed=1, **other).state_dict(), build(seed=2)
     with tiny.user_error("--resume x.pth: does not fit --model", at) as caught:
         load_weights(model, weights, "--resume", "x.pth")
@@ -494,7 +494,7 @@ def test_one_missing_or_unknown_tensor_is_refused(key):
     ("name", "options"),
     [(PLAIN, {"num_classes": 7}), (DISTILLED, {"num_classes": 7}), ("resnet10t", {"num_classes": 7}), (DISTILLED, {})],
 )
-def test_evaluation_refuses_weights_that_leave_a_tensor_as_it_was_initialized(tmp_path, name, options):
+def test_evaluation_refuses_weights_that_lack_a_tensor(tmp_path, name, options):
     here = DISTILLED if not options else name
     path = save(tmp_path / "x.pth", {"model": build(PLAIN if not options else name, 1, **options).state_dict()})
     build(here, finetune=path)  # which is fine for training
@@ -950,7 +950,7 @@ def test_distilled_model_with_frozen_trunk_still_gives_two_predictions():
     assert len(model(images())) == 2
 
 
-def test_parts_without_parameters_are_in_training_mode_unless_all_around_them_is_frozen():
+def test_parts_without_parameters_train_unless_all_around_is_frozen():
     part = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
     model = nn.Sequential(part, nn.Dropout(0.5), nn.Linear(2, 1))
     part.requires_grad_(False)

@@ -127,7 +127,7 @@ def test_any_plain_vit_reduces_and_keeps_its_prefix(case):
     assert expected.shape[1] == model.num_prefix_tokens + patches
 
 
-def test_kept_patches_are_in_order_of_attentiveness_and_the_rest_is_fused_unnormalised():
+def test_kept_patches_are_ordered_and_the_rest_is_fused_unnormalized():
     patches = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
     attentiveness = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
     assert keep_attentive(patches, attentiveness, 2, False).flatten().tolist() == [2.0, 4.0]
@@ -137,7 +137,7 @@ def test_kept_patches_are_in_order_of_attentiveness_and_the_rest_is_fused_unnorm
 
 @torch.no_grad()
 def test_each_image_keeps_its_own_patches():
-    # the published code indexed the batch where it meant the tokens
+    # the original implementation indexed the batch instead of the tokens
     model = evit("evit_tiny_distilled_patch16_224")
     together = model(images())
     for number in range(3):
@@ -360,28 +360,28 @@ THINGS = {
 
 
 def arguments_of(name, monkeypatch):
-    """What timm is asked to build for a name: (variant, keyword arguments)."""
-    asked = []
+    """What timm builds for a name: (variant, keyword arguments)."""
+    built = []
 
     def build(_, variant, pretrained, **kwargs):
-        asked.append((variant, kwargs))
+        built.append((variant, kwargs))
         return torch.nn.Identity()
 
     for module in (deit, cait, mlp_mixer):
         monkeypatch.setattr(module, "build_model_with_cfg", build)
     timm.create_model(name)
-    return asked[0]
+    return built[0]
 
 
 @pytest.mark.parametrize("name", THINGS)
 def test_names_without_weights_have_the_published_shape(name, monkeypatch):
     depth, width, heads, branches, has_scale = THINGS[name]
-    _, asked = arguments_of(name, monkeypatch)
-    assert (asked["depth"], asked["embed_dim"], asked["num_heads"]) == (depth, width, heads)
-    assert asked["init_values"] == (1e-4 if has_scale else None) and asked["no_embed_class"]
-    block = asked["block_fn"](dim=8, num_heads=1, init_values=asked["init_values"], drop_path=0.5)
+    _, built = arguments_of(name, monkeypatch)
+    assert (built["depth"], built["embed_dim"], built["num_heads"]) == (depth, width, heads)
+    assert built["init_values"] == (1e-4 if has_scale else None) and built["no_embed_class"]
+    block = built["block_fn"](dim=8, num_heads=1, init_values=built["init_values"], drop_path=0.5)
     assert sum(isinstance(module, Attention) for module in block.modules()) == branches
-    assert asked["pretrained_cfg"]["mean"] == (0.485, 0.456, 0.406) and "url" not in asked["pretrained_cfg"]
+    assert built["pretrained_cfg"]["mean"] == (0.485, 0.456, 0.406) and "url" not in built["pretrained_cfg"]
 
 
 def test_pretrained_weights_of_a_name_without_are_refused():
@@ -441,9 +441,9 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_cait_and_resmlp_have_their_published_names(name, monkeypatch):
-    variant, asked = arguments_of(name, monkeypatch)
+    variant, built = arguments_of(name, monkeypatch)
     config = timm.get_pretrained_cfg(name)
-    assert (config.input_size[1], asked["embed_dim"], asked.get("depth", asked.get("num_blocks"))) == SHAPES[name]
+    assert (config.input_size[1], built["embed_dim"], built.get("depth", built.get("num_blocks"))) == SHAPES[name]
     assert config.url == timm.get_pretrained_cfg(variant).url
     file = config.url.rpartition("/")[2].removesuffix(".pth").removesuffix("_no_dist")
     size = SHAPES[name][0]
@@ -478,7 +478,7 @@ REDUCED = ["--drop-loc", "0", "--base-keep-rate", "0.5"]
 
 
 @pytest.mark.process
-def test_a_distilled_evit_trains_resumes_and_is_evaluated_at_its_final_rate(tmp_path, monkeypatch):
+def test_a_distilled_evit_trains_resumes_and_evaluates_at_its_final_rate(tmp_path, monkeypatch):
     teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
     main.cli([*teacher, "--output-dir", str(tmp_path / "teacher")])
     run = [*RUN, *REDUCED, "--shrink_start_epoch", "1", "--shrink_epochs", "2", "--epochs", "4"]

@@ -243,10 +243,10 @@ def without(mapping, key):
     return {name: value for name, value in mapping.items() if name != key}
 
 
-def changed(checkpoint, place, change):
+def changed(checkpoint, position, change):
     """The same with the state of one parameter changed."""
     optimizer = checkpoint["optimizer"]
-    state = optimizer["state"] | {place: change(optimizer["state"][place])}
+    state = optimizer["state"] | {position: change(optimizer["state"][position])}
     return {"optimizer": optimizer | {"state": state}}
 
 

@@ -38,8 +38,16 @@ from utils import RunError, World
 
 SIZE = 16
 # width and height of an image -> those in a pack of size 16: short side 16, long side at most 24, never enlarged
-SIZES = {(40, 32): (20, 16), (32, 40): (16, 20), (64, 64): (16, 16), (90, 30): (24, 8), (10, 12): (10, 12),
-         (16, 24): (16, 24), (20, 14): (20, 14), (400, 2): (24, 1)}  # fmt: skip
+SIZES = {
+    (40, 32): (20, 16),
+    (32, 40): (16, 20),
+    (64, 64): (16, 16),
+    (90, 30): (24, 8),
+    (10, 12): (10, 12),
+    (16, 24): (16, 24),
+    (20, 14): (20, 14),
+    (400, 2): (24, 1),
+}
 ABOUT = {"kind": "uint8", "size": SIZE, "quality": None, "num_classes": 3}
 AGAIN = "pack it again with python -m tools.pack_dataset"
 NORMALIZATION = (0.5,) * 3, (0.5,) * 3
@@ -47,7 +55,7 @@ ALONE = World.alone(torch.device("cpu"))
 
 
 def picture(seed, size=(40, 32)):
-    """Smooth colours, which a JPEG keeps, different for each seed."""
+    """Smooth colors, which a JPEG keeps, different for each seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BILINEAR)
 
@@ -80,9 +88,9 @@ def sources_in(folder):
     return read_sources(DataOptions("PACKED", str(folder)))
 
 
-def flip_byte(path, place):
+def flip_byte(path, position):
     content = bytearray(path.read_bytes())
-    content[place] ^= 0xFF
+    content[position] ^= 0xFF
     path.write_bytes(content)
 
 
@@ -115,7 +123,7 @@ def test_jpeg_is_pillows_and_near_the_pixels(tmp_path):
         found = np.asarray(images[index])
         np.testing.assert_array_equal(found, np.asarray(Image.open(tmp_path / "one.jpg")))
         np.testing.assert_array_equal(images.array(index), found)
-        assert np.abs(found.astype(int) - expected(image)).mean() < 10  # strong colours, at half the resolution
+        assert np.abs(found.astype(int) - expected(image)).mean() < 10  # strong colors, at half the resolution
         assert found.shape == tuple(images.shapes[index])
     assert verify(tmp_path) == []
 
@@ -178,7 +186,7 @@ def test_a_part_of_a_pack_can_be_kept_in_memory(tmp_path, kind):
         assert kept[index][1] == part[index][1]
 
 
-def test_loader_processes_read_the_same(pack):
+def test_data_loader_workers_read_the_same(pack):
     def read(workers):
         source = sources_in(pack)[0]
         source.images.array(0)  # a shard that is mapped before the processes part
@@ -242,7 +250,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_pack_is_refused_in_a_line(pack, kind):
+def test_a_damaged_pack_is_refused_with_a_one_line_error(pack, kind):
     damage, words = DAMAGE[kind]
     sources_in(pack)
     damage(pack)
@@ -275,12 +283,14 @@ def test_a_wrong_checksum_of_a_shard_alone_names_the_shard(pack):
     assert verify(pack) == ["val_00000.bin"]
 
 
-@pytest.mark.parametrize("place", [0, 0.7])  # the first bytes of the file, which Pillow misses; colours, which it takes
-def test_a_damaged_jpeg_ends_a_run_in_a_line(tmp_path, place):
+@pytest.mark.parametrize(
+    "position", [0, 0.7]
+)  # the first bytes of the file, which Pillow misses; colors, which it takes
+def test_a_damaged_jpeg_ends_a_run_with_a_one_line_error(tmp_path, position):
     write(tmp_path, kind="jpeg", quality=90)
     train = sources_in(tmp_path)[0]
     _, offset, length, *_ = train.images.index[1].item()
-    flip_byte(tmp_path / "train_00000.bin", offset + int(place * length))
+    flip_byte(tmp_path / "train_00000.bin", offset + int(position * length))
     np.testing.assert_array_equal(np.asarray(train[0][0]).shape, expected(IMAGES[0]).shape)
     with pytest.raises(RunError, match=r"cannot read image number 1 of train in .*wrong checksum.*; fix or remove it"):
         train[1]
@@ -314,7 +324,7 @@ def test_killed_half_way_leaves_no_pack_and_the_next_one_is_whole(pack, tmp_path
     }
 
 
-def test_a_full_disk_is_a_line_and_leaves_no_pack(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_one_line_error_and_leaves_no_pack(tmp_path, monkeypatch):
     def no_space(_descriptor):
         raise OSError(28, "No space left on device")
 
@@ -332,9 +342,16 @@ def test_a_split_without_images_is_a_user_error(tmp_path):
 
 # -- the tool ----------------------------------------------------------------------------------------------------------
 
-TREE = {"train/cat/0.png": ((40, 32), "RGB"), "train/cat/1.png": ((90, 30), "L"), "train/cat/2.png": ((10, 12), "P"),
-        "train/dog/0.png": ((32, 40), "RGBA"), "train/dog/1.png": ((400, 2), "RGB"), "train/dog/2.png": ((64, 64), "1"),
-        "val/cat/0.png": ((16, 24), "L"), "val/dog/0.png": ((20, 14), "RGB")}  # fmt: skip
+TREE = {
+    "train/cat/0.png": ((40, 32), "RGB"),
+    "train/cat/1.png": ((90, 30), "L"),
+    "train/cat/2.png": ((10, 12), "P"),
+    "train/dog/0.png": ((32, 40), "RGBA"),
+    "train/dog/1.png": ((400, 2), "RGB"),
+    "train/dog/2.png": ((64, 64), "1"),
+    "val/cat/0.png": ((16, 24), "L"),
+    "val/dog/0.png": ((20, 14), "RGB"),
+}
 
 
 @pytest.fixture
@@ -508,7 +525,7 @@ def test_a_pack_is_checked_without_the_data(pack, capsys):
         (["--data-set", "DIGITS", "--formats", "jpeg"], "did you mean --format?"),
     ],
 )
-def test_flags_that_make_no_sense_are_a_line(tmp_path, capsys, flags, words):
+def test_flags_that_make_no_sense_are_a_one_line_error(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as exit_info:
         pack_tool(tmp_path / "pack", *flags)
     error = capsys.readouterr().err
@@ -516,7 +533,7 @@ def test_flags_that_make_no_sense_are_a_line(tmp_path, capsys, flags, words):
     assert not (tmp_path / "pack").exists()
 
 
-def test_an_output_that_is_a_file_is_a_line(tree, tmp_path, capsys):
+def test_an_output_that_is_a_file_is_a_one_line_error(tree, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "is a file" in line_of(capsys, tmp_path / "file", data=tree)
     assert "cannot write to" in line_of(capsys, tmp_path / "file" / "below", data=tree)

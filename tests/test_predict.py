@@ -77,8 +77,12 @@ def table_of(output):
 
 def expected(model, file, crop, score=lambda logits: logits.softmax(dim=1)):
     transform = create_transform(
-        (96, 96), crop_pct=crop, interpolation="bicubic", mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"])  # fmt: skip
+        (96, 96),
+        crop_pct=crop,
+        interpolation="bicubic",
+        mean=model.pretrained_cfg["mean"],
+        std=model.pretrained_cfg["std"],
+    )
     with torch.no_grad():
         return score(model(transform(Image.open(file).convert("RGB"))[None]))[0]
 
@@ -152,9 +156,16 @@ def test_timm_weights_have_their_own_size_crop_and_names(photos, tmp_path, capsy
     folder, model = tmp_path / "published", new_model(PLAIN)
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
-    config = {"input_size": [3, 96, 96], "crop_pct": 0.7, "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 4,
-              "interpolation": "bicubic", "label_names": ["n1", "n2", "n3", "n4"],
-              "label_descriptions": {"n2": "second"}}  # fmt: skip
+    config = {
+        "input_size": [3, 96, 96],
+        "crop_pct": 0.7,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "num_classes": 4,
+        "interpolation": "bicubic",
+        "label_names": ["n1", "n2", "n3", "n4"],
+        "label_descriptions": {"n2": "second"},
+    }
     about = {"architecture": PLAIN, "num_classes": 4, "model_args": SIZE, "pretrained_cfg": config}
     (folder / "config.json").write_text(json.dumps(about))
     out = run(capsys, "--model", f"local-dir:{folder}", "--pretrained", photos, "--format", "json").out
@@ -194,7 +205,7 @@ def test_an_official_file_has_the_classes_of_imagenet(photos, tmp_path, capsys):
     assert max(map(len, table.splitlines())) <= 80
 
 
-def test_weights_that_are_not_clear_are_a_line(checkpoint, photos, tmp_path, capsys):
+def test_weights_that_are_not_clear_are_a_one_line_error(checkpoint, photos, tmp_path, capsys):
     def line(*flags):
         error = run(capsys, photos, *flags, status=2).err
         assert error.count("\n") == 1
@@ -222,7 +233,7 @@ def test_flags_of_main_keep_their_values_among_those_of_the_tool(checkpoint):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_does_not_exist_is_a_line_before_a_model_is_built(checkpoint, photos, capsys, monkeypatch):
+def test_a_missing_path_is_a_one_line_error_before_a_model_is_built(checkpoint, photos, capsys, monkeypatch):
     monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("built"))
     said = run(capsys, "--resume", checkpoint, photos, photos / "gone.jpg", status=2)
     assert said.err == f"predict: error: images {photos / 'gone.jpg'}: no such file or folder; check the path\n"

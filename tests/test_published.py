@@ -352,7 +352,7 @@ def test_a_run_with_the_clock_of_epochs_logs_one_rate_per_epoch(tmp_path):
     assert rates == pytest.approx([1e-6, 1e-6, 1e-6 + (peak - 1e-6) / 2], rel=1e-9)
 
 
-def test_a_run_starts_at_the_epoch_that_is_asked_for(tmp_path, capsys):
+def test_a_run_starts_at_the_epoch_of_start_epoch(tmp_path, capsys):
     words = small("--epochs 4 --warmup-epochs 1 --eval-interval 4")
     run([*words, "--output-dir", tmp_path / "whole"])
     run([*words, "--start_epoch", 2, "--output-dir", tmp_path / "late"])

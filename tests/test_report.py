@@ -18,16 +18,25 @@ import engine
 import main
 from tools import report, report_page
 
-MODEL = ["--model", "evit_tiny_patch16_224", "--input-size", "32", "--patch-size", "8", "--drop-loc", "0",
-         "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]  # fmt: skip
+MODEL = ["--model", "evit_tiny_patch16_224", "--input-size", "32", "--patch-size", "8", "--drop-loc", "0"]
+MODEL += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
 NAMES = ["<b>bold", "a\x1b[31m\nb", "$x_$ & 猫", "plain"]
 FAST = ["--num-workers", "0", "--batch-size", "7", "--amp", "off"]
 
 
 def new_model(num_classes=4, **options):
     torch.manual_seed(3)
-    model = timm.create_model("evit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3,
-                              num_classes=num_classes, drop_loc=(0,), **options).eval()  # fmt: skip
+    model = timm.create_model(
+        "evit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        num_classes=num_classes,
+        drop_loc=(0,),
+        **options,
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
@@ -56,7 +65,7 @@ def made(folder):
 
 @pytest.fixture(scope="module")
 def folder(checkpoint):
-    """The report at its default place."""
+    """The report in its default folder."""
     report.main(["--resume", str(checkpoint), *FAST])
     return checkpoint.parent / "report"
 
@@ -154,12 +163,12 @@ def test_mistakes_are_the_most_confident_ones(folder, outputs, data):
     wrong = [n for n in np.argsort(-rows.max(axis=1)) if rows[n].argmax() != targets[n]]
     found, names = made(folder)["mistakes"], sorted(NAMES)
     assert len(found) == min(24, len(wrong)) and len(found) > 5
-    for row, place in zip(found, wrong, strict=False):
-        assert row["probability"] == pytest.approx(rows[place].max(), abs=1e-5)
-        assert row["true_probability"] == pytest.approx(rows[place][targets[place]], abs=1e-5)
-        assert (row["position"], row["true"]) == (place, names[targets[place]])
-        assert row["predicted"] == names[rows[place].argmax()]
-        file = sorted((data / "val" / row["true"]).iterdir())[place % 12]
+    for row, position in zip(found, wrong, strict=False):
+        assert row["probability"] == pytest.approx(rows[position].max(), abs=1e-5)
+        assert row["true_probability"] == pytest.approx(rows[position][targets[position]], abs=1e-5)
+        assert (row["position"], row["true"]) == (position, names[targets[position]])
+        assert row["predicted"] == names[rows[position].argmax()]
+        file = sorted((data / "val" / row["true"]).iterdir())[position % 12]
         assert row["image"] == str(file)
         assert (np.asarray(Image.open(folder / row["picture"]))[::7, ::7] == np.asarray(Image.open(file))).all()
 
@@ -241,7 +250,7 @@ def test_names_are_text_on_the_page(folder):
     assert all(name in words for name in ("<b>bold", r"a\x1b[31m\nb", "$x_$ & 猫"))
 
 
-def test_many_classes_have_a_list_in_place_of_a_picture(folder, tmp_path):
+def test_many_classes_have_a_list_instead_of_a_picture(folder, tmp_path):
     numbers = made(folder) | {"confusion_matrix": None, "keep_rates": []}
     report_page.draw_figures(numbers, tmp_path)
     assert os.listdir(tmp_path) == ["reliability.png"]
@@ -293,7 +302,7 @@ def test_folders_of_anything_else_are_left_alone(checkpoint, tmp_path, capsys, m
     assert (tmp_path / "site" / "index.html").read_text() == "mine"
 
 
-def test_what_cannot_be_reported_is_a_line(checkpoint, tmp_path, capsys):
+def test_what_cannot_be_reported_is_a_one_line_error(checkpoint, tmp_path, capsys):
     deit = ["--model", "deit_tiny_patch16_224", "--keep-rates", "0.5"]
     torch.save({"model": new_model().state_dict()}, tmp_path / "x.pth")
     assert "has no EViT blocks" in line_of(capsys, "--resume", tmp_path / "x.pth", *deit)

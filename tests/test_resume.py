@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are stopped, killed or damaged go on as if nothing had been, or say what is otherwise."""
+"""Nothing is lost: runs that are stopped, killed or damaged resume exactly, or say what differs."""
 
 import contextlib
 import json
@@ -92,7 +92,7 @@ def whole(tmp_path_factory):
 # Of two processes one is killed at a time, and torchrun starts both again. (The tool also kills all at once.)
 @pytest.mark.process
 @pytest.mark.parametrize("flags", [["--processes", "1"], ["--processes", "2", "--restarts"]], ids=["one", "torchrun"])
-def test_a_run_killed_at_random_moments_ends_with_the_bits_of_the_whole(flags, capfd):
+def test_a_run_killed_at_random_moments_ends_bitwise_identical(flags, capfd):
     chaos.main(["--kills", "2", "--epochs", "4", *flags])
     output = capfd.readouterr().out
     assert "2 kills, " in output and "no difference" in output and "half written" in output
@@ -144,7 +144,9 @@ def test_a_run_is_resumed_after_any_update(flags, tmp_path):
 
 def test_skipped_images_are_not_read(tmp_path, monkeypatch):
     read, get = [], sources.Source.__getitem__
-    monkeypatch.setattr(sources.Source, "__getitem__", lambda self, place: (read.append(place), get(self, place))[1])
+    monkeypatch.setattr(
+        sources.Source, "__getitem__", lambda self, position: (read.append(position), get(self, position))[1]
+    )
     with at_update(UPDATES + 15, send(signal.SIGTERM)):
         run(tmp_path, "--eval-interval", "9", status=75)
     read.clear()
@@ -283,7 +285,8 @@ def test_a_signal_while_nothing_is_trained_ends_with_status_75(mode, name, whole
         flags += [whole / "best.pth", "--teacher-cache", tmp_path, "--precompute-teacher", "--model-kwargs"]
         flags += ["embed_dim=48", "depth=2", "num_heads=3", "--teacher-model-kwargs", "patch_size=8", "embed_dim=48"]
         flags += ["depth=2", "num_heads=3", "--teacher-model", "deit_tiny_distilled_patch16_224"]
-    monkeypatch.setattr(*((engine, "evaluate") if mode == "eval" else (teachers.CachedTeacher, "__call__")), stop)
+    owner, name = (engine, "evaluate") if mode == "eval" else (teachers.CachedTeacher, "__call__")
+    monkeypatch.setattr(owner, name, stop)
     run(tmp_path / "run", *flags, status=75)
     assert capsys.readouterr().err.splitlines()[-1] == f"main.py: stopped by {name}; run the same command again"
 
@@ -376,11 +379,11 @@ def test_a_signal_stops_both_ranks_at_the_same_step(tmp_path, capsys):
         assert alone["train_loss"] == pytest.approx(together["train_loss"], abs=0.2)
 
 
-# -- faults of one rank ------------------------------------------------------------------------------------------------
+# -- errors of one rank ------------------------------------------------------------------------------------------------
 
 
 def start_ranks(kind, folder, *flags, workers=1):
-    """Two ranks without a launcher that would end one when the other does; rank 1 meets the fault."""
+    """Two ranks without a launcher that would end one when the other does; rank 1 fails."""
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port()}
     command = ["tests/faults.py", kind, 1, 50, *tiny.PLAIN, "--epochs", "3", "--batch-size", "32", "--num-workers"]
     command += [workers, "--output-dir", folder, *flags]
@@ -397,7 +400,7 @@ def start_ranks(kind, folder, *flags, workers=1):
         ("rank", ""),
     ],
 )
-def test_a_fault_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
+def test_an_error_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
     ranks = start_ranks(kind, tmp_path, "--log-interval", "5")
     outputs = [None, ranks[1].output()]
     begin = time.monotonic()
@@ -506,7 +509,7 @@ def test_the_one_before_is_not_lost_to_a_damaged_one(stopped):
     assert (stopped / "checkpoint_previous.pth").read_bytes() == good
 
 
-def test_two_damaged_checkpoints_are_the_user_s_affair(stopped, capsys):
+def test_two_damaged_checkpoints_are_a_user_error(stopped, capsys):
     for name in ("checkpoint.pth", "checkpoint_previous.pth"):
         (stopped / name).write_bytes((stopped / name).read_bytes()[:1000])
     run(stopped, "--resume", "auto", status=2)
@@ -605,7 +608,7 @@ def test_a_best_pth_of_another_moment_is_not_taken_along(whole, stopped, tmp_pat
     torch.save(best | {"best_acc1": best["best_acc1"] + 1}, stopped / "best.pth")
     capsys.readouterr()
     run(tmp_path / "fresh", "--resume", stopped / "checkpoint.pth", "--epochs", "3")
-    assert f"best.pth of the resumed run ({best['best_acc1']:.2f} %) is not beside" in capsys.readouterr().err
+    assert f"best.pth of the resumed run ({best['best_acc1']:.2f} %) is not next to" in capsys.readouterr().err
     assert not (tmp_path / "fresh" / "best.pth").exists()  # no later epoch is better
 
 
@@ -670,7 +673,9 @@ def test_broken_images_are_replaced_counted_and_named(workers, ram, folder_of_im
     assert "cannot read image" in capsys.readouterr().err.splitlines()[-1]
     run(tmp_path / "two", *flags, "--skip-broken-images", "2")
     error = capsys.readouterr().err
-    assert "2 images cannot be read, others take their places: " in error and all(str(path) in error for path in broken)
+    assert "2 images cannot be read and are replaced by others: " in error and all(
+        str(path) in error for path in broken
+    )
     assert [record["broken_images"] for record in tiny.log_of(tmp_path / "two")] == [2, 2, 2]
     with at_update(4, send(signal.SIGTERM)):
         run(tmp_path / "stopped", *flags, "--skip-broken-images", "2", status=75)
@@ -678,15 +683,15 @@ def test_broken_images_are_replaced_counted_and_named(workers, ram, folder_of_im
     assert chaos.compare(tmp_path / "two", tmp_path / "stopped") == []
 
 
-def test_the_next_image_takes_a_broken_one_s_place_with_its_own_label(folder_of_images):
+def test_a_broken_image_is_replaced_by_the_next_with_its_own_label(folder_of_images):
     data, _ = folder_of_images
     source, _ = datasets.read_sources(datasets.DataOptions("IMNET", str(data)))
     tolerant = datasets.replace(source, broken=sources.BrokenImages(source.images, 2))
-    assert [tolerant[place][0].getpixel((0, 0))[0] for place in range(12, 18)] == [0, 20, 80, 80, 80, 100]
+    assert [tolerant[position][0].getpixel((0, 0))[0] for position in range(12, 18)] == [0, 20, 80, 80, 80, 100]
     assert tolerant.broken.all_found() == [14, 15]
     kept = sources.keep_in_memory(tolerant, 64)
-    assert [kept[place][0].getpixel((0, 0))[0] for place in range(12, 18)] == [0, 20, 80, 80, 80, 100]
-    (data / "train" / "dog" / "11.png").write_bytes(b"")  # the very last: the first takes its place, and its class
+    assert [kept[position][0].getpixel((0, 0))[0] for position in range(12, 18)] == [0, 20, 80, 80, 80, 100]
+    (data / "train" / "dog" / "11.png").write_bytes(b"")  # the very last: the first one replaces it, with its own class
     tolerant = datasets.replace(source, broken=sources.BrokenImages(source.images, 3))
     assert tolerant[23][1] == 0 and sources.keep_in_memory(tolerant, 64)[23][1] == 0
 
@@ -713,7 +718,7 @@ def test_an_unchanged_run_is_resumed_without_a_warning(stopped, capsys):
         (["--augment", "device"], "augmentation was host, is device"),
     ],
 )
-def test_what_changes_the_bits_of_a_resumed_run_is_named(flags, change, stopped, capsys):
+def test_what_makes_a_resumed_run_not_bitwise_identical_is_named(flags, change, stopped, capsys):
     run(stopped, "--resume", "auto", *flags)
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if WARNING in line]
     assert change in warning.partition(WARNING)[2].split("; ")
@@ -740,7 +745,7 @@ def test_a_run_is_resumed_in_another_precision(then, now, tmp_path, capsys):
     assert "precision was " in capsys.readouterr().err
 
 
-def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, capsys):
+def test_another_batch_size_resumes_at_the_same_image(stopped, monkeypatch, capsys):
     # 6 updates of 64 images are 12 of 32, or 4 of 96
     seen, iterate = [], loaders.EpochLoader.__iter__
 
@@ -757,7 +762,7 @@ def test_another_batch_size_goes_on_at_the_same_image(stopped, monkeypatch, caps
         again = {32: 0, 96: 0, 100: 84}[size]
         assert int(seen[0].positions[0]) == 6 * 64 - again
         assert sum(len(batch.positions) for batch in seen) == 1442 // size * size - (6 * 64 - again)
-        assert f"shows {again} images of epoch 2 again" in capsys.readouterr().err
+        assert f"repeats {again} images of epoch 2" in capsys.readouterr().err
 
 
 def test_renamed_or_exchanged_images_are_noticed(folder_of_images, tmp_path, capsys):

@@ -17,25 +17,35 @@ from tools import pack_dataset
 from tools.visualize_tokens import find_images
 from utils import RunError
 
-SIXTEEN = np.linspace(0, 65535, 12 * 10).round().astype(np.uint16).reshape(12, 10)  # grey, [H, W]
+SIXTEEN = np.linspace(0, 65535, 12 * 10).round().astype(np.uint16).reshape(12, 10)  # gray, [H, W]
 
 
 def scaled(values, top):
     """uint8 [H, W, 3]: values of 0 ... top as 0 ... 255, by whole numbers, of which Python has all."""
-    grey = [(2 * 255 * int(value) + top) // (2 * top) for value in np.ravel(values)]
-    return np.repeat(np.array(grey, np.uint8).reshape(*np.shape(values), 1), 3, axis=2)
+    gray = [(2 * 255 * int(value) + top) // (2 * top) for value in np.ravel(values)]
+    return np.repeat(np.array(gray, np.uint8).reshape(*np.shape(values), 1), 3, axis=2)
 
 
 def tiff(values, bits, sample_format=1, photometric=1, order="<"):
-    """An uncompressed grey TIFF of one strip, written by hand; values of 12 bits are packed."""
+    """An uncompressed gray TIFF of one strip, written by hand; values of 12 bits are packed."""
     height, width = values.shape
     if bits == 12:
         bit_rows = "".join("".join(f"{value:012b}" for value in row) for row in values.tolist())
         content = int(bit_rows, 2).to_bytes(len(bit_rows) // 8, "big")
     else:
         content = values.astype(f"{order}{'if'[sample_format == 3]}{bits // 8}").tobytes()
-    fields = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8),
-              (277, 3, 1), (278, 4, height), (279, 4, len(content)), (339, 3, sample_format)]  # fmt: skip
+    fields = [
+        (256, 4, width),
+        (257, 4, height),
+        (258, 3, bits),
+        (259, 3, 1),
+        (262, 3, photometric),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 4, height),
+        (279, 4, len(content)),
+        (339, 3, sample_format),
+    ]
     entries = b"".join(
         struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(f"{order}I" if kind == 4 else f"{order}HH", *value)
         for tag, kind, number in fields
@@ -131,7 +141,7 @@ def test_transparent_palettes_are_pillows(transparency):
         np.testing.assert_array_equal(pixels(content.getvalue()), expected)
 
 
-def test_a_neutral_lab_image_is_grey():
+def test_a_neutral_lab_image_is_gray():
     (color,) = set(map(tuple, pixels(encoded(Image.new("LAB", (4, 3), (128, 128, 128)), "TIFF")).reshape(-1, 3)))
     assert len(set(color)) == 1 and 110 < color[0] < 130
 
@@ -169,8 +179,8 @@ def test_damaged_files_raise_one_type_of_error(kind):
         if number % 2:
             del damaged[generator.integers(len(whole)) :]
         else:
-            for place in generator.integers(len(whole), size=3):
-                damaged[place] ^= 1 << int(generator.integers(8))
+            for position in generator.integers(len(whole), size=3):
+                damaged[position] ^= 1 << int(generator.integers(8))
         try:
             assert open_rgb(io.BytesIO(damaged)).mode == "RGB"
         except ImageError as error:
@@ -210,46 +220,46 @@ def test_an_error_of_a_reader_names_the_image():
 
 # -- every reader ------------------------------------------------------------------------------------------------------
 
-GREY = {"a": SIXTEEN, "b": SIXTEEN[::-1].copy()}  # a class each
-OTHER = {name: values.T.copy() for name, values in GREY.items()}  # validation images must be others
+GRAY = {"a": SIXTEEN, "b": SIXTEEN[::-1].copy()}  # a class each
+OTHER = {name: values.T.copy() for name, values in GRAY.items()}  # validation images must be others
 
 
 @pytest.fixture
-def grey_tree(tmp_path):
+def gray_tree(tmp_path):
     for part in ("train", "val", "validation"):
-        for name, values in (GREY if part == "train" else OTHER).items():
+        for name, values in (GRAY if part == "train" else OTHER).items():
             save(Image.fromarray(values), tmp_path / "tree" / part / name / "0.png")
     return tmp_path / "tree"
 
 
 @pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "torch/image_folder", "hfds/"])
-def test_readers_of_files_scale_16_bit_images(grey_tree, tmp_path, name):
-    path = tmp_path / "cache" if name == "hfds/" else grey_tree
+def test_readers_of_files_scale_16_bit_images(gray_tree, tmp_path, name):
+    path = tmp_path / "cache" if name == "hfds/" else gray_tree
     if name == "hfds/":
-        for part, images in (("train", GREY), ("validation", OTHER)):
+        for part, images in (("train", GRAY), ("validation", OTHER)):
             write_parquet(tmp_path / "set", part, [encoded(Image.fromarray(v)) for v in images.values()], [0, 1])
         name += str(tmp_path / "set")
-    for source, images in zip(read(name, path), (GREY, OTHER), strict=True):
+    for source, images in zip(read(name, path), (GRAY, OTHER), strict=True):
         for found, values in zip(pixels_of(source), images.values(), strict=True):
             np.testing.assert_array_equal(found, scaled(values, 65535))
 
 
-def test_packs_hold_scaled_16_bit_images(grey_tree, tmp_path):
-    pack_dataset.main(["--data-set", "IMNET", "--data-path", str(grey_tree), "--output", str(tmp_path / "pack")])
-    for source, images in zip(read("PACKED", tmp_path / "pack"), (GREY, OTHER), strict=True):
+def test_packs_hold_scaled_16_bit_images(gray_tree, tmp_path):
+    pack_dataset.main(["--data-set", "IMNET", "--data-path", str(gray_tree), "--output", str(tmp_path / "pack")])
+    for source, images in zip(read("PACKED", tmp_path / "pack"), (GRAY, OTHER), strict=True):
         for found, values in zip(pixels_of(source), images.values(), strict=True):
             np.testing.assert_array_equal(found, scaled(values, 65535))
 
 
 @pytest.mark.parametrize("scheme", ["wds/", "hfids/"])
-def test_streams_scale_16_bit_images(grey_tree, tmp_path, monkeypatch, scheme):
+def test_streams_scale_16_bit_images(gray_tree, tmp_path, monkeypatch, scheme):
     if scheme == "wds/":
         monkeypatch.setattr("test_datasets.encoded", lambda _: encoded(Image.fromarray(SIXTEEN)))
         train, val = read(scheme, write_stream(tmp_path), num_classes=3)
     else:
-        (grey_tree / "val").rename(tmp_path / "val")  # Hugging Face's reader takes it for another validation part
-        train, val = read(f"{scheme}{grey_tree}", tmp_path / "cache")
-    expected = {scaled(values, 65535).tobytes() for images in (GREY, OTHER) for values in images.values()}
+        (gray_tree / "val").rename(tmp_path / "val")  # Hugging Face's reader takes it for another validation part
+        train, val = read(f"{scheme}{gray_tree}", tmp_path / "cache")
+    expected = {scaled(values, 65535).tobytes() for images in (GRAY, OTHER) for values in images.values()}
     for stream in (train, val):
         stream.transform = np.asarray
         batch = next(iter(stream))
@@ -274,8 +284,15 @@ def test_only_photos_of_tools_are_turned_upright(tmp_path, orientation):
     image.save(path := tmp_path / "photo.png", exif=exif)
     stored = np.asarray(image)
     expected = {
-        1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.swapaxes(0, 1),
-        6: np.rot90(stored, -1), 7: stored[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(stored)}[orientation]  # fmt: skip
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.swapaxes(0, 1),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(stored),
+    }[orientation]
     np.testing.assert_array_equal(np.asarray(find_images([str(tmp_path)])[0][0]), expected)
     np.testing.assert_array_equal(np.asarray(sources.PathImages([path])[0]), stored)
 

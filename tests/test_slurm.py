@@ -16,7 +16,7 @@ from tools import chaos
 pytestmark = pytest.mark.slurm
 SCRIPT = Path(__file__).with_name("slurm.sh")
 FLAGS = [*tiny.TINY, "--epochs", "200", "--batch-size", "16", "--drop", "0.1", "--warmup-epochs", "1"]
-FLAGS += ["--model-ema-decay", "0.99", "--num-workers", "1"]  # SLURM signals loader processes as well
+FLAGS += ["--model-ema-decay", "0.99", "--num-workers", "1"]  # SLURM signals data-loader workers as well
 JOB = ["--nodes", "1", "--ngpus", "0", "--tasks-per-node", "2", "--cpus-per-task", "1", "--partition", "low"]
 
 
@@ -54,8 +54,10 @@ class Submitted:
 
     def tell(self, what):
         passed = time.monotonic() - self.start
-        print(f"{passed:5.0f} s  job {self.id}  {self.show('JobState'):10s} restarts {self.show('Restarts')}  "
-              f"epochs {self.epochs:2d}  {what}")  # fmt: skip
+        print(
+            f"{passed:5.0f} s  job {self.id}  {self.show('JobState'):10s} restarts {self.show('Restarts')}  "
+            f"epochs {self.epochs:2d}  {what}"
+        )
 
     def wait(self, what, until, seconds=240):
         end = time.monotonic() + seconds
@@ -73,7 +75,7 @@ class Submitted:
 
     def cancel(self):
         self.ask("scancel", self.id)
-        self.wait("cancelled", lambda: self.show("JobState") == "CANCELLED" and not self.ask("squeue", "-h"))
+        self.wait("canceled", lambda: self.show("JobState") == "CANCELLED" and not self.ask("squeue", "-h"))
 
 
 def submit(slurm, job_dir, *flags):
@@ -91,7 +93,7 @@ def undisturbed(tmp_path_factory):
 def assert_same_epochs(undisturbed, job):
     """All epochs are in log.txt once, with the losses of the undisturbed run to the last digit."""
     ours = tiny.log_of(job.folder)
-    run = chaos.Run(undisturbed, FLAGS, processes=2, restarts=0)  # beside the job, it would slow its start down
+    run = chaos.Run(undisturbed, FLAGS, processes=2, restarts=0)  # next to the job, it would slow its start down
     logged = undisturbed / "log.txt"
     job.wait("overtaken by the undisturbed run", lambda: logged.exists() and len(tiny.log_of(undisturbed)) >= len(ours))
     chaos.kill(run.living())
@@ -102,7 +104,7 @@ def assert_same_epochs(undisturbed, job):
     assert ours == theirs
 
 
-def test_a_job_survives_everything_to_the_bit(slurm, undisturbed, tmp_path):
+def test_a_job_survives_everything_and_stays_bitwise_identical(slurm, undisturbed, tmp_path):
     # It times out after a minute, of which SLURM looks at its clock every half.
     job = submit(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "1", "--signal-delay", "10")
     job.wait("training", lambda: job.epochs >= 1)

@@ -1,4 +1,4 @@
-"""The store of a teacher's answers: exact, resumable, checked; as files, and as whole runs."""
+"""The cache of teacher predictions: exact, resumable, checked; as files, and as whole runs."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from utils import RunError, World
 CPU = torch.device("cpu")
 
 
-# -- what is stored ----------------------------------------------------------------------------------------------------
+# -- what is cached ----------------------------------------------------------------------------------------------------
 
 
 def logits(count=6, classes=10, seed=0):
@@ -73,7 +73,7 @@ def test_logits_of_any_size_are_stored():
 
 @pytest.fixture
 def fill(tmp_path):
-    """Fills an epoch of 12 views in batches of two per rank, as far as told; returns each rank's store."""
+    """Fills an epoch of 12 views in batches of two per rank, as far as told; returns each rank's cache."""
 
     def run(world_size=1, epoch=0, batches=None, codec=None, folder=tmp_path):
         caches = []
@@ -101,7 +101,7 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(fill, tmp_path, writers
         assert cache.read(positions)["label"].tolist() == (positions % 10).tolist()
 
 
-def test_a_file_goes_on_where_it_stopped(fill, tmp_path):
+def test_a_cache_file_resumes_where_it_stopped(fill, tmp_path):
     (cache,) = fill(batches=4)
     assert not cache.is_whole(0) and cache.next_missing() == 8
     cache.close()
@@ -167,22 +167,22 @@ def test_a_full_disk_is_said_before_and_while_writing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("codec", [Labels(10), LogProbabilities(10, 4), LogProbabilities(10, 10)])
-def test_the_teacher_is_asked_once_about_each_view(tmp_path, codec):
-    asked = []
+def test_the_teacher_sees_each_view_once(tmp_path, codec):
+    seen = []
 
     def live(batch):
-        asked.extend(batch.positions.tolist())
+        seen.extend(batch.positions.tolist())
         return logits(len(batch.positions), seed=int(batch.positions[0]))
 
-    def answers(teacher):
+    def predictions(teacher):
         batches = [Batch(torch.zeros(3, 1), None, torch.arange(start, start + 3)) for start in (0, 3, 6, 9)]
         return torch.cat([teacher(batch) for batch in batches])
 
-    first = answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, live))
-    again = answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, None))
-    assert asked == list(range(12)) and torch.equal(first, again)
+    first = predictions(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, live))
+    again = predictions(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 5, None))
+    assert seen == list(range(12)) and torch.equal(first, again)
     with pytest.raises(RunError, match="predictions of epoch 6 are missing"):
-        answers(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 6, None))
+        predictions(CachedTeacher(TeacherCache(tmp_path, codec, 12, 0, 1), lambda: 6, None))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_teacher_is_asked_once_about_each_view(tmp_path, codec):
     [(codec, torch.nan) for codec in (Labels(10), LogProbabilities(10, 10), LogProbabilities(10, 4))]
     + [(codec, torch.inf) for codec in (LogProbabilities(10, 10), LogProbabilities(10, 4))],
 )
-def test_an_answer_that_is_not_a_number_is_refused_and_not_stored(tmp_path, codec, value):
+def test_a_prediction_that_is_not_finite_is_refused_and_not_cached(tmp_path, codec, value):
     logits = torch.zeros(3, 10)
     logits[1, 7] = value
     teacher = CachedTeacher(TeacherCache(tmp_path, codec, 3, 0, 1), lambda: 0, lambda _: logits)
@@ -204,18 +204,18 @@ NAMELESS = types.SimpleNamespace(class_names=(), class_samples=())  # data that 
 
 def test_a_fingerprint_names_what_differs_and_passes_over_what_is_unknown(tmp_path):
     ours = {"seed": 0, "input_size": (32,), "teacher_weights": "abc"}
-    check_fingerprint(tmp_path / "deep" / "store", ours, NAMELESS)
-    check_fingerprint(tmp_path / "deep" / "store", ours, NAMELESS)
-    check_fingerprint(tmp_path / "deep" / "store", ours | {"teacher_weights": None}, NAMELESS)
+    check_fingerprint(tmp_path / "deep" / "cached", ours, NAMELESS)
+    check_fingerprint(tmp_path / "deep" / "cached", ours, NAMELESS)
+    check_fingerprint(tmp_path / "deep" / "cached", ours | {"teacher_weights": None}, NAMELESS)
     with tiny.user_error("seed (0 there, 1 here)", "teacher_weights ('abc' there, 'abd' here)"):
-        check_fingerprint(tmp_path / "deep" / "store", ours | {"seed": 1, "teacher_weights": "abd"}, NAMELESS)
-    (tmp_path / "deep" / "store" / "fingerprint.json").write_text("{")
+        check_fingerprint(tmp_path / "deep" / "cached", ours | {"seed": 1, "teacher_weights": "abd"}, NAMELESS)
+    (tmp_path / "deep" / "cached" / "fingerprint.json").write_text("{")
     with tiny.user_error("fingerprint.json cannot be read"):
-        check_fingerprint(tmp_path / "deep" / "store", ours, NAMELESS)
+        check_fingerprint(tmp_path / "deep" / "cached", ours, NAMELESS)
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
-def test_a_soft_loss_with_all_classes_stored_is_that_of_the_logits(classes):
+def test_a_soft_loss_with_all_classes_cached_is_that_of_the_logits(classes):
     codec, teacher = LogProbabilities(classes, classes), logits(32, classes)
     for tau in (1.0, 3.0):
         student = logits(32, classes, seed=1)
@@ -240,9 +240,9 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def store(teacher, tmp_path_factory):
-    """A store for hard distillation, filled by one process."""
-    folder = tmp_path_factory.mktemp("store") / "cache"
+def cached(teacher, tmp_path_factory):
+    """A cache for hard distillation, filled by one process."""
+    folder = tmp_path_factory.mktemp("cached") / "cache"
     precompute(folder, *teacher)
     return folder
 
@@ -259,7 +259,7 @@ def same_bits(first, second):
 
 @pytest.mark.process
 @pytest.mark.parametrize("processes", [1, 2])
-def test_students_of_the_store_and_of_the_live_teacher_have_the_same_bits(processes, teacher, store, tmp_path):
+def test_students_of_cached_and_live_teacher_are_bitwise_identical(processes, teacher, cached, tmp_path):
     def train(name, *flags):
         command = [*RUN, "--distillation-type", "hard", "--output-dir", tmp_path / name, *flags]
         if processes > 1:
@@ -269,26 +269,26 @@ def test_students_of_the_store_and_of_the_live_teacher_have_the_same_bits(proces
 
     train("live", *teacher)
     if processes > 1:
-        store = tmp_path / "cache"
-        train("none", *teacher, "--teacher-cache", store, "--precompute-teacher")
-        assert not (tmp_path / "none").exists() and len(list(store.glob("*.crc*"))) == 4
-    train("stored", "--teacher-cache", store, "--num-workers", "1")  # without any teacher
-    assert same_bits(tmp_path / "live", tmp_path / "stored")
+        cached = tmp_path / "cache"
+        train("none", *teacher, "--teacher-cache", cached, "--precompute-teacher")
+        assert not (tmp_path / "none").exists() and len(list(cached.glob("*.crc*"))) == 4
+    train("cached", "--teacher-cache", cached, "--num-workers", "1")  # without any teacher
+    assert same_bits(tmp_path / "live", tmp_path / "cached")
     train("added", *teacher, "--teacher-cache", tmp_path / "new", "--num-workers", "2")
     assert same_bits(tmp_path / "live", tmp_path / "added")
-    names = sorted(path.name for path in store.iterdir())
+    names = sorted(path.name for path in cached.iterdir())
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names  # checksums included
 
 
-def test_views_made_on_the_device_are_the_same_for_the_teacher_and_later_for_the_student(teacher, tmp_path):
+def test_device_views_are_the_same_for_teacher_and_student(teacher, tmp_path):
     def train(name, *flags):
         flags = [*RUN, "--augment", "device", "--distillation-type", "hard", "--output-dir", tmp_path / name, *flags]
         main.cli([str(flag) for flag in flags])
 
     train("live", *teacher)
     train("none", *teacher, "--teacher-cache", tmp_path / "cache", "--precompute-teacher")
-    train("stored", "--teacher-cache", tmp_path / "cache")
-    assert same_bits(tmp_path / "live", tmp_path / "stored")
+    train("cached", "--teacher-cache", tmp_path / "cache")
+    assert same_bits(tmp_path / "live", tmp_path / "cached")
 
 
 def test_a_teacher_of_another_size_is_cached_like_a_live_one(tmp_path):
@@ -301,11 +301,11 @@ def test_a_teacher_of_another_size_is_cached_like_a_live_one(tmp_path):
     cache = ["--teacher-cache", str(tmp_path / "cache")]
     main.cli([*student, *taught, "--output-dir", str(tmp_path / "live")])
     main.cli([*student, *taught, *cache, "--precompute-teacher"])
-    main.cli([*student, *taught, *cache, "--output-dir", str(tmp_path / "stored")])
-    assert same_bits(tmp_path / "live", tmp_path / "stored")
+    main.cli([*student, *taught, *cache, "--output-dir", str(tmp_path / "cached")])
+    assert same_bits(tmp_path / "live", tmp_path / "cached")
 
 
-def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(teacher, tmp_path, capsys):
+def test_soft_losses_of_cached_and_live_teacher_agree_at_every_step(teacher, tmp_path, capsys):
     def output(*flags):
         run = [*RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher, "--log-interval", "1", *flags]
         main.cli([str(flag) for flag in run])
@@ -314,16 +314,16 @@ def test_soft_losses_from_the_store_are_those_of_the_live_teacher_at_every_step(
     cache = ["--teacher-cache", tmp_path / "cache"]
     outputs = [output("--output-dir", tmp_path / "live")]
     output(*cache, "--precompute-teacher")
-    outputs.append(output(*cache, "--output-dir", tmp_path / "stored"))
-    live, stored = ([float(loss) for loss in re.findall(r"step \S+  loss (\S+)", output)] for output in outputs)
-    assert len(live) == 2 * 45 and stored == pytest.approx(live, rel=1e-3)
-    for live, stored in zip(tiny.log_of(tmp_path / "live"), tiny.log_of(tmp_path / "stored"), strict=True):
+    outputs.append(output(*cache, "--output-dir", tmp_path / "cached"))
+    live, cached_values = ([float(loss) for loss in re.findall(r"step \S+  loss (\S+)", output)] for output in outputs)
+    assert len(live) == 2 * 45 and cached_values == pytest.approx(live, rel=1e-3)
+    for live, cached_values in zip(tiny.log_of(tmp_path / "live"), tiny.log_of(tmp_path / "cached"), strict=True):
         for name in ("train_loss", "train_loss_distillation", "test_loss"):
-            assert stored[name] == pytest.approx(live[name], rel=1e-3), name
+            assert cached_values[name] == pytest.approx(live[name], rel=1e-3), name
 
 
 @pytest.mark.process
-def test_a_killed_precomputation_goes_on_and_ends_with_the_same_files(teacher, store, tmp_path):
+def test_a_killed_precomputation_resumes_and_writes_the_same_files(teacher, cached, tmp_path):
     command = ["main.py", *RUN, "--distillation-type", "hard", "--precompute-teacher", *teacher]
     command += ["--teacher-cache", tmp_path / "cache", "--log-interval", "1", "--epochs", "2"]
     process = tiny.Process(command)
@@ -340,26 +340,26 @@ def test_a_killed_precomputation_goes_on_and_ends_with_the_same_files(teacher, s
     tiny.run(*command)
     names, expected = (
         sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
-        for folder in (tmp_path / "cache", store)
+        for folder in (tmp_path / "cache", cached)
     )
     assert names == expected
 
 
-def test_epochs_are_shared_out_and_asked_for(teacher, store, tmp_path, capsys):
+def test_epochs_are_split_up_and_missing_ones_are_named(teacher, cached, tmp_path, capsys):
     folder = tmp_path / "cache"
     precompute(folder, *teacher, "--precompute-epochs", "1:2")
     with pytest.raises(SystemExit):
         main.cli([*RUN, "--distillation-type", "hard", "--teacher-cache", str(folder), "--output-dir", ""])
     assert "1 epochs are missing, the first is 0" in capsys.readouterr().err
     precompute(folder, *teacher, "--precompute-epochs", "0:1")
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in store.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in cached.iterdir())
 
 
-def test_larger_batches_for_the_teacher_give_its_answers_too(teacher, store, tmp_path):
+def test_larger_teacher_batches_give_the_same_predictions(teacher, cached, tmp_path):
     precompute(
         tmp_path / "cache", *teacher, "--precompute-batch-size", "110"
     )  # three batches at once, then what is left
-    for path in store.glob("*.npy"):
+    for path in cached.glob("*.npy"):
         (other,) = (tmp_path / "cache").glob(f"{path.name.partition('.')[0]}.*")
         assert (np.load(path)["label"] == np.load(other)["label"]).mean() > 0.99  # but for the last bit of a tie
 
@@ -405,25 +405,25 @@ OTHER = {
 
 
 @pytest.mark.parametrize("field", [field for field in OTHER if field != "data_set"])
-def test_a_store_of_another_run_is_refused_by_the_field(field, store, capsys):
-    flags = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(store), "--output-dir", "", *OTHER[field]]
+def test_a_cache_of_another_run_is_refused_with_the_field(field, cached, capsys):
+    flags = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(cached), "--output-dir", "", *OTHER[field]]
     with pytest.raises(SystemExit) as exit_info:
         main.cli(flags)
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit_info.value.code == 2 and "is of another run" in error and f"{field} (" in error
 
 
-def test_any_field_of_a_fingerprint_is_compared_and_named(store):
-    fields = json.loads((store / "fingerprint.json").read_text())
+def test_any_field_of_a_fingerprint_is_compared_and_named(cached):
+    fields = json.loads((cached / "fingerprint.json").read_text())
     assert {"views", "labels", "normalization", "augmentation", "processes", "teacher_weights"} <= fields.keys()
     for field in fields:
         if field not in ("topk", "class_names"):  # of soft distillation; the names have a message of their own
             with tiny.user_error(f"{field} ("):
-                check_fingerprint(store, fields | {field: "another"}, NAMELESS)
+                check_fingerprint(cached, fields | {field: "another"}, NAMELESS)
 
 
-def test_a_cache_is_refused_for_other_classes(store, tmp_path):
-    folder = shutil.copytree(store, tmp_path / "cache")
+def test_a_cache_is_refused_for_other_classes(cached, tmp_path):
+    folder = shutil.copytree(cached, tmp_path / "cache")
     fields = json.loads((folder / "fingerprint.json").read_text())
     digits = [str(digit) for digit in range(10)]
     assert fields.pop("class_names") == digits
@@ -434,8 +434,8 @@ def test_a_cache_is_refused_for_other_classes(store, tmp_path):
 
 
 @pytest.mark.process
-def test_stores_of_other_teachers_and_processes_are_refused(teacher, store, tmp_path, capsys):
-    run = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(store), "--output-dir", ""]
+def test_caches_of_other_teachers_and_processes_are_refused(teacher, cached, tmp_path, capsys):
+    run = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(cached), "--output-dir", ""]
     shutil.copy(teacher[1], tmp_path / "other.pth")
     with (tmp_path / "other.pth").open("ab") as file:
         file.write(b"x")
@@ -446,7 +446,7 @@ def test_stores_of_other_teachers_and_processes_are_refused(teacher, store, tmp_
         with pytest.raises(SystemExit) as exit_info:
             main.cli(flags)
         assert exit_info.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
-    command = ["main.py", *RUN, "--batch-size", "16", "--distillation-type", "hard", "--teacher-cache", store]
+    command = ["main.py", *RUN, "--batch-size", "16", "--distillation-type", "hard", "--teacher-cache", cached]
     assert "processes (1 there, 2 here)" in tiny.torchrun(2, *command, "--output-dir", "", status=1)
 
 
@@ -458,7 +458,7 @@ def test_without_mixing_another_number_of_processes_may_read(teacher, tmp_path):
     assert len(tiny.log_of(tmp_path / "run")) == 2
 
 
-# -- heads on stored features ------------------------------------------------------------------------------------------
+# -- heads on cached features ------------------------------------------------------------------------------------------
 
 HEAD = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--train-scope", "head", "--cache-features"]
 ONE_VIEW = [
@@ -510,20 +510,29 @@ def test_features_reach_the_head_as_they_are(teacher):
 
 
 @pytest.mark.process
-def test_a_head_on_stored_features_is_trained_alone_and_saved_whole(teacher, tmp_path, capsys):
+def test_a_head_on_cached_features_is_trained_alone_and_saved_whole(teacher, tmp_path, capsys):
     run = [*HEAD, *ONE_VIEW, "--finetune", teacher[1], "--epochs", "30", "--lr", "1e-2", "--lr-scaling", "none"]
     main.cli([*run, "--weight-decay", "0", "--eval-interval", "30", "--output-dir", str(tmp_path)])
     before = torch.load(teacher[1], weights_only=True)["model"]
     after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"fc.weight", "fc.bias"}
-    evaluated = tiny.run("main.py", "--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--eval", "--resume",
-                         tmp_path / "checkpoint.pth")  # fmt: skip
+    evaluated = tiny.run(
+        "main.py",
+        "--model",
+        "test_resnet",
+        *tiny.DATA,
+        "--input-size",
+        "32",
+        "--eval",
+        "--resume",
+        tmp_path / "checkpoint.pth",
+    )
     accuracy = tiny.log_of(tmp_path)[-1]["test_acc1"]
     assert accuracy > 75 and f"test_acc1 {accuracy:.4g}" in evaluated
 
 
-def test_features_for_two_heads_are_a_line(capsys):
+def test_features_for_two_heads_are_a_one_line_error(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main.cli([*HEAD, *ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224", "--output-dir", ""])
     words = "does not end in one linear layer"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tools import checkpoint_cost, distillation_cost, pictures, plot_runs, speed_test, summarize
 from tools.runs import read_run, short_names
-from tools.timing import describe_environment, rates_in_turn, ratio_row
+from tools.timing import describe_environment, interleaved_rates, ratio_row
 
 
 def write_run(folder, *records, **config):
@@ -130,7 +130,7 @@ def test_summary_skips_folders_without_a_log(tmp_path, capsys):
 
 
 @pytest.mark.process
-def test_summary_of_no_run_is_a_line(tmp_path):
+def test_summary_of_no_run_is_a_one_line_error(tmp_path):
     output = tiny.run("-m", "tools.summarize", tmp_path, status=2)
     assert output.count("\n") == 1 and "log.txt: No such file" in output and "--output-dir" in output
 
@@ -199,8 +199,8 @@ def test_time_axis_is_computed_from_images_and_rate(tmp_path):
     for name in ("a", "c"):
         (tmp_path / name / "config.json").write_text(json.dumps({"images_per_epoch": 6000}))
     runs = {name: read_run(tmp_path / name) for name in ("a", "b", "c")}
-    label, places = plot_runs.positions([runs["a"]], "minutes")
-    assert "without evaluation" in label and places == [[1.0, 3.0]]
+    label, positions = plot_runs.positions([runs["a"]], "minutes")
+    assert "without evaluation" in label and positions == [[1.0, 3.0]]
     assert plot_runs.positions([runs["a"]], "images")[1] == [[6000, 12000]]
     for axis in ("minutes", "images"):
         with tiny.user_error(f"--x {axis}", "b/config.json has no images_per_epoch"):
@@ -209,7 +209,7 @@ def test_time_axis_is_computed_from_images_and_rate(tmp_path):
         plot_runs.positions([runs["a"], runs["c"]], "minutes")
 
 
-def test_plot_errors_are_a_line(tmp_path, capsys):
+def test_plot_errors_are_a_one_line_error(tmp_path, capsys):
     folder = write_run(tmp_path / "run", {"test_acc1": 10.0, "test_loss": float("nan")})
     begun = write_run(tmp_path / "begun")
     output = ["--output", tmp_path / "x.png"]
@@ -286,7 +286,7 @@ def test_works_take_turns_after_a_round_to_warm_up():
     def work(name, images):
         return lambda: calls.append(name) or images
 
-    rates = rates_in_turn([work("a", 10), work("b", 5)], 3, torch.device("cpu"))
+    rates = interleaved_rates([work("a", 10), work("b", 5)], 3, torch.device("cpu"))
     assert calls == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert [len(each) for each in rates] == [3, 3]
     row = ratio_row([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
@@ -340,7 +340,7 @@ def test_speed_rows_count_tokens_and_products(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_speed_of_an_unknown_model_is_a_line(capsys):
+def test_speed_of_an_unknown_model_is_a_one_line_error(capsys):
     with pytest.raises(SystemExit):
         speed_test.main(["--models", "deit_tinny_patch16_224", "--device", "cpu"])
     assert "did you mean deit_tiny_patch16_224" in capsys.readouterr().err
@@ -370,7 +370,7 @@ def test_every_way_to_be_taught_is_timed(tmp_path, capsys):
     flags = ["--teacher", "test_resnet", "--input-size", "32", "--batch-size", "2", "--rounds", "1", "--steps", "2"]
     distillation_cost.main([*flags, "--device", "cpu", "--output", str(tmp_path / "cost.json")])
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
-    assert [row["teacher"].split()[0] for row in rows] == ["no", "stored", "50", "live"]
+    assert [row["teacher"].split()[0] for row in rows] == ["no", "cached", "50", "live"]
     assert rows[0]["ratio"] == 1.0 and all(row["images_per_second"] > 0 for row in rows)
     assert capsys.readouterr().out.count("images/s") == 4
 

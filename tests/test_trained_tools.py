@@ -25,8 +25,19 @@ MODEL = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, "--drop-loc"
 def run(tmp_path_factory):
     """Output folder of an EViT trained for an epoch; 16 patches, of which layer 0 keeps 8."""
     folder = tmp_path_factory.mktemp("run")
-    main.cli([*MODEL, *tiny.DATA, "--shrink-start-epoch", "0", "--warmup-epochs", "0", "--epochs", "1", "--amp", "off",
-              "--model-ema-decay", "0.9", "--output-dir", str(folder)])  # fmt: skip
+    flags = [
+        "--shrink-start-epoch",
+        "0",
+        "--warmup-epochs",
+        "0",
+        "--epochs",
+        "1",
+        "--amp",
+        "off",
+        "--model-ema-decay",
+        "0.9",
+    ]
+    main.cli([*MODEL, *tiny.DATA, *flags, "--output-dir", str(folder)])
     return folder
 
 
@@ -47,8 +58,16 @@ def line_of(capsys, tool, *flags):
 def model_of(checkpoint):
     args = torch.load(checkpoint, weights_only=True)
     model = timm.create_model(
-        "evit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3,
-        num_classes=10, drop_loc=(0,), keep_rate=0.5)  # fmt: skip
+        "evit_tiny_distilled_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        num_classes=10,
+        drop_loc=(0,),
+        keep_rate=0.5,
+    )
     model.load_state_dict(args["model"])
     return model.eval()
 
@@ -68,10 +87,18 @@ def test_the_checkpoint_names_model_and_data_and_flags_go_before_it(checkpoint):
     assert evit_blocks(model)[0].keep_rate == 0.25 and not model.training and model.num_classes == 10
 
 
-def test_a_checkpoint_of_the_published_code_is_read_by_its_own_flags(checkpoint, tmp_path):
+def test_a_checkpoint_of_the_original_implementation_is_read_by_its_flags(checkpoint, tmp_path):
     published = argparse.Namespace(
-        model="evit_tiny_distilled_patch16_224", input_size=32, drop_loc="(0,)", base_keep_rate=0.5, fuse_token=False,
-        data_set="CIFAR", data_path="/data", lr=1e-3, patch_size=8)  # fmt: skip
+        model="evit_tiny_distilled_patch16_224",
+        input_size=32,
+        drop_loc="(0,)",
+        base_keep_rate=0.5,
+        fuse_token=False,
+        data_set="CIFAR",
+        data_path="/data",
+        lr=1e-3,
+        patch_size=8,
+    )
     torch.save({"model": model_of(checkpoint).state_dict(), "args": published}, tmp_path / "their.pth")
     flags = ["--resume", str(tmp_path / "their.pth"), "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
     own, run, weights, _ = command.parse(command.get_parser("x", None), flags)
@@ -79,7 +106,7 @@ def test_a_checkpoint_of_the_published_code_is_read_by_its_own_flags(checkpoint,
     assert not evit_blocks(command.load_model(run, weights, own.resume, torch.device("cpu")))[0].fuse_token
 
 
-def test_averaged_weights_are_taken_when_asked_for(checkpoint):
+def test_ema_weights_are_taken_with_the_ema_flag(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     for flags, name in (([], "model"), (["--ema"], "model_ema")):
         _, _, weights, _ = command.parse(command.get_parser("x", None), ["--resume", checkpoint, *flags])
@@ -107,13 +134,13 @@ def test_a_model_is_evaluated_at_another_image_size(checkpoint):
     torch.testing.assert_close(model.pos_embed, expected)
 
 
-def test_checkpoints_that_do_not_say_enough_are_a_line(checkpoint, tmp_path, capsys):
+def test_checkpoints_that_do_not_say_enough_are_a_one_line_error(checkpoint, tmp_path, capsys):
     bare = tmp_path / "bare.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
     assert "does not name its model; add --model" in line_of(capsys, tradeoff, "--resume", bare)
     unnamed = line_of(capsys, tradeoff, "--resume", bare, "--model-kwargs", "depth=2")
     assert "does not name its model; add --model" in unnamed
-    assert "has no averaged weights" in line_of(capsys, tradeoff, "--resume", bare, *MODEL, "--ema")
+    assert "has no EMA weights" in line_of(capsys, tradeoff, "--resume", bare, *MODEL, "--ema")
     assert "no such file" in line_of(capsys, tradeoff, "--resume", tmp_path / "gone.pth")
     contradiction = line_of(capsys, tradeoff, "--resume", checkpoint, "--patch-size", "4")
     assert "was trained with --patch-size 8, not 4" in contradiction
@@ -177,8 +204,8 @@ def test_dropped_patches_differ_visibly_from_kept_ones(color):
     assert (panel(picture, 240, 480, 0, 2) == pixels).all()
     for patch in range(8):
         row, column = divmod(patch, 4)
-        place = np.s_[row * 120 : row * 120 + 120, column * 120 : column * 120 + 120]
-        drawn, original = panel(picture, 240, 480, 1, 2)[place], pixels[place].astype(int)
+        position = np.s_[row * 120 : row * 120 + 120, column * 120 : column * 120 + 120]
+        drawn, original = panel(picture, 240, 480, 1, 2)[position], pixels[position].astype(int)
         if kept[patch]:
             assert (drawn == original).all()
             continue
@@ -217,9 +244,9 @@ def test_sizes_that_are_no_multiple_of_the_patch_are_drawn(size, options):
     drawn = panel(picture, size[0] * zoom, size[1] * zoom, 1, 2)[::zoom, ::zoom]
     for row in range(size[0]):  # pixel by pixel
         for column in range(size[1]):
-            place = (row // 16, column // 16)
-            inside = place[0] < grid[0] and place[1] < grid[1]
-            kept = inside and bool(reduction.kept[place[0] * grid[1] + place[1]])
+            position = (row // 16, column // 16)
+            inside = position[0] < grid[0] and position[1] < grid[1]
+            kept = inside and bool(reduction.kept[position[0] * grid[1] + position[1]])
             assert (drawn[row, column] == pixels[row, column]).all() == kept
 
 
@@ -230,8 +257,9 @@ def test_names_that_are_not_utf8_are_escaped(checkpoint, tmp_path, capsys):
     flags = ["--resume", checkpoint, "--images", str(folder)]
     visualize_tokens.main([*flags, "--output", str(folder / "out")])
     assert r"\udcff/\udcfe.png, 16 patches" in capsys.readouterr().out
-    show_augmentation.main(["--images", str(folder), "--output", str(folder / "out.png"), "--input-size", "32",
-                            "--views", "0"])  # fmt: skip
+    show_augmentation.main(
+        ["--images", str(folder), "--output", str(folder / "out.png"), "--input-size", "32", "--views", "0"]
+    )
     assert r"\udcff/out.png: 2 images" in capsys.readouterr().out
     for name in ("m.onnx", "m.pt2"):
         export.main(["--resume", checkpoint, "--output", str(folder / name)])
@@ -259,12 +287,15 @@ def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
     visualize_tokens.main(flags)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1].split(",")[0] for line in said] == [
-        str(tmp_path / "in" / "b.png"), str(tmp_path / "in" / "deep" / "a.jpg"), str(lone)]  # fmt: skip
+        str(tmp_path / "in" / "b.png"),
+        str(tmp_path / "in" / "deep" / "a.jpg"),
+        str(lone),
+    ]
     picture = Image.open(tmp_path / "files" / "0001.png")  # 32 px enlarged to at least 224, twice
     assert picture.width == 2 * 224 + pictures.GAP + 2 * pictures.MARGIN and picture.height > 224
 
 
-def test_what_cannot_be_drawn_is_a_line(checkpoint, tmp_path, capsys):
+def test_what_cannot_be_drawn_is_a_one_line_error(checkpoint, tmp_path, capsys):
     tool, resume = visualize_tokens, ("--resume", checkpoint, "--output", tmp_path / "out")
     assert "no such file or folder" in line_of(capsys, tool, *resume, "--images", tmp_path / "gone")
     (tmp_path / "empty").mkdir()
@@ -344,7 +375,7 @@ def test_labels_of_near_points_do_not_overlap(tmp_path, monkeypatch, accuracy):
         assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
 
 
-def test_each_layer_may_have_its_rate_and_a_deit_may_be_asked_too(checkpoint, tmp_path, capsys):
+def test_each_layer_may_have_its_rate_and_a_deit_may_be_evaluated(checkpoint, tmp_path, capsys):
     bare = tmp_path / "deit.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
     flags = ["--resume", str(bare), *MODEL, *tiny.DATA, "--drop-loc", "0,1", "--rounds", "1"]
@@ -355,7 +386,7 @@ def test_each_layer_may_have_its_rate_and_a_deit_may_be_asked_too(checkpoint, tm
     assert "0.5,0.25" in capsys.readouterr().out
 
 
-def test_what_has_no_tradeoff_is_a_line(checkpoint, tmp_path, capsys):
+def test_what_has_no_tradeoff_is_a_one_line_error(checkpoint, tmp_path, capsys):
     deit = ["--model", "deit_tiny_distilled_patch16_224", *tiny.MODEL]
     bare = tmp_path / "deit.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
@@ -375,7 +406,7 @@ def test_what_has_no_tradeoff_is_a_line(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tool", [export, tradeoff, visualize_tokens])
-def test_weights_that_are_not_finite_are_a_line(checkpoint, tmp_path, capsys, tool):
+def test_weights_that_are_not_finite_are_a_one_line_error(checkpoint, tmp_path, capsys, tool):
     saved = torch.load(checkpoint, weights_only=True)
     saved["model"]["norm.weight"][3] = float("nan")
     torch.save(saved, file := tmp_path / "nan.pth")

@@ -227,7 +227,7 @@ def test_a_busy_port_is_the_user_s_mistake(started):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_never_arrives_is_a_line(started, monkeypatch, rank):
+def test_a_process_that_never_arrives_is_a_one_line_error(started, monkeypatch, rank):
     monkeypatch.setattr(utils, "JOIN_TIMEOUT", datetime.timedelta(seconds=1))
     port = tiny.free_port()
     with pytest.raises(
@@ -306,7 +306,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(screen, clock):
+def test_progress_without_a_terminal_logs_now_and_then(screen, clock):
     screen, progress = screen(), Progress("teacher", 1000, "image")
     said_at = []
     for second in range(1, 4 * int(Progress.LINE_SECONDS)):
@@ -490,7 +490,7 @@ def device(monkeypatch):
     return device
 
 
-def test_what_a_device_reports_is_said_an_interval_later_without_waiting_for_it(device, lines):
+def test_device_values_are_logged_one_interval_later_without_a_sync(device, lines):
     log = StepLog(epoch=7, num_steps=10, batch_images=8, interval=4, writer=Recorder())
     for step in range(9):
         log.update(step_values(step))
@@ -596,7 +596,7 @@ def test_the_last_line_is_the_message_without_the_worker_s_traceback():
         (FileNotFoundError(2, "No such file or directory"), False),
     ],
 )
-def test_a_killed_loader_process_is_recognised(error, lost):
+def test_a_killed_data_loader_worker_is_recognized(error, lost):
     assert utils.is_lost_loader(error) == lost
 
 

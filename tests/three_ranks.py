@@ -18,7 +18,7 @@ SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_head
 
 
 def steps(module, state_dict, first, last, rank):
-    """The weights after these steps, by a new optimiser and a new DDP, as after a start."""
+    """The weights after these steps, by a new optimizer and a new DDP, as after a start."""
     module.load_state_dict(state_dict)
     model = DistributedDataParallel(module, gradient_as_bucket_view=True)
     engine.settle_buckets(model, torch.zeros(2, 3, 32, 32))

@@ -49,8 +49,8 @@ from samplers import Batch
 from tools import distillation_cost, speed_test
 from tools.chaos import REPOSITORY
 from tools.checkpoint_cost import until_step
-from tools.command import errors_in_a_line
-from tools.timing import compare, describe_environment, rates_in_turn, ratio_row, spread, write_results
+from tools.command import one_line_errors
+from tools.timing import compare, describe_environment, interleaved_rates, ratio_row, spread, write_results
 from utils import StepLog, UserError, World, available_cpus, select_device, set_up_kernels
 
 CLASSES = 1000
@@ -250,7 +250,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str,
     """Epochs of main.py after the first, against a bare step of the same model timed between them."""
     run = parse_args(run_flags(args))
     train, _ = datasets.read_sources(fill(datasets.DataOptions, run))
-    steps = args.steps * (20 if device.type == "cuda" else 3)  # in an epoch, if there are so many images
+    steps = args.steps * (20 if device.type == "cuda" else 3)  # per epoch, if there are enough images
     fraction = min(1.0, (steps + 0.5) * args.batch_size / len(train))
     model = models.place(models.build_model(fill(models.ModelOptions, run), train.num_classes), device)
     if args.compile:
@@ -261,7 +261,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str,
     for where in ("host", "device"):
         flags = run_flags(args, "--augment", where, "--train-fraction", fraction, "--epochs", EPOCHS)
         fresh(args)  # as in a process of its own
-        rates, bare = _epochs_of_a_run(flags, lambda: rates_in_turn([work], 1, device)[0][0])
+        rates, bare = _epochs_of_a_run(flags, lambda: interleaved_rates([work], 1, device)[0][0])
         row = ratio_row(rates, bare) | spread("images_per_second_bare", bare) | {"train_fraction": fraction}
         rows.append({"name": f"main.py --augment {where}", "against": "a bare step of its model"} | row)
     return rows
@@ -269,7 +269,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str,
 
 def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[list[float], list[float]]:
     """Images/s of each epoch but the first, as in log.txt, and the mean of what `between` gave before and after it."""
-    # It takes the place of the evaluation, which is no part of these figures and on a CPU takes longer than the rest.
+    # It replaces the evaluation, which is no part of these figures and takes longer than the rest on a CPU.
     found: list[float] = []
 
     def evaluate_all(*_: Any) -> list[dict[str, float]]:
@@ -334,7 +334,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each section that is asked for; they are printed and written as they come."""
+    """The rows of each chosen section; they are printed and written as they come."""
     results: dict[str, list[dict[str, Any]]] = {}
     for name, section in SECTIONS.items():
         if name not in args.only:
@@ -353,11 +353,15 @@ def get_parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=list(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--batch-size", type=int, help="images in a step; default: 256 on CUDA, else 32")
-    add("--steps", type=int, help="steps in a turn; default: 5 on CUDA, else 2")
-    add("--rounds", type=int, help="counted turns of each; default: 7 on CUDA, else 3")
+    add("--steps", type=int, help="steps per round; default: 5 on CUDA, else 2")
+    add("--rounds", type=int, help="counted rounds of each; default: 7 on CUDA, else 3")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    add("--models", nargs="+", help="whose training steps are timed; the first is also trained end to end; default: "
-        "DeiT-Ti, on CUDA DeiT-S and DeiT-B too")  # fmt: skip
+    add(
+        "--models",
+        nargs="+",
+        help="whose training steps are timed; the first is also trained end to end; default: "
+        "DeiT-Ti, on CUDA DeiT-S and DeiT-B too",
+    )
     add("--teacher", default="regnety_160", help="of distillation, any model of timm's")
     add("--input-size", type=int, default=224, help="pixels")
     add("--data-path", help="folder of CIFAR-10, for whole runs; default: the bundled digits")
@@ -388,7 +392,7 @@ def settle(args: argparse.Namespace, device: torch.device) -> argparse.Namespace
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     torch.set_num_threads(available_cpus())
-    with errors_in_a_line("bench"):
+    with one_line_errors("bench"):
         device = select_device(args.device, 0)
         args = settle(args, device)
         set_up_kernels(deterministic=False)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from checkpoints import BEST, LATEST
-from tools.command import errors_in_a_line
+from tools.command import one_line_errors
 from tools.timing import write_results
 from utils import UserError
 
@@ -144,7 +144,7 @@ def torment(folder: Path, flags: list[str], args: argparse.Namespace, seconds: f
 
 
 def differences(first: Any, second: Any, name: str = "") -> list[str]:
-    """Names of all that is not equal to the bit in two nested dictionaries of tensors and numbers."""
+    """Names of all that is not bitwise identical in two nested dictionaries of tensors and numbers."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return [] if first.dtype == second.dtype and torch.equal(first, second) else [name]
     if isinstance(first, dict) and isinstance(second, dict):
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", type=Path, help="write the report to this JSON file as well")
     add("flags", nargs="*", help="flags of main.py, after --")
     args = parser.parse_args(argv)
-    with errors_in_a_line("chaos"), tempfile.TemporaryDirectory() as folder:
+    with one_line_errors("chaos"), tempfile.TemporaryDirectory() as folder:
         if args.restarts and args.processes < 2:
             raise UserError("--restarts: torchrun restarts runs of several processes; add --processes 2")
         report = torture(args, Path(folder))

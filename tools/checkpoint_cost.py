@@ -2,9 +2,9 @@
 
     python -m tools.checkpoint_cost -- --data-set CIFAR --data-path data/cifar10-jpeg --ram-cache 0
 
-Saving: training steps with and without one checkpoint, in turn in one process. Resuming: real runs of main.py with the
-flags after two hyphens, from their start to the end of the first step, at the beginning of an epoch and in its middle:
-seconds, and what all their processes read. (Linux only.)
+Saving: training steps with and without one checkpoint, interleaved in one process. Resuming: real runs of main.py
+with the flags after two hyphens, from their start to the end of the first step, at the beginning of an epoch and in its
+middle: seconds, and what all their processes read. (Linux only.)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from losses import SupervisedLoss, build_base_criterion
 from models import create_model
 from samplers import Batch
 from tools.chaos import REPOSITORY
-from tools.command import errors_in_a_line
-from tools.timing import rates_in_turn, ratio_row, write_results
+from tools.command import one_line_errors
+from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import RunError, StepLog, StopSignals, World, available_cpus, select_device
 
 
@@ -58,7 +58,7 @@ def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict
 
         return steps
 
-    without, with_one = rates_in_turn([work(False), work(True)], args.rounds, device)
+    without, with_one = interleaved_rates([work(False), work(True)], args.rounds, device)
     return ratio_row(with_one, without) | {
         "steps": args.steps,
         "seconds_of_steps": args.steps * args.batch_size / sorted(without)[len(without) // 2],
@@ -112,7 +112,7 @@ def until_step(flags: list[str], folder: Path, step: int) -> dict[str, float]:
 
 
 def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[str, Any]:
-    """A fresh start and one that resumes the first epoch at step `middle`, in turn; medians of each."""
+    """A fresh start and one that resumes the first epoch at step `middle`, interleaved; medians of each."""
     until_step(flags, folder / "run", middle)
     starts: dict[str, list[dict[str, float]]] = {"fresh": [], "resumed": []}
     for number in range(rounds):
@@ -135,13 +135,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off is float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--steps", type=int, default=4, help="training steps for one checkpoint")
-    add("--rounds", type=int, default=5, help="counted turns of each")
+    add("--rounds", type=int, default=5, help="counted rounds of each")
     add("--middle", type=int, default=300, help="step of the first epoch at which a run is stopped and resumed")
     add("--output", type=Path, help="write the report to this JSON file as well")
     add("flags", nargs="*", help="flags of main.py for the runs that are resumed, after --")
     args = parser.parse_args(argv)
     torch.set_num_threads(available_cpus())
-    with errors_in_a_line("checkpoint_cost"), tempfile.TemporaryDirectory() as folder:
+    with one_line_errors("checkpoint_cost"), tempfile.TemporaryDirectory() as folder:
         device = select_device(args.device, 0)
         report = {"saving": saving(args, device, Path(folder))}
         saved = report["saving"]

@@ -19,13 +19,13 @@ import datasets
 import flags
 from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
-from utils import RunError, UserError, escaped, fault, logger
+from utils import RunError, UserError, escaped, known_cause, logger
 
 PROBE = 1009  # classes of a model that is built to find its classification layer; the width of no other layer
 
 
 @contextlib.contextmanager
-def errors_in_a_line(tool: str) -> Iterator[None]:
+def one_line_errors(tool: str) -> Iterator[None]:
     """Exit with status 2 and a one-line error on a user's mistake, such as a file that cannot be written.
 
     What is printed may hold file names that are not UTF-8: they are escaped.
@@ -42,7 +42,7 @@ def errors_in_a_line(tool: str) -> Iterator[None]:
         print(f"{tool}: error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if not (why := fault(error)):  # such as a data-loader worker that is gone
+        if not (why := known_cause(error)):  # such as a data-loader worker that is gone
             raise
         print(f"{tool}: {escaped(why)}", file=sys.stderr)
         sys.exit(1)
@@ -135,7 +135,7 @@ def _weights_of(own: argparse.Namespace, checkpoint: Mapping[str, Any]) -> dict[
         return None
     weights = (ema_of if own.ema else weights_of)(checkpoint, "--resume", own.resume)
     if weights is None:
-        raise UserError(f"--ema: {own.resume} has no averaged weights; drop the flag")
+        raise UserError(f"--ema: {own.resume} has no EMA weights; drop the flag")
     return weights
 
 
@@ -148,7 +148,7 @@ def _check_start(own: argparse.Namespace, run: argparse.Namespace) -> None:
     if not own.resume and (not run.pretrained or run.model is None):
         raise UserError("--resume: there are no weights; add --resume FILE, or --model NAME --pretrained")
     if not own.resume and own.ema:
-        raise UserError("--ema: timm's pretrained weights have no EMA weights beside them; drop the flag")
+        raise UserError("--ema: timm's pretrained weights come without EMA weights; drop the flag")
     if run.model is None:
         raise UserError(f"--resume {own.resume}: the file does not name its model; add --model NAME")
 
@@ -218,7 +218,7 @@ def _num_classes(options: ModelOptions, weights: Mapping[str, torch.Tensor]) -> 
     heads = config.classifier if config is not None else None
     if heads:
         names = [f"{head}.weight" for head in ([heads] if isinstance(heads, str) else heads)]
-    else:  # the model does not say: a layer that has as many rows as classes are asked for
+    else:  # the model does not say: a layer that has as many rows as --num-classes
         tensors = build_model(options, PROBE, eval_only=True).state_dict()
         names = [name for name, tensor in tensors.items() if tensor.shape[:1] == (PROBE,)]
     for name in names:

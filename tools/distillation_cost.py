@@ -20,15 +20,15 @@ from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_cri
 from models import create_model, place
 from samplers import Batch
 from teachers import CachedTeacher, FrozenTeacher, Labels, LogProbabilities, TeacherCache
-from tools.command import errors_in_a_line
-from tools.timing import rates_in_turn, ratio_row, write_results
+from tools.command import one_line_errors
+from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import available_cpus, select_device
 
 CLASSES = 1000
 
 
 def student(name: str, input_size: int, amp: torch.dtype | None, device: torch.device, compiled: bool) -> Any:
-    """A model to train, with its optimiser."""
+    """A model to train, with its optimizer."""
     model = create_model(name, flag="--student", num_classes=CLASSES, input_size=(input_size, input_size))
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     live = FrozenTeacher(place(model, device), same, same)
     base = build_base_criterion(False, 0.1)
 
-    def stored(codec: Labels | LogProbabilities, name: str, kind: str) -> DistillationLoss:
+    def cached(codec: Labels | LogProbabilities, name: str, kind: str) -> DistillationLoss:
         (folder / name).mkdir()
         cache = TeacherCache(folder / name, codec, 4 * args.batch_size, 0, 1)
         teacher = CachedTeacher(cache, lambda: 0, lambda batch: torch.randn(len(batch.positions), CLASSES))
@@ -77,8 +77,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
 
     ways: dict[str, tuple[str, Any]] = {
         "no teacher": (args.student, SupervisedLoss(base)),
-        "stored labels (hard)": (args.distilled, stored(Labels(CLASSES), "hard", "hard")),
-        "50 stored probabilities (soft)": (args.distilled, stored(LogProbabilities(CLASSES, 50), "soft", "soft")),
+        "cached labels (hard)": (args.distilled, cached(Labels(CLASSES), "hard", "hard")),
+        "50 cached probabilities (soft)": (args.distilled, cached(LogProbabilities(CLASSES, 50), "soft", "soft")),
         f"live {args.teacher} (hard)": (
             args.distilled,
             DistillationLoss(base, live, LossOptions(distillation_type="hard")),
@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
         steps(student(name, size, amp, device, args.compile), criterion, batches, args.steps)
         for name, criterion in ways.values()
     ]
-    rates = rates_in_turn(works, args.rounds, device)
+    rates = interleaved_rates(works, args.rounds, device)
     return [{"teacher": way} | ratio_row(own, rates[0]) for way, own in zip(ways, rates, strict=True)]
 
 
@@ -104,8 +104,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off is float32")
     add("--compile", action="store_true", help="torch.compile the students")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--steps", type=int, default=2, help="steps in a turn")
-    add("--rounds", type=int, default=7, help="counted turns of each")
+    add("--steps", type=int, default=2, help="steps per round")
+    add("--rounds", type=int, default=7, help="counted rounds of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
     return parser
 
@@ -113,7 +113,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     torch.set_num_threads(available_cpus())
-    with errors_in_a_line("distillation_cost"), tempfile.TemporaryDirectory() as folder:
+    with one_line_errors("distillation_cost"), tempfile.TemporaryDirectory() as folder:
         device = select_device(args.device, 0)
         rows = measure(args, device, Path(folder))
     for row in rows:

@@ -260,14 +260,16 @@ def readme(about: Mapping[str, Any], modules: Sequence[Path], best_acc1: Any) ->
         f"## Load it\n\nWith timm {timm.__version__} or newer:",
         _indented(code),
         f"## Preprocess images\n\nImages are {crop}, and normalized:",
-        _indented([
-            "config = timm.data.resolve_model_data_config(model)",
-            "transform = timm.data.create_transform(**config, is_training=False)",
-            'logits = model(transform(image.convert("RGB"))[None])  # image: a PIL image',
-        ]),
+        _indented(
+            [
+                "config = timm.data.resolve_model_data_config(model)",
+                "transform = timm.data.create_transform(**config, is_training=False)",
+                'logits = model(transform(image.convert("RGB"))[None])  # image: a PIL image',
+            ]
+        ),
         _indented([f"{key}: {about[key]}" for key in TRANSFORM]),
         *(["## Classes", _indented(classes), more] if names else []),
-    ]  # fmt: skip
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -346,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", required=True, help="NAME.onnx, NAME.pt2, or a folder for timm: no suffix, or NAME/"
     )
-    with command.errors_in_a_line("export"):
+    with command.one_line_errors("export"):
         trained = command.parse(parser, argv)
         output, lines = trained.own.output, []
         if output.endswith("/") or not Path(output).suffix:

@@ -1,6 +1,6 @@
 """What the training loop and the keyed loader cost: `python -m tools.loop_overhead`.
 
-Two ratios, each of two things done in turn in one process, so that a machine's moods cancel:
+Two ratios. Both sides of each are interleaved in one process, so that drift cancels:
   loop    images/s of `engine.train_one_epoch` on ready batches : a bare forward, backward and step of the same model
   loader  images/s of keyed reading : reading the same images with the same transform and no keys
 """

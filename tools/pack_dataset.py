@@ -41,24 +41,42 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 def build_parser() -> Parser:
-    # What main.py says of --skip-broken-images (that others take their places) is not so here.
+    # In main.py, --skip-broken-images replaces images by others. Here it drops them.
     parser = Parser(prog="python -m tools.pack_dataset", description=__doc__, conflict_handler="resolve")
     add_data_arguments(parser)
     parser.set_defaults(data_set=None)
     add = parser.add_argument_group("pack").add_argument
     add("--output", type=Path, required=True, help="folder of the pack")
-    add("--size", type=in_range(int, 1, 16384), default=256, metavar="PIXELS", help="short side of an image; "
+    add(
+        "--size",
+        type=in_range(int, 1, 16384),
+        default=256,
+        metavar="PIXELS",
+        help="short side of an image; "
         "its long side is at most 1.5 times this, even if that makes the short side shorter: 256 turns 16:9 into "
-        "384x216; smaller images stay as they are")  # fmt: skip
-    add("--format", choices=packs.KINDS, default="uint8", help="uint8: pixels, which need no decoding; jpeg: about a "
-        "seventh of their space")  # fmt: skip
+        "384x216; smaller images stay as they are",
+    )
+    add(
+        "--format",
+        choices=packs.KINDS,
+        default="uint8",
+        help="uint8: pixels, which need no decoding; jpeg: about a seventh of their space",
+    )
     add("--quality", type=in_range(int, 1, 100), help="of --format jpeg; default: 90")
     add("--shard-mib", type=in_range(float, 0, open_low=True), default=1024, help="length of the files")
-    add("--skip-broken-images", type=in_range(int, 0), default=0, metavar="N", help="drop up to N training "
-        "images that cannot be read; validation images are never dropped")  # fmt: skip
+    add(
+        "--skip-broken-images",
+        type=in_range(int, 0),
+        default=0,
+        metavar="N",
+        help="drop up to N training images that cannot be read; validation images are never dropped",
+    )
     add("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace a pack in --output")
-    add("--verify", action="store_true", help="read the pack and compare its checksums, after packing, or without "
-        "--data-set and --data-path only that")  # fmt: skip
+    add(
+        "--verify",
+        action="store_true",
+        help="read the pack and compare its checksums, after packing, or without --data-set and --data-path only that",
+    )
     return parser
 
 
@@ -181,7 +199,7 @@ def _write_split(folder: Path, split: str, records: Iterable[Record], shard_byte
 
 
 class _Shards:
-    """Files of at most so many bytes, filled one after the other."""
+    """Files of at most `limit` bytes, filled one after the other."""
 
     def __init__(self, folder: Path, split: str, limit: int) -> None:
         self.folder, self.split, self.limit = folder, split, limit
@@ -189,7 +207,7 @@ class _Shards:
         self.stream: BinaryIO | None = None
 
     def add(self, content: bytes) -> tuple[int, int]:
-        """Append a record; its shard's number and its place there."""
+        """Append a record; returns the index of its shard and its offset there."""
         if self.stream is None or self.written[-1]["bytes"] + len(content) > self.limit:
             self.close()
             name = f"{self.split}_{len(self.written):05d}.bin"
@@ -226,12 +244,12 @@ class Reader:
         self.limit, self.encode = limit, encode
         self.skipped: list[str] = []
 
-    def read(self, source: Source, place: int) -> Record | str:
+    def read(self, source: Source, position: int) -> Record | str:
         """The record of one image, or what is wrong with it."""
         try:
-            image, target = source[place]
+            image, target = source[position]
         except RunError as error:
-            return f"{source.images.describe(source.order[place])} ({error.__cause__})"
+            return f"{source.images.describe(source.order[position])} ({error.__cause__})"
         return self.encode(image, target)
 
     def records(self, source: Source, split: str, pool: ThreadPoolExecutor) -> Iterator[Record]:
@@ -261,14 +279,14 @@ class Reader:
         """About how many bytes all records will take, judged by a few."""
         total = 0.0
         for source in sources:
-            probes = [self.read(source, place) for place in np.linspace(0, len(source) - 1, PROBES).astype(int)]
+            probes = [self.read(source, position) for position in np.linspace(0, len(source) - 1, PROBES).astype(int)]
             lengths = [len(record.content) for record in probes if isinstance(record, Record)]
             total += len(source) * float(np.mean(lengths or [0]) + packs.INDEX.itemsize)
         return total
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """`map` by a pool that is never more than so many results ahead."""
+    """`map` by a pool that is at most `ahead` results ahead."""
     pending: deque = deque()
     try:
         for item in items:
@@ -330,7 +348,11 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
     shards = [shard for part in about["splits"].values() for shard in part["shards"]]
     logger.info(
         "packed %d images into %d files, %.1f MiB, in %.1f s (%.0f images/s), %d skipped",
-        *(images, len(shards), sum(shard["bytes"] for shard in shards) / 2**20, seconds, images / seconds),
+        images,
+        len(shards),
+        sum(shard["bytes"] for shard in shards) / 2**20,
+        seconds,
+        images / seconds,
         len(reader.skipped),
     )
     return about
@@ -350,7 +372,7 @@ def check(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with command.errors_in_a_line("pack_dataset"):
+    with command.one_line_errors("pack_dataset"):
         own = build_parser().parse_args(argv)
         set_up_logging(World.alone(torch.device("cpu")))
         packing = own.data_set is not None or own.data_path is not None

@@ -23,7 +23,7 @@ RC = {"font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.
 RC |= {"lines.markersize": 4.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
-_LABEL_PLACES = [  # above or below the error bar, offset to the side and away from it in points; the nearest first
+_LABEL_POSITIONS = [  # above or below the error bar, offset to the side and away from it in points; the nearest first
     (up, side * distance, up * distance)
     for distance in (4, 15, 26, 37, 48)
     for up in (1, -1)
@@ -103,7 +103,7 @@ def limits(
 def label_points(axes: Any, points: Sequence[tuple[float, float]], bars: Sequence[Box], labels: Sequence[str]) -> None:
     """Write a label above or below the error bars of each point where it covers no other label and no other bars.
 
-    A label that finds no such place is written above its bar. Set the limits of the axes before.
+    A label that finds no free position is written above its bar. Set the limits of the axes before.
 
     Args:
         bars: ends of each point's error bars.
@@ -121,8 +121,8 @@ def label_points(axes: Any, points: Sequence[tuple[float, float]], bars: Sequenc
     for (x, _), (_, y0, _, y1), label in zip(points, bars, labels, strict=True):
         text = axes.annotate(label, (x, y1), (0, 0), textcoords="offset points", ha="center", arrowprops=line)
         text.set_in_layout(False)  # which has been fixed
-        for place in (*_LABEL_PLACES, _LABEL_PLACES[0]):
-            up, aside, away = place
+        for position in (*_LABEL_POSITIONS, _LABEL_POSITIONS[0]):
+            up, aside, away = position
             text.xy = (x, y1 if up > 0 else y0)
             text.set(position=(aside, away), va="bottom" if up > 0 else "top")
             text.update_positions(renderer)

@@ -119,10 +119,10 @@ def value_limits(key: str, values: Sequence[float]) -> tuple[float, float]:
     return pictures.limits(values, narrowest, 0.0 if min(values) >= 0 else -math.inf)
 
 
-def draw_panel(axes: Any, key: str, runs: Sequence[Run], places: Sequence[Sequence[float | None]]) -> None:
+def draw_panel(axes: Any, key: str, runs: Sequence[Run], all_xs: Sequence[Sequence[float | None]]) -> None:
     """Draw one value of all runs, with a marker at records that have it."""
     drawn = []
-    for index, (run, xs) in enumerate(zip(runs, places, strict=True)):
+    for index, (run, xs) in enumerate(zip(runs, all_xs, strict=True)):
         points = [(x, y) for x, y in zip(xs, run.values(key), strict=True) if x is not None and y is not None]
         if points:
             every = -(-len(points) // MOST_MARKERS)
@@ -144,7 +144,7 @@ def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path) -> Non
     from matplotlib.lines import Line2D  # slow to import
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    label, places = positions(runs, axis)
+    label, all_xs = positions(runs, axis)
     columns = min(len(keys), 3 if len(keys) in (3, 5, 6, 9) else 2)
     rows = -(-len(keys) // columns)
     names = [pictures.plain(name) for name in short_names([run.folder for run in runs])]
@@ -157,7 +157,7 @@ def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path) -> Non
         figure.get_layout_engine().set(rect=(0, share, 1, 1 - share), w_pad=0.1, h_pad=0.1)
         panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
         for axes, key in zip(panels, keys, strict=False):
-            draw_panel(axes, key, runs, places)
+            draw_panel(axes, key, runs, all_xs)
             axes.set_xlabel(label)
             axes.tick_params(labelbottom=True)  # which sharing turns off, except in the last row
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=axis == "epoch"))
@@ -170,7 +170,7 @@ def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with command.errors_in_a_line("plot_runs"):
+    with command.one_line_errors("plot_runs"):
         own = build_parser().parse_args(argv)
         pictures.check_plot_name(own.output)
         folders = {os.path.abspath(folder): folder for folder in own.folders}  # each once

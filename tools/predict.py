@@ -201,7 +201,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    with command.errors_in_a_line("predict"):
+    with command.one_line_errors("predict"):
         own, run, weights, about = command.parse(parser, argv, reads_data=False)
         world = init_distributed(run.device)
         set_up_logging(world)

@@ -183,11 +183,11 @@ def confused_pairs(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any
         {
             "true": names[true],
             "predicted": names[predicted],
-            "images": int(counts[place]),
-            "share": 100 * int(counts[place]) / int(images[true]),
+            "images": int(counts[position]),
+            "share": 100 * int(counts[position]) / int(images[true]),
         }
-        for place in np.argsort(-counts, kind="stable")
-        for true, predicted in [pairs[:, place]]
+        for position in np.argsort(-counts, kind="stable")
+        for true, predicted in [pairs[:, position]]
     ]
 
 
@@ -204,15 +204,15 @@ def mistakes(outcome: Outcome, names: Sequence[str], source: Data, number: int) 
     is_indexed = isinstance(source, Source)
     return [
         {
-            "position": int(outcome.positions[place]),
-            "image": source.images.describe(source.order[outcome.positions[place]]) if is_indexed else None,
-            "true": names[outcome.targets[place]],
-            "predicted": names[outcome.predicted[place]],
-            "probability": float(outcome.confidence[place]),
-            "true_probability": float(outcome.true_probability[place]),
+            "position": int(outcome.positions[position]),
+            "image": source.images.describe(source.order[outcome.positions[position]]) if is_indexed else None,
+            "true": names[outcome.targets[position]],
+            "predicted": names[outcome.predicted[position]],
+            "probability": float(outcome.confidence[position]),
+            "true_probability": float(outcome.true_probability[position]),
             "picture": f"mistake_{rank:02d}.png" if is_indexed else None,
         }
-        for rank, place in enumerate(chosen)
+        for rank, position in enumerate(chosen)
     ]
 
 
@@ -326,7 +326,7 @@ def thumbnail(image: Image.Image, side: int = 224) -> Image.Image:
 
 
 def write(report: dict[str, Any], files: Data, folder: Path) -> None:
-    """Write the report, in place of an earlier one.
+    """Write the report and replace an earlier one.
 
     Raises:
         UserError: see `earlier_report`, or if the folder cannot be written.
@@ -364,7 +364,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    with command.errors_in_a_line("report"):
+    with command.one_line_errors("report"):
         trained = command.parse(parser, argv)
         own, run = trained.own, trained.run
         if own.keep_rates and not is_evit(run.model):

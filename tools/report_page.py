@@ -102,9 +102,9 @@ def _draw_keep_rates(rows: Sequence[dict[str, Any]], file: Path) -> None:
             (False, BLUE, "o", "other keep rates"),
             (True, ORANGE, "D", "the model's own"),
         ):
-            chosen = [place for place, row in enumerate(rows) if row["is_own"] == own]
-            tops = np.array([rows[place]["acc1"] for place in chosen])
-            margins = np.abs(np.array([rows[place]["interval"] for place in chosen]).reshape(-1, 2).T - tops)
+            chosen = [index for index, row in enumerate(rows) if row["is_own"] == own]
+            tops = np.array([rows[index]["acc1"] for index in chosen])
+            margins = np.abs(np.array([rows[index]["interval"] for index in chosen]).reshape(-1, 2).T - tops)
             axes.errorbar(chosen, tops, margins, fmt=marker, color=color, capsize=4, label=label)
         axes.set_xticks(range(len(rows)), labels=[rate_label(row["keep_rate"]) for row in rows])
         axes.set(xlabel="keep rate", ylabel="top-1 accuracy (%)")
@@ -250,7 +250,7 @@ def _keep_rates(report: dict[str, Any]) -> str:
 
 
 def page(report: dict[str, Any]) -> str:
-    """The report as an HTML page, which needs nothing but the PNG files beside it."""
+    """The report as an HTML page, which needs nothing but the PNG files next to it."""
     sections = {
         "Summary": _summary(report),
         "Accuracy by class": _classes(report),

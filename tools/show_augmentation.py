@@ -22,7 +22,7 @@ from timm.data.auto_augment import AugmentOp
 
 from augment import Policy, TrainAugmentation, ViewOptions
 from augment.image_ops import Resampler, paint
-from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolour
+from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolor
 from datasets import KNOWN_NAMES, DataOptions, build_sources, build_train_transform
 from flags import Parser, add_data_arguments, fill, in_range
 from packs import PACK
@@ -110,7 +110,7 @@ def operate(images: torch.Tensor, name: str, level: float, sign: float) -> torch
         images, (0 * ones, 0 * ones, side * ones, side * ones), map
     )
     views = paint(views, map.outside(side, side), torch.tensor(FILL, dtype=torch.uint8).view(1, 3, 1, 1))
-    return recolour(views, step, frozenset(KINDS))
+    return recolor(views, step, frozenset(KINDS))
 
 
 def operation_rows(images: Sequence[Image.Image], policy: str, seed: int) -> list[Row]:
@@ -135,7 +135,7 @@ def operation_rows(images: Sequence[Image.Image], policy: str, seed: int) -> lis
 
 
 def as_pictures(views: torch.Tensor) -> list[np.ndarray]:
-    """Normalised [B, 3, H, W] as uint8 [H, W, 3] each."""
+    """Normalized [B, 3, H, W] as uint8 [H, W, 3] each."""
     pixels = views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     return list((pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy())
 
@@ -146,9 +146,9 @@ def view_rows(images: Sequence[Image.Image], policy: str, size: int, seed: int, 
     transform = build_train_transform(options, (MEAN, STD))
     sizes = torch.tensor([image.size[::-1] for image in images])
     height, width = sizes.amax(dim=0).tolist()
-    stored = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    for frame, image in zip(stored, images, strict=True):
-        frame[:, : image.height, : image.width] = as_batch([image])[0]
+    buffer = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for padded, image in zip(buffer, images, strict=True):
+        padded[:, : image.height, : image.width] = as_batch([image])[0]
     augmentation = TrainAugmentation((height, width), options, (MEAN, STD))
     rows = []
     for row in range(number):
@@ -157,7 +157,7 @@ def view_rows(images: Sequence[Image.Image], policy: str, size: int, seed: int, 
         for image, key in zip(images, keys.tolist(), strict=True):
             seed_generators(key)
             theirs.append(transform(image))
-        ours = augmentation(stored, sizes, torch.from_numpy(keys.view(np.int64)))
+        ours = augmentation(buffer, sizes, torch.from_numpy(keys.view(np.int64)))
         pairs = zip(as_pictures(torch.stack(theirs)), as_pictures(ours), strict=True)
         rows.append((f"view {row + 1}", [picture for pair in pairs for picture in pair]))
     return rows
@@ -177,7 +177,7 @@ def draw(rows: Sequence[Row]) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with command.errors_in_a_line("show_augmentation"):
+    with command.one_line_errors("show_augmentation"):
         own = build_parser().parse_args(argv)
         set_up_logging(World.alone(torch.device("cpu")))
         if own.output.suffix.lower() not in Image.registered_extensions():
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if own.aa not in ("", "none"):
             Policy(own.aa)  # refuses those that cannot be compared
         source = find_source(own)
-        images = [source[place][0] for place in range(len(source))]
+        images = [source[position][0] for position in range(len(source))]
         square = [ImageOps.fit(image, (own.input_size,) * 2, Image.Resampling.BICUBIC) for image in images]
         rows = [("original", [np.array(image) for image in square for _ in range(2)])]
         if own.aa not in ("", "none"):

@@ -1,4 +1,4 @@
-"""How fast models are, measured in turn in one process: `python -m tools.speed_test --models A B ...`.
+"""How fast models are, interleaved in one process: `python -m tools.speed_test --models A B ...`.
 
 The first model of the table (at its first keep rate, for an EViT) is the reference of the ratios.
 """
@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 import engine
 import models_evit
 from models import count_macs, create_model
-from tools.command import errors_in_a_line
-from tools.timing import rates_in_turn, ratio_row, write_results
+from tools.command import one_line_errors
+from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import available_cpus, select_device
 
 
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
         make = training if args.train else inference
         works = [make(model, images, amp, args.steps) for model in built]
         with sdpa_kernel(SDPBackend.MATH) if args.attention == "math" else contextlib.nullcontext():
-            rates = rates_in_turn(works, args.rounds, device)
+            rates = interleaved_rates(works, args.rounds, device)
             peaks = [peak_memory(work, device) for work in works]
         for (name, rate), fact, peak, own in zip(pairs, facts, peaks, rates, strict=True):
             row = {"model": name, "keep_rate": rate, "batch_size": batch_size} | ratio_row(own, rates[0]) | fact
@@ -162,14 +162,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch-sizes", nargs="+", type=int, default=[32], help="images in a pass")
     add("--keep-rates", nargs="+", type=float, default=[0.7], help="of every EViT among the models")
     add("--input-size", type=int, default=224, help="pixels")
-    add("--train", action="store_true", help="forward, backward and update in place of inference")
+    add("--train", action="store_true", help="time forward, backward and update instead of inference")
     add("--compile", action="store_true", help="torch.compile the models")
-    add("--attention", choices=("fused", "math"), default="fused", help="math: with the whole attention matrix in "
-        "memory, as the published code has it")  # fmt: skip
+    add("--attention", choices=("fused", "math"), default="fused", help="math: with attention matrices in memory")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off is float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--steps", type=int, default=2, help="passes in a turn")
-    add("--rounds", type=int, default=9, help="counted turns of each")
+    add("--steps", type=int, default=2, help="passes per round")
+    add("--rounds", type=int, default=9, help="counted rounds of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
     return parser
 
@@ -177,7 +176,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     torch.set_num_threads(available_cpus())
-    with errors_in_a_line("speed_test"):
+    with one_line_errors("speed_test"):
         device = select_device(args.device, 0)
         rows = measure(args, device)
     print(table(rows))

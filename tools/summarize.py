@@ -110,7 +110,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with command.errors_in_a_line("summarize"):
+    with command.one_line_errors("summarize"):
         own = build_parser().parse_args(argv)
         rows, failed = [], []
         for folder in own.folders:

@@ -1,4 +1,4 @@
-"""Timing things in turn, and files of results/, which say what they were measured on."""
+"""Interleaved timing, and the files of results/, which name the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def rates_in_turn(works: Sequence[Callable[[], int]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Run all in turn, `rounds` times after one round to warm up; images/s of each in each counted round.
+def interleaved_rates(works: Sequence[Callable[[], int]], rounds: int, device: torch.device) -> list[list[float]]:
+    """Time all, interleaved, in `rounds` rounds after one to warm up; images/s of each in each counted round.
 
-    Each work returns how many images it handled. Taking turns cancels the moods of a machine; every other round goes
-    backwards, so that a drift favours nobody.
+    Each work returns how many images it handled. Interleaving cancels drift of the machine. Every other round runs
+    backwards, so that drift within a round cancels, too.
     """
     rates: list[list[float]] = [[] for _ in works]
     for number in range(rounds + 1):
@@ -78,14 +78,14 @@ def ratio_row(rates: Sequence[float], reference: Sequence[float]) -> dict[str, f
 def compare(
     first: Callable[[], int], second: Callable[[], int], rounds: int, device: torch.device, second_name: str = "bare"
 ) -> dict[str, float]:
-    """Images/s of both, taken in turn, and the ratio of the first to the second.
+    """Images/s of both, interleaved, and the ratio of the first to the second.
 
     Args:
-        first, second: works as `rates_in_turn` takes them.
-        rounds: counted turns of each.
+        first, second: works as `interleaved_rates` takes them.
+        rounds: counted rounds of each.
         second_name: the second's rate is called `images_per_second_NAME`.
     """
-    rates = rates_in_turn([first, second], rounds, device)
+    rates = interleaved_rates([first, second], rounds, device)
     return ratio_row(rates[0], rates[1]) | spread(f"images_per_second_{second_name}", rates[1])
 
 

@@ -2,8 +2,8 @@
 
     python -m tools.tradeoff --resume output/best.pth --keep-rates 1 0.9 0.8 0.7 0.6 0.5 --output tradeoff.json
 
-A DeiT can be asked as well: add `--model` with the evit_* model of its size. A model of your own needs EViT blocks and
-an entry point that takes `keep_rate`. Speed is that of inference, in turn in one process.
+A DeiT checkpoint works as well: add `--model` with the evit_* model of its size. A model of your own needs EViT blocks
+and an entry point that takes `keep_rate`. Speed is that of inference; the rates are interleaved in one process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from models import normalization
 from models_evit import evit_blocks, is_evit
 from tools import command, pictures
 from tools.speed_test import describe, inference
-from tools.timing import rates_in_turn, ratio_row, write_results
+from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import UserError, World, available_cpus, init_distributed
 
 NARROWEST_ACCURACY = 5.0  # percentage points that the axis spans at least
@@ -55,7 +55,7 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
     height, width = run.input_size[0], run.input_size[-1]
     images = torch.randn(run.batch_size, 3, height, width, device=world.device)
     works = [inference(model, images, amp, own.steps) for model in models]
-    rates = rates_in_turn(works, own.rounds, world.device)
+    rates = interleaved_rates(works, own.rounds, world.device)
     return [
         {"keep_rate": rate}
         | {name: stat[name] for name in ("acc1", "acc5", "loss", "images")}
@@ -120,12 +120,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("tradeoff", __doc__)
     default = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
     add = parser.add_argument
-    add("--keep-rates", nargs="+", type=keep_rates, default=default, metavar="RATE", help="one for all "
-        "reducing layers, or one per layer: 0.7,0.7,0.5")  # fmt: skip
-    add("--steps", type=in_range(int, 1), default=2, help="passes in a turn of the speed measurement")
-    add("--rounds", type=in_range(int, 1), default=5, help="counted turns of each keep rate")
-    add("--output", type=Path, help="write the rows to this JSON file, and a plot beside it")
-    with command.errors_in_a_line("tradeoff"):
+    add(
+        "--keep-rates",
+        nargs="+",
+        type=keep_rates,
+        default=default,
+        metavar="RATE",
+        help="one for all reducing layers, or one per layer: 0.7,0.7,0.5",
+    )
+    add("--steps", type=in_range(int, 1), default=2, help="passes per round of the speed measurement")
+    add("--rounds", type=in_range(int, 1), default=5, help="counted rounds of each keep rate")
+    add("--output", type=Path, help="write the rows to this JSON file, and a plot next to it")
+    with command.one_line_errors("tradeoff"):
         trained = command.parse(parser, argv)
         own, run = trained.own, trained.run
         torch.set_num_threads(available_cpus())

@@ -130,11 +130,14 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> sou
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("visualize_tokens", __doc__)
-    parser.add_argument("--images", nargs="+", help="files and folders, turned upright by "
-        "their EXIF orientation; default: the validation data")  # fmt: skip
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        help="files and folders, turned upright by their EXIF orientation; default: the validation data",
+    )
     parser.add_argument("--num-images", type=in_range(int, 1), default=8, help="how many validation images")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
-    with command.errors_in_a_line("visualize_tokens"):
+    with command.one_line_errors("visualize_tokens"):
         own, run, weights, _ = command.parse(parser, argv)
         world = init_distributed(run.device)
         model = command.load_model(run, weights, own.resume, world.device)
