@@ -182,6 +182,32 @@ def test_a_teacher_recipe_writes_what_its_student_reads():
             assert f"recipes/{teacher.name}" in header(recipe)
 
 
+# -- docs/results.md ---------------------------------------------------------------------------------------------------
+
+
+def stated(what, recipe):
+    """The top-1 accuracy that the header of a recipe states as `Published` or `Measured`, or None."""
+    found = re.search(rf"^ {what}: ([\d.]+) % top-1", header(recipe), flags=re.MULTILINE)
+    return found and found[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_results_have_a_row_that_agrees_with_the_header(recipe):
+    page = (tiny.REPOSITORY / "docs" / "results.md").read_text()
+    (row,) = re.findall(rf"^\| `{recipe.stem}` \|(.*)\|$", page, flags=re.MULTILINE)
+    _, _, published, ours, _ = (cell.strip() for cell in row.split("|"))
+    assert published.split()[0] == (stated("Published", recipe) or "not")
+    assert ours.split()[0] == (stated("Measured", recipe) or "not")
+    assert published[0].isdigit() or published == "not published"
+    assert ours[0].isdigit() or ours == "not measured"
+
+
+def test_results_have_no_row_without_a_recipe():
+    page = (tiny.REPOSITORY / "docs" / "results.md").read_text()
+    names = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert sorted(names) == [recipe.stem for recipe in RECIPES]
+
+
 # -- reading a recipe --------------------------------------------------------------------------------------------------
 
 
