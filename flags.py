@@ -337,15 +337,15 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=path_name,
         default="",
-        help="checkpoint (file or https address) to resume, or to evaluate; auto: the newest here",
+        help="checkpoint to resume or evaluate (file or https address); auto: the newest in --output-dir",
     )
     start = "first epoch of a run that resumes no checkpoint; schedules and views are those of that epoch"
     add("--start-epoch", type=_NATURAL, default=0, metavar="N", help=start)
     add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
-    overdue = "seconds after a stop signal without an update until the run saves the last one and ends anyway"
+    overdue = "seconds without an update after a stop signal until the run saves the last update and ends"
     add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
     add("--max-skipped-steps", type=_NATURAL, default=0, metavar="N", help="skip up to N non-finite updates per epoch")
-    dry = "make two updates, evaluate one batch, say what the run would take, and save nothing"
+    dry = "make two updates, evaluate one batch, print the time and memory of the run, and save nothing"
     add("--dry-run", action=_SWITCH, default=False, help=dry)
     add("--log-wandb", metavar="PROJECT", default="", help="log to this project of Weights & Biases too")
     add("--eval", action=_SWITCH, default=False, help="evaluate only")
@@ -353,13 +353,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     early = "end after N epochs without a better top-1; default: train all --epochs"
     add("--early-stop", type=_COUNT, metavar="N", help=early)
     add("--log-interval", type=_COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
-    add("--num-workers", type=_NATURAL, help="data-loader workers per rank; default: its CPUs, at most 10")
+    add("--num-workers", type=_NATURAL, help="data-loader workers per rank; default: the CPUs of the rank, at most 10")
     add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
     add(
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),
         default="auto",
-        help="mixed precision; auto: what is fast here",
+        help="mixed precision; auto: bf16 if the hardware has it, fp16 on other GPUs, else off",
     )
     add(
         "--compile",
@@ -374,22 +374,31 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     extra = {"nargs": "+", "action": _ModelKwargs, "default": {}, "metavar": "K=V"}
     add("--model", default="deit_base_patch16_224", help="any model of timm's")
-    add("--input-size", type=_COUNT, nargs="+", default=[224], metavar="PIXELS", help="height, and width if it differs")
+    add(
+        "--input-size",
+        type=_COUNT,
+        nargs="+",
+        default=[224],
+        metavar="PIXELS",
+        help="image height, and width if it differs",
+    )
     add("--patch-size", type=_COUNT, help="patch edge in pixels; default: the model's own")
     add("--model-kwargs", **extra, help="more keyword arguments of timm's model")
-    add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate")
+    add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate before the head")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
-    mode = "train in training mode; --no-train-mode: without dropout, stochastic depth and new batch statistics, as "
-    mode += "the original implementations fine-tune DeiT and EViT (but not DeiT III)"
+    mode = "train in training mode; --no-train-mode: without dropout, stochastic depth and new batch statistics"
     add("--train-mode", action=_SWITCH, default=True, help=mode)
     add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
-    finetune = "start from the weights of this checkpoint (file or https address); see --no-train-mode"
+    finetune = "start from the weights of this checkpoint (file or https address)"
     add("--finetune", type=path_name, default="", help=finetune)
     add("--head-init-scale", type=_POSITIVE, metavar="S", help="multiply the weights of a new head by S; default: 1")
     add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
     add(
-        "--cache-features", action=_SWITCH, default=False, help="with --train-scope head: run the frozen part only once"
+        "--cache-features",
+        action=_SWITCH,
+        default=False,
+        help="with --train-scope head: run the frozen part once per image",
     )
     add("--attn-only", dest="train_scope", action="store_const", const="attn", help="same as --train-scope attn")
     add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save EMA weights")
@@ -411,15 +420,16 @@ def keep_rates(text: str) -> float | list[float]:
 
 def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token reorganization (evit_* models)").add_argument
-    rates = "share of the patches to keep, or one share per layer: 0.7,0.7,0.5; default 0.7, *_shrinkNN 0.NN"
+    rates = "share of the patches to keep, or one per layer: 0.7,0.7,0.5; default: 0.7; *_shrinkNN models: 0.NN"
     add("--base-keep-rate", type=keep_rates, metavar="RATE", help=rates)
-    add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default 3,6,9")
-    fuse = "fuse the dropped patches into one token; default: yes, as in the original training scripts (the flag "
-    fuse += "itself is off by default there)"
+    add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default: 3,6,9")
+    fuse = "fuse the dropped patches into one token; default: on, as in EViT's training scripts"
     add("--fuse-token", action=_SWITCH, default=None, help=fuse)
-    start = "first epoch that drops patches; default 10 (the paper from scratch; for fine-tuning it has 0)"
+    start = "first epoch that drops patches; default: 10, as in the paper from scratch (fine-tuning: 0)"
     add("--shrink-start-epoch", type=_NATURAL, help=start)
-    epochs = "epochs in which the keep rate falls from 1; default 0 (the paper for fine-tuning; from scratch 100)"
+    epochs = (
+        "epochs in which the keep rate falls from 1; default: 0, as in the paper for fine-tuning (from scratch: 100)"
+    )
     add("--shrink-epochs", type=_NATURAL, help=epochs)
 
 
@@ -433,16 +443,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inat-numbering", choices=("id", "original"), default="id", help=order)
     add("--train-split", default="train", help="name of the training split, for CSV files and timm's data sets")
     add("--val-split", default="validation", help="name of the validation split, for CSV files and timm's data sets")
-    columns = "hfds/, hfids/ and tfds/; default: {}; for wds/ {}"
-    image = columns.format("image", "a file suffix, by default any of an image")
-    add("--image-column", metavar="NAME", help=f"column of the images, for csv/, {image}")
-    label = columns.format("label", "a field of the json files; default: the cls files")
-    add("--label-column", metavar="NAME", help=f"column of the classes, for csv/, {label}")
-    add("--num-classes", type=_COUNT, help="number of classes; default: what the data say")
+    column = "column of the {} in csv/, hfds/, hfids/ and tfds/; for wds/, {}; default: the usual names"
+    image, label = column.format("images", "their file suffix"), column.format("classes", "a field of the json files")
+    add("--image-column", metavar="NAME", help=image)
+    add("--label-column", metavar="NAME", help=label)
+    add("--num-classes", type=_COUNT, help="number of classes; default: that of the data")
     add("--nb-classes", type=_COUNT, metavar="N", help="refuse data that have another number of classes than N")
-    held_out = "hold out this share of each class as validation data, if a folder has no val/ or a CSV file no splits"
+    held_out = "hold out this share of each class for validation, if there is no val/ folder or split column"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
-    upright = "turn photos in folders and CSV files as their EXIF orientation says; default: as stored, like timm"
+    upright = "turn photos in folders and CSV files upright by their EXIF orientation"
     add("--upright", action=_SWITCH, default=False, help=upright)
     add("--train-fraction", type=_SHARE, default=1.0, help="class-balanced share of the training data to use")
     cache = "decode a data set of at most this size once and keep it in memory"
@@ -451,39 +460,49 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help=broken)
     mismatch = "use a checkpoint, teacher or cache although its class names differ from those of the data"
     add("--allow-class-mismatch", action=_SWITCH, default=False, help=mismatch)
-    crop = "side of the evaluated center crop within the resized image, above 64 px"
+    crop = "side of the evaluation's center crop as a share of the resized image, above 64 px"
     add("--eval-crop-ratio", type=_SHARE, default=0.875, help=crop)
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
-    where = "where views are made; auto: on the device if it is a GPU and the images are in memory or packed"
+    where = "where to augment images; auto: on a GPU if the images are in memory or packed, else on the host"
     add("--augment", choices=("auto", "host", "device"), default="auto", help=where)
-    add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help="strength; AutoAugment policies replace it")
+    add(
+        "--color-jitter",
+        type=_NON_NEGATIVE,
+        default=0.3,
+        help="strength of color jitter; AutoAugment policies replace it",
+    )
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
     add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's augmentation; same as --aa 3a")
     crop = "simple random crop: resize the short side, pad 4 px by reflection, crop; instead of random resized crops"
     add("--src", action=_SWITCH, default=False, help=crop)
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
-    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of resized crops")
-    repeated = "train on three views of each of a third of the images per epoch; on one process, too, where DeiT has a "
-    repeated += "plain sampler: the three are then in one batch, and an epoch of small data has few different images"
+    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of random crops")
+    repeated = "train on three views of each of a third of the images per epoch (on one process, in one batch)"
     add("--repeated-aug", action=_SWITCH, default=True, help=repeated)
-    balanced = "draw equally many images of each class in an epoch; those of small classes come several times"
+    balanced = "draw equally many images of each class per epoch; images of small classes are repeated"
     add("--class-balanced", action=_SWITCH, default=False, help=balanced)
     add("--reprob", type=_RATE, default=0.25, help="probability of random erasing")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills erased regions")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="fill of erased regions")
     add("--recount", type=_COUNT, default=1, help="largest number of erased regions")
     add("--mixup", type=_NON_NEGATIVE, default=0.8, help="Mixup α; 0 turns it off")
     add("--cutmix", type=_NON_NEGATIVE, default=1.0, help="CutMix α; 0 turns it off")
-    add("--cutmix-minmax", type=_RATE, nargs=2, metavar=("MIN", "MAX"), help="CutMix region, instead of α")
+    add(
+        "--cutmix-minmax",
+        type=_RATE,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="side of the CutMix region as a share of the image; replaces α",
+    )
     add("--mixup-prob", type=_RATE, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=_RATE, default=0.5, help="probability of CutMix when both are on")
-    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="what shares one λ")
+    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="draw one λ per batch, pair or image")
     add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the same views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
-    add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy, every mixed-in class a positive")
-    cosub = "train two stochastic-depth submodels with each other's predictions, at twice the cost; see --drop-path"
+    add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy; every mixed-in class is a positive")
+    cosub = "co-train two submodels that differ by stochastic depth (--drop-path), at twice the cost"
     add("--cosub", action=_SWITCH, default=False, help=cosub)
 
 
@@ -501,59 +520,68 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_COUNT, default=64, help="images per process and forward pass")
     add("--accum-steps", type=_COUNT, default=1, help="forward passes per update")
     add("--epochs", type=_COUNT, default=300, help="passes over the training data")
-    add("--opt", default="adamw", help="timm's name of the optimizer")
+    add("--opt", default="adamw", help="optimizer, by its name in timm")
     add("--opt-eps", type=_POSITIVE, default=1e-8, help="ε of the optimizer")
     add("--opt-betas", type=_RATE, nargs="+", help="β of the optimizer; default: timm's")
-    add("--momentum", type=_RATE, default=0.9, help="for optimizers that have it")
-    add("--weight-decay", type=_NON_NEGATIVE, default=0.05, help="not applied to biases and norms")
+    add("--momentum", type=_RATE, default=0.9, help="momentum of optimizers that have it")
+    add("--weight-decay", type=_NON_NEGATIVE, default=0.05, help="weight decay; biases and norms have none")
     add("--clip-grad", type=_POSITIVE, help="largest gradient norm; default: no clipping")
     add("--lr", type=_POSITIVE, default=5e-4, help="peak learning rate, before scaling")
-    scaling = "multiply --lr by (effective batch / 512), its square root, or 1"
+    scaling = "multiply --lr by effective batch / 512 (linear), its square root (sqrt), or 1 (none)"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
     layers = "multiply the learning rate by D for each layer below the head; default: the same rate for all layers"
     add("--layer-decay", type=_SHARE, metavar="D", help=layers)
     names = ", ".join(SCHEDULES)
     add("--sched", type=_schedule, default="cosine", metavar="NAME", help=f"learning-rate schedule: {names}")
-    clock = "change the learning rate once after each epoch, as the original implementation (epochs 0 and 1 both have "
-    clock += "--warmup-lr); default: before each update"
+    clock = "change the learning rate after each epoch, as the original implementation; default: before each update"
     add("--sched-on-epochs", action=_SWITCH, default=False, help=clock)
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
-    floor = "learning rate at the end of the schedule; step, multistep and constant have none"
+    floor = "learning rate at the end of the schedule; no effect on step, multistep and constant"
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
-    length = "epochs between decays, for --sched step; length of the decay, for wsd and rsqrt, below 1 as a share"
+    length = "--sched step: epochs between decays; wsd, rsqrt: epochs of the decay, or a share below 1"
     add("--decay-epochs", type=_POSITIVE, default=30, help=length)
-    add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="when --sched multistep decays")
+    add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="epochs at which --sched multistep decays")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of a decay, for --sched step and multistep")
     add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 falls linearly")
-    add("--lr-noise", type=_RATE, nargs="+", help="part of the schedule, from (to), with a noisy learning rate")
-    add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="limit of the noise")
+    add(
+        "--lr-noise",
+        type=_RATE,
+        nargs="+",
+        help="start (and end) of the noise on the learning rate, as shares of the schedule",
+    )
+    add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="largest noise, as a share of the learning rate")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
 
 
 def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("distillation").add_argument
     extra = {"nargs": "+", "action": _ModelKwargs, "default": {}, "metavar": "K=V"}
-    add("--distillation-type", choices=("none", "soft", "hard"), default="none", help="how to follow the teacher")
+    add(
+        "--distillation-type",
+        choices=("none", "soft", "hard"),
+        default="none",
+        help="hard: learn the teacher's class; soft: its probabilities",
+    )
     add("--distillation-alpha", type=_RATE, default=0.5, help="weight α of the distillation loss")
     add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature τ of soft distillation")
-    scale = "divide the soft loss by the batch size; legacy: and by the classes, as the original implementation"
+    scale = "divide the soft loss by the batch size; legacy: also by the number of classes, as the original"
     add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help=scale)
-    one_head = "one head learns from labels and teacher, for models without a distillation token"
+    one_head = "let the class token learn from labels and teacher; any model can then be a student"
     add("--distill-on-class-token", action=_SWITCH, default=False, help=one_head)
-    add("--teacher-model", default="regnety_160", help="any model of timm's")
+    add("--teacher-model", default="regnety_160", help="teacher, any model of timm's")
     add("--teacher-path", type=path_name, default="", help="checkpoint of the teacher (file or https address)")
-    add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's pretrained weights (a download)")
+    add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's weights for the teacher (a download)")
     add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
-    size = "resize the views to this for the teacher; default: the teacher sees them at --input-size"
+    size = "resize the views to this size for the teacher; default: --input-size"
     add("--teacher-input-size", type=_COUNT, nargs="+", metavar="PIXELS", help=size)
-    cache = "cached teacher predictions for every view of the run; missing ones are computed and added"
+    cache = "folder of cached teacher predictions; missing ones are computed and added"
     add("--teacher-cache", type=path_name, default="", metavar="FOLDER", help=cache)
     topk = "probabilities to cache per view, for soft distillation"
     add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help=topk)
     add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
-    size = "teacher batch size; default: --batch-size, with bitwise the predictions of online distillation"
+    size = "teacher batch size; default: --batch-size, which gives the predictions of online distillation bitwise"
     add("--precompute-batch-size", type=_COUNT, help=size)
     only = "precompute only epochs FROM (inclusive) to TO (exclusive), e.g. to split the work across machines"
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)
@@ -567,7 +595,7 @@ def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dr", dest="decay_rate", type=_POSITIVE, **same, help="same as --decay-rate")
     add("--eval-gap", dest="eval_interval", type=_COUNT, **same, help="same as --eval-interval")
     for name in ("--dist-eval", "--distributed"):
-        add(name, action="store_true", help="accepted without effect: always the case")
+        add(name, action="store_true", help="accepted without effect: always on")
     for name in ("--world-size", "--dist-url", "--local-rank"):
         add(name, help="accepted without effect: the launcher's environment decides")
     for name in ("--cooldown-epochs", "--patience-epochs"):

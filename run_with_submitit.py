@@ -28,23 +28,23 @@ def get_parser() -> flags.Parser:
         "--cluster",
         choices=("slurm", "local", "debug"),
         default="slurm",
-        help="local: processes on this machine; debug: in this process",
+        help="where to run; local: processes on this machine; debug: in this process",
     )
-    add("--nodes", type=count, default=2, help="machines")
-    add("--ngpus", type=natural, default=8, help="GPUs, and as many processes, per machine; 0 for a CPU job")
+    add("--nodes", type=count, default=2, help="number of machines")
+    add("--ngpus", type=natural, default=8, help="GPUs and processes per machine; 0: a CPU job")
     add("--tasks-per-node", type=count, help="processes per machine; default: one per GPU, one for a CPU job")
     add("--cpus-per-task", type=count, default=10, help="CPUs per process")
-    memory = "GB of memory per machine; default: the cluster's (the original implementation asks for 40 per GPU)"
+    memory = "GB of memory per machine; default: that of the cluster"
     add("--mem-gb", type=count, help=memory)
     add("--job-name", default="deit", help="name of the job in SLURM")
-    add("--timeout", type=count, default=2800, help="minutes")
+    add("--timeout", type=count, default=2800, help="time limit of the job in minutes")
     add(
         "--signal-delay",
         type=count,
         default=120,
-        help="seconds before the time-out in which the run saves and asks to be queued again",
+        help="seconds before the time limit at which the run saves and requeues itself",
     )
-    add("--max-timeouts", type=natural, default=100, help="times that it may time out and be queued again")
+    add("--max-timeouts", type=natural, default=100, help="how often the job may time out and be requeued")
     add("--partition", help="SLURM partition")
     add("--constraint", help="SLURM constraint, for example a kind of GPU")
     volta = {"dest": "constraint", "action": "store_const", "const": "volta32gb"}

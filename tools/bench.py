@@ -350,20 +350,25 @@ def get_parser() -> argparse.ArgumentParser:
     """The flags; None where the default depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", default=list(SECTIONS), metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    add(
+        "--only",
+        nargs="+",
+        default=list(SECTIONS),
+        metavar="SECTION",
+        help=f"sections to measure: {', '.join(SECTIONS)}; default: all",
+    )
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--batch-size", type=int, help="images in a step; default: 256 on CUDA, else 32")
+    add("--batch-size", type=int, help="images per step; default: 256 on CUDA, else 32")
     add("--steps", type=int, help="steps per round; default: 5 on CUDA, else 2")
     add("--rounds", type=int, help="counted rounds of each; default: 7 on CUDA, else 3")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the models; default: on CUDA")
     add(
         "--models",
         nargs="+",
-        help="whose training steps are timed; the first is also trained end to end; default: "
-        "DeiT-Ti, on CUDA DeiT-S and DeiT-B too",
+        help="models to time; the first is also trained end to end; default: DeiT-Ti, on CUDA also DeiT-S and DeiT-B",
     )
-    add("--teacher", default="regnety_160", help="of distillation, any model of timm's")
-    add("--input-size", type=int, default=224, help="pixels")
+    add("--teacher", default="regnety_160", help="teacher, any model of timm's")
+    add("--input-size", type=int, default=224, help="side of the images in pixels")
     add("--data-path", help="folder of CIFAR-10, for whole runs; default: the bundled digits")
     add("--output", type=Path, help="JSON file of the results; default: results/bench-DEVICE-DATE.json")
     return parser

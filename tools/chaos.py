@@ -191,12 +191,12 @@ def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--kills", type=int, default=20, help="how often")
-    add("--processes", type=int, default=1, help="ranks; more than one under torchrun")
+    add("--kills", type=int, default=20, help="number of kills")
+    add("--processes", type=int, default=1, help="processes of the run; above 1 under torchrun")
     add("--restarts", action="store_true", help="kill one rank and leave the restart to torchrun --max-restarts")
-    add("--epochs", type=int, default=40, help="length of the run")
-    add("--start", type=float, default=4.0, help="seconds that a start takes on this machine, about")
-    add("--seed", type=int, default=0, help="of the moments")
+    add("--epochs", type=int, default=40, help="epochs of the run")
+    add("--start", type=float, default=4.0, help="approximate seconds from the command to the first step")
+    add("--seed", type=int, default=0, help="seed of the random moments")
     add("--output", type=Path, help="write the report to this JSON file as well")
     add("flags", nargs="*", help="flags of main.py, after --")
     args = parser.parse_args(argv)

@@ -130,9 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="deit_tiny_patch16_224", help="model whose saving is measured")
-    add("--input-size", type=int, default=224, help="pixels")
-    add("--batch-size", type=int, default=32, help="images in a step")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off is float32")
+    add("--input-size", type=int, default=224, help="side of the images in pixels")
+    add("--batch-size", type=int, default=32, help="images per step")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off: float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--steps", type=int, default=4, help="training steps for one checkpoint")
     add("--rounds", type=int, default=5, help="counted rounds of each")

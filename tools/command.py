@@ -74,7 +74,7 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
         f"; default: {weights}" if weights else ""
     )
     parser.add_argument("--resume", required=not weights, default=argparse.SUPPRESS, help=resume)
-    parser.add_argument("--ema", action="store_true", help="use its EMA weights")
+    parser.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoint")
     # Known to this parser, so that it does not take their values for arguments of the tool.
     for action in flags.get_parser()._actions:
         if action.dest not in ("help", "resume"):

@@ -96,12 +96,12 @@ def get_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--student", default="deit_tiny_patch16_224", help="model without a teacher")
-    add("--distilled", default="deit_tiny_distilled_patch16_224", help="model with one")
-    add("--teacher", default="regnety_160", help="any model of timm's")
-    add("--input-size", type=int, default=224, help="pixels")
-    add("--batch-size", type=int, default=32, help="images in a step")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off is float32")
+    add("--student", default="deit_tiny_patch16_224", help="model trained without a teacher")
+    add("--distilled", default="deit_tiny_distilled_patch16_224", help="model trained with the teacher")
+    add("--teacher", default="regnety_160", help="teacher, any model of timm's")
+    add("--input-size", type=int, default=224, help="side of the images in pixels")
+    add("--batch-size", type=int, default=32, help="images per step")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off: float32")
     add("--compile", action="store_true", help="torch.compile the students")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--steps", type=int, default=2, help="steps per round")

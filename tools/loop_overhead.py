@@ -98,9 +98,9 @@ def measure_loader(input_size: int, views: int, rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a step")
-    parser.add_argument("--steps", type=int, default=20, help="steps in a round")
-    parser.add_argument("--views", type=int, default=1000, help="views in a round at 32 px, five times those at 224 px")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
+    parser.add_argument("--steps", type=int, default=20, help="steps per round")
+    parser.add_argument("--views", type=int, default=1000, help="views per round at 32 px; at 224 px a fifth")
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds of each")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file as well")
     args = parser.parse_args()

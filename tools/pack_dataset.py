@@ -52,18 +52,16 @@ def build_parser() -> Parser:
         type=in_range(int, 1, 16384),
         default=256,
         metavar="PIXELS",
-        help="short side of an image; "
-        "its long side is at most 1.5 times this, even if that makes the short side shorter: 256 turns 16:9 into "
-        "384x216; smaller images stay as they are",
+        help="short side of an image; the long side is at most 1.5 times this: 256 turns 16:9 into 384x216",
     )
     add(
         "--format",
         choices=packs.KINDS,
         default="uint8",
-        help="uint8: pixels, which need no decoding; jpeg: about a seventh of their space",
+        help="uint8: pixels without decoding; jpeg: about a seventh of the space",
     )
-    add("--quality", type=in_range(int, 1, 100), help="of --format jpeg; default: 90")
-    add("--shard-mib", type=in_range(float, 0, open_low=True), default=1024, help="length of the files")
+    add("--quality", type=in_range(int, 1, 100), help="JPEG quality, for --format jpeg; default: 90")
+    add("--shard-mib", type=in_range(float, 0, open_low=True), default=1024, help="largest size of a file in MiB")
     add(
         "--skip-broken-images",
         type=in_range(int, 0),
@@ -75,7 +73,7 @@ def build_parser() -> Parser:
     add(
         "--verify",
         action="store_true",
-        help="read the pack and compare its checksums, after packing, or without --data-set and --data-path only that",
+        help="compare all checksums after packing; without --data-set and --data-path, only verify --output",
     )
     return parser
 

@@ -39,7 +39,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.plot_runs", description=__doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="output folders of runs")
-    add("--keys", nargs="+", default=["test_acc1", "train_loss"], help="values of log.txt, a panel each")
+    add("--keys", nargs="+", default=["test_acc1", "train_loss"], help="values of log.txt, one panel each")
     add("--x", choices=("epoch", "minutes", "images"), default="epoch", help="horizontal axis")
     add(
         "--output", type=Path, default=Path("curves.png"), help=f"file of the plot: {', '.join(pictures.PLOT_SUFFIXES)}"

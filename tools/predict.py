@@ -189,13 +189,15 @@ def write_json(rows: Iterator[Prediction], names: Sequence[str], out: TextIO) ->
 def build_parser() -> Parser:
     parser = command.get_parser("predict", __doc__, weights="timm's weights of --model NAME, with --pretrained")
     add = parser.add_argument
-    photos = (
-        "files and folders, which are searched recursively; photos are turned upright by their EXIF orientation; name "
-        "them before flags that take several values, such as --input-size"
-    )
+    photos = "files and folders (searched recursively); name them before flags that take several values"
     add("images", nargs="+", help=photos)
     add("--topk", type=in_range(int, 1), default=5, help="classes per image")
-    add("--format", choices=("table", "csv", "json"), default="table", help="of the output; csv: one record per image")
+    add(
+        "--format",
+        choices=("table", "csv", "json"),
+        default="table",
+        help="format of the output; csv: one record per image",
+    )
     return parser
 
 

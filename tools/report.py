@@ -350,12 +350,9 @@ def build_parser() -> Parser:
     parser = command.get_parser("report", __doc__)
     parser.set_defaults(output=None, keep_rates=None)
     add = parser.add_argument
-    folder = (
-        "folder of the report, of which an earlier report is replaced; default: report/ next to the checkpoint, or "
-        "./report for an address"
-    )
+    folder = "folder of the report; an earlier report is replaced; default: report/ next to the checkpoint"
     add("--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=folder)
-    rates = "keep rates to evaluate an EViT at: one for all reducing layers, or one per layer: 0.7,0.7,0.5; default: "
+    rates = "keep rates of an EViT: one for all reducing layers, or one per layer: 0.7,0.7,0.5; default: "
     shown = " ".join(f"{rate:g}" for rate in DEFAULT_RATES)
     add("--keep-rates", nargs="+", type=keep_rates, default=argparse.SUPPRESS, metavar="RATE", help=rates + shown)
     add("--num-mistakes", type=in_range(int, 0, 99), default=24, help="most confident mistakes to show")

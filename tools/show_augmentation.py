@@ -44,12 +44,12 @@ def build_parser() -> Parser:
     parser.add_argument("--data-set", help=f"{KNOWN_NAMES}; {default}")
     add = parser.add_argument_group("picture").add_argument
     add("--images", nargs="+", help="files and folders; default: the training data")
-    add("--num-images", type=in_range(int, 1), default=3, help="how many images")
-    add("--views", type=in_range(int, 0), default=6, help="rows of whole random views")
+    add("--num-images", type=in_range(int, 1), default=3, help="number of images")
+    add("--views", type=in_range(int, 0), default=6, help="number of rows of random views")
     add("--input-size", type=in_range(int, 8), default=224, help="side of the views, in pixels")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation; none for none")
-    add("--seed", type=in_range(int, 0), default=0, help="of the random views and of the operations' signs")
-    add("--output", type=Path, default=Path("augmentation.png"), help="the picture")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
+    add("--seed", type=in_range(int, 0), default=0, help="seed of the random views and of the signs of operations")
+    add("--output", type=Path, default=Path("augmentation.png"), help="file of the picture")
     return parser
 
 

@@ -157,15 +157,20 @@ def get_parser() -> argparse.ArgumentParser:
         "--models",
         nargs="+",
         default=["deit_small_patch16_224", "evit_small_patch16_224"],
-        help="names of timm's or ours",
+        help="names of models, timm's or ours",
     )
-    add("--batch-sizes", nargs="+", type=int, default=[32], help="images in a pass")
-    add("--keep-rates", nargs="+", type=float, default=[0.7], help="of every EViT among the models")
-    add("--input-size", type=int, default=224, help="pixels")
+    add("--batch-sizes", nargs="+", type=int, default=[32], help="batch sizes to time")
+    add("--keep-rates", nargs="+", type=float, default=[0.7], help="keep rates of every EViT model")
+    add("--input-size", type=int, default=224, help="side of the images in pixels")
     add("--train", action="store_true", help="time forward, backward and update instead of inference")
     add("--compile", action="store_true", help="torch.compile the models")
-    add("--attention", choices=("fused", "math"), default="fused", help="math: with attention matrices in memory")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off is float32")
+    add(
+        "--attention",
+        choices=("fused", "math"),
+        default="fused",
+        help="math: keep the attention matrix in memory, as the original implementation",
+    )
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off: float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--steps", type=int, default=2, help="passes per round")
     add("--rounds", type=int, default=9, help="counted rounds of each")

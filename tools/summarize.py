@@ -41,8 +41,10 @@ TEXTS = ("folder", "model", "data_set")  # sorted from A to Z, numbers from the 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.summarize", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of runs")
-    parser.add_argument("--sort", choices=FIELDS, default="best", help="numbers descending, text ascending")
-    parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="of the output")
+    parser.add_argument(
+        "--sort", choices=FIELDS, default="best", help="column to sort by: numbers descending, text ascending"
+    )
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="format of the output")
     return parser
 
 

@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=keep_rates,
         default=default,
         metavar="RATE",
-        help="one for all reducing layers, or one per layer: 0.7,0.7,0.5",
+        help="keep rates to evaluate: one for all reducing layers, or one per layer: 0.7,0.7,0.5",
     )
     add("--steps", type=in_range(int, 1), default=2, help="passes per round of the speed measurement")
     add("--rounds", type=in_range(int, 1), default=5, help="counted rounds of each keep rate")

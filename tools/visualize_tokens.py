@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         help="files and folders, turned upright by their EXIF orientation; default: the validation data",
     )
-    parser.add_argument("--num-images", type=in_range(int, 1), default=8, help="how many validation images")
+    parser.add_argument("--num-images", type=in_range(int, 1), default=8, help="number of validation images")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
     with command.one_line_errors("visualize_tokens"):
         own, run, weights, _ = command.parse(parser, argv)
