@@ -320,7 +320,7 @@ def _folder_part(
     root, seen = folder.parent, set()
     for path in (folder.resolve(), *folder.resolve().parents, *itertools.chain(*folders.values())):
         if not _is_new(path, seen):
-            raise UserError(f"--data-path {root}: {path} is a link to a folder that is read already; remove it")
+            raise UserError(f"--data-path {root}: {path} is a link to a folder that is already read; remove it")
     loose = sum(_is_visible(path.name) and path.is_file() for path in folder.iterdir())
     skipped = Counter({"outside of class folders": loose} if loose else {})
     paths: list[str] = []
@@ -556,7 +556,8 @@ def _classes_of_categories(
     if any(level not in entry for entry in categories):
         known = ", ".join(name for name in INAT_CATEGORIES if name in categories[0])
         raise UserError(
-            f"--inat-category {level}: {root} does not say it; use one of {known}, or add the official categories.json"
+            f"--inat-category {level}: {root} does not have this level; use one of {known}, or add the official "
+            f"categories.json"
         )
     named = {entry.get("id", number): entry[level] for number, entry in enumerate(categories)}
     class_index: dict[str, int] = {}

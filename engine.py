@@ -724,8 +724,8 @@ def _compare_number(images: int, promised: int, is_over: Callable[[], int]) -> N
         logger.info("evaluated %d images", images)
     if images < max(promised, 1) and not any(agree(is_over())):
         raise RunError(
-            f"only {images} of {promised or 'the'} validation images were evaluated: the others cannot be read, or are "
-            f"fewer than the data state; fix the data"
+            f"only {images} of {promised or 'the'} validation images were evaluated: some cannot be read, or the "
+            f"data state too many; fix the data"
         )
     if images > promised > 0:
         logger.warning("the validation data state %d images but have %d; all are evaluated", promised, images)

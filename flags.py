@@ -770,7 +770,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
         raise UserError("--precompute-teacher: there is no folder for the predictions; add --teacher-cache FOLDER")
     if args.cosub and args.distillation_type != "none":
-        raise UserError("--cosub: the submodels teach each other, without --distillation-type; drop one of them")
+        raise UserError("--cosub: the submodels teach each other; drop it, or --distillation-type")
     if args.cache_features:
         _check_features(args)
     if not args.precompute_teacher and (args.precompute_epochs or args.precompute_batch_size):
@@ -794,7 +794,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers that do not fit together, and too many of them."""
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
-        raise UserError(f"--lr-noise {noise}: give where the noise begins, and where it ends if that is earlier than 1")
+        raise UserError(
+            f"--lr-noise {noise}: give its start, and its end if that is below 1, as shares of the schedule"
+        )
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
     if args.start_epoch >= args.epochs:
@@ -850,7 +852,9 @@ def without_effect(args: argparse.Namespace) -> list[str]:
 def _check_features(args: argparse.Namespace) -> None:
     """`--cache-features` leaves no room for what changes the images or the frozen part."""
     if args.train_scope != "head" or args.distillation_type != "none":
-        raise UserError("--cache-features: needs --train-scope head, and no distillation, whose teacher wants images")
+        raise UserError(
+            "--cache-features: needs --train-scope head and no distillation; change those flags, or drop it"
+        )
     needed = [_turned_off(name, off) for name, off in ONE_VIEW.items() if getattr(args, name) != off]
     if needed:
         raise UserError(f"--cache-features: every image has one view; add {' '.join(needed)}")

@@ -285,8 +285,8 @@ class EpochLoader(DeviceLoader):
             yield batch
         if self.is_stream and done < self.num_batches:
             raise RunError(
-                f"the training stream ended after {done} of {self.num_batches} batches: its images cannot be read, or "
-                f"are fewer than it states; fix the data"
+                f"the training stream ended after {done} of {self.num_batches} batches: some images cannot be "
+                f"read, or it states too many; fix the data"
             )
 
 
@@ -569,9 +569,7 @@ def build_mixup(options: MixupOptions, num_classes: int, batch_size: int) -> Mix
     if options.mixup <= 0 and options.cutmix <= 0 and options.cutmix_minmax is None:
         return None
     if batch_size % 2:
-        raise UserError(
-            f"--batch-size {batch_size}: Mixup pairs images off and needs an even batch; or --mixup 0 --cutmix 0"
-        )
+        raise UserError(f"--batch-size {batch_size}: Mixup needs an even batch size; pass one, or --mixup 0 --cutmix 0")
     return Mixup(
         mixup_alpha=options.mixup,
         cutmix_alpha=options.cutmix,

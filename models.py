@@ -64,7 +64,7 @@ def create_model(
         why = reason(error)
         if pretrained and not isinstance(error, (TypeError, AssertionError)):  # which speak of the options
             raise UserError(
-                f"{flag} {name}: pretrained weights cannot be had ({why}); check the network, or pass a local file"
+                f"{flag} {name}: pretrained weights cannot be loaded ({why}); check the network, or pass a local file"
             ) from error
         given = " ".join(_as_flag(key, value, flag) for key, value in options.items() if value is not None)
         remedy = "add --drop-path 0" if "drop_path_rate" in why else "change or drop that"
@@ -180,7 +180,7 @@ def build_model(
     comes_with_head = options.pretrained and num_classes in (None, published)
     if eval_only and options.pretrained and not comes_with_head:
         raise UserError(
-            f"--eval --pretrained: the weights of {name} know {published} classes, the data have "
+            f"--eval --pretrained: the weights of {name} have {published} classes, the data have "
             f"{num_classes}; train the head with --pretrained and without --eval first"
         )
     if distilled:

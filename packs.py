@@ -56,7 +56,7 @@ def read_about(folder: Path, flag: str = "--data-path") -> dict[str, Any]:
         about = read_json(folder / PACK)
         version = _count(about, "version")
     except FileNotFoundError:
-        raise _broken(flag, folder, f"has no {PACK}, so there is no pack, or none that was finished") from None
+        raise _broken(flag, folder, f"has no {PACK}, so the pack is missing or unfinished") from None
     except OSError as error:
         raise _broken(flag, folder, f"{PACK} cannot be read ({error.strerror})") from None
     except (ValueError, LookupError, TypeError) as error:

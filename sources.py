@@ -85,7 +85,7 @@ class BrokenImages:
             logger.warning("%d images cannot be read and are replaced by others: %s", len(found), names)
         self.reported = len(found)
         if len(found) > self.limit:
-            raise RunError(f"{len(found)} images cannot be read, --skip-broken-images is {self.limit}: fix or remove")
+            raise RunError(f"{len(found)} images cannot be read, --skip-broken-images is {self.limit}; fix them")
         return len(found)
 
 
@@ -233,7 +233,7 @@ def with_classes(source: Data, class_names: Sequence[str]) -> Data:
         UserError: if it is a stream.
     """
     if isinstance(source, StreamingImages):
-        raise UserError("--eval: a stream of some of the checkpoint's classes is not supported; pack it first")
+        raise UserError("--eval: a stream with only some of the checkpoint's classes is not supported; pack it first")
     index = np.array([class_names.index(name) for name in source.class_names])
     names = tuple(class_names)
     return replace(source, targets=index[source.targets], num_classes=len(names), class_names=names, class_samples=())

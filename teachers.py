@@ -100,7 +100,7 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         models.load_weights(teacher, weights, "--teacher-path", path, models.COMPLETE, size)
     elif teacher.num_classes != num_classes:
         raise UserError(
-            f"--teacher-pretrained: {name} knows {teacher.num_classes} classes, the data have {num_classes}; train a "
+            f"--teacher-pretrained: {name} has {teacher.num_classes} classes, the data have {num_classes}; train a "
             f"teacher on this data set first and pass it as --teacher-path"
         )
     models.try_out(teacher, f"--teacher-model {name}", options.size, "--teacher-input-size")
@@ -114,7 +114,9 @@ def _check_teacher_model(trained: Mapping[str, Any], options: TeacherOptions) ->
     also = ("patch_size", "drop_loc", "fuse_token")  # flags of their own there, keyword arguments here
     kwargs = trained.get("model_kwargs") or {}
     if not isinstance(kwargs, dict):
-        raise UserError(f"--teacher-path {options.teacher_path}: its model_kwargs are no dict; give another file")
+        raise UserError(
+            f"--teacher-path {options.teacher_path}: its model_kwargs are not a dictionary; give another file"
+        )
     kwargs |= {name: trained[name] for name in also if trained.get(name) is not None}
     here = {key: value for key, value in options.teacher_model_kwargs.items() if key not in ("keep_rate", "img_size")}
     there = {"model": trained["model"], "model_kwargs": kwargs}
@@ -437,7 +439,7 @@ class CachedTeacher:
             rows = codec.encode(logits)
             # In a file, NaN (of infinite logits as well) would look like a missing prediction.
             if logits.isnan().any() or codec.missing(rows).any():
-                raise RunError(f"the teacher's logits in epoch {self.epoch()} are not numbers; try --amp off")
+                raise RunError(f"the teacher's logits in epoch {self.epoch()} are not finite; try --amp off")
             self.cache.write(positions, rows)
         return codec.decode(rows, batch.images.device)
 

@@ -280,8 +280,8 @@ CASES = {
     "schedule with too long a decay": (f"{DEIT} --sched wsd", "--sched wsd: wsd schedule requires", "--decay-epochs"),
     "multistep without milestones": (f"{DEIT} --sched multistep", "--sched multistep", "add --decay-milestones"),
     "milestones without multistep": (f"{DEIT} --decay-milestones 3", "--decay-milestones", "use --sched multistep"),
-    "noise reversed": (f"{DEIT} --lr-noise 0.9 0.1", "--lr-noise 0.9 0.1", "where the noise begins"),
-    "noise of three parts": (f"{DEIT} --lr-noise 0.1 0.2 0.3", "--lr-noise 0.1 0.2 0.3", "where the noise begins"),
+    "noise reversed": (f"{DEIT} --lr-noise 0.9 0.1", "--lr-noise 0.9 0.1", "give its start, and its end"),
+    "noise of three parts": (f"{DEIT} --lr-noise 0.1 0.2 0.3", "--lr-noise 0.1 0.2 0.3", "give its start, and its end"),
     "device absent": (f"{DEIT} --device {ABSENT_DEVICE}", f"--device {ABSENT_DEVICE}", "--device auto"),
     "device unknown": (f"{DEIT} --device toaster", "--device toaster", "use auto"),
     "device unsupported": (f"{DEIT} --device meta", "--device meta", "use auto"),
@@ -483,7 +483,7 @@ def test_a_mistake_as_a_process_without_network(tmp_path):
     words = shlex.split(f"main.py {RUN} --model deit_tiny_patch16_224 --pretrained".replace("{w}", str(tmp_path)))
     output = tiny.run(*words, status=2, HF_HUB_OFFLINE="1", HF_HOME=tmp_path)
     (line,) = output.splitlines()
-    assert line.startswith("main.py: error: --model deit_tiny_patch16_224: pretrained weights cannot be had")
+    assert line.startswith("main.py: error: --model deit_tiny_patch16_224: pretrained weights cannot be loaded")
     assert "check the network, or pass a local file" in line
 
 

@@ -237,14 +237,14 @@ def test_an_earlier_export_is_replaced_and_nothing_else(trained, tmp_path, capsy
     export.main([str(flag) for flag in flags] + ["--base-keep-rate", "1"])
     assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json", "model.safetensors"]
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "holds notes.txt, no earlier export" in line_of(capsys, *flags)
+    assert "holds notes.txt, which is not an earlier export" in line_of(capsys, *flags)
     (tmp_path / "out" / "notes.txt").unlink()
     monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space left" in line_of(capsys, *flags)
     assert os.listdir(tmp_path) == ["out"] and len(os.listdir(tmp_path / "out")) == 3
     monkeypatch.undo()
     (tmp_path / "out" / "config.json").write_text('{"architecture": "deit_tiny_patch16_224"}')  # not ours
-    assert "holds README.md, no earlier export" in line_of(capsys, *flags)
+    assert "holds README.md, which is not an earlier export" in line_of(capsys, *flags)
     (tmp_path / "file").write_text("")
     assert "is a file" in line_of(capsys, *flags[:2], "--output", tmp_path / "file")
     named = tmp_path / os.fsdecode(b"\xff")

@@ -149,9 +149,9 @@ def test_teachers_options_are_named_by_the_teachers_flag(tmp_path):
 def test_pretrained_weights_without_a_network_are_a_user_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with tiny.user_error("--model resnet10t: pretrained weights cannot be had", "check the network"):
+    with tiny.user_error("--model resnet10t: pretrained weights cannot be loaded", "check the network"):
         build("resnet10t", pretrained=True)
-    with tiny.user_error("--teacher-model resnet10t: pretrained weights cannot be had"):
+    with tiny.user_error("--teacher-model resnet10t: pretrained weights cannot be loaded"):
         teach("resnet10t", pretrained=True)
 
 
@@ -525,7 +525,7 @@ def test_evaluation_of_pretrained_weights_needs_their_head(monkeypatch):
         assert_same(trained.state_dict(), published["weights"], but=parameters_of("head"))
         if classes:
             assert_same(build_model(options, classes, eval_only=True).state_dict(), published["weights"])
-        with tiny.user_error("--eval --pretrained", f"know {classes} classes, the data have 5"):
+        with tiny.user_error("--eval --pretrained", f"have {classes} classes, the data have 5"):
             build_model(options, num_classes=5, eval_only=True)
 
 
@@ -850,7 +850,7 @@ def test_pretrained_teacher_of_other_classes_is_a_user_error(monkeypatch):
         return timm.models.create_model(name, num_classes=1000)
 
     monkeypatch.setattr("timm.create_model", create_model)
-    with tiny.user_error("--teacher-pretrained", "resnet10t knows 1000 classes, the data have 5"):
+    with tiny.user_error("--teacher-pretrained", "resnet10t has 1000 classes, the data have 5"):
         teach("resnet10t", pretrained=True)
     assert teach("resnet10t", pretrained=True, num_classes=1000).num_classes == 1000
 

@@ -385,7 +385,7 @@ def test_names_without_weights_have_the_published_shape(name, monkeypatch):
 
 
 def test_pretrained_weights_of_a_name_without_are_refused():
-    with tiny.user_error("--model deit_tiny_patch16_LS: pretrained weights cannot be had"):
+    with tiny.user_error("--model deit_tiny_patch16_LS: pretrained weights cannot be loaded"):
         models.build_model(models.ModelOptions("deit_tiny_patch16_LS", pretrained=True), 1000)
 
 

@@ -329,7 +329,7 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_no_pack(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(RunError, match=r"^cannot write to .* \(No space left on device\); it holds no pack yet$"):
+    with pytest.raises(RunError, match=r"^cannot write to .* \(No space left on device\); no pack was written$"):
         write(tmp_path)
     assert not holds_pack(tmp_path)
 
@@ -384,7 +384,7 @@ def test_the_tool_packs_a_tree_for_training(tree, tmp_path, capsys):
     output = tmp_path / "pack"
     pack_tool(output, "--shard-mib", "0.001", "--verify", data=tree)
     said = capsys.readouterr().err
-    assert "packed 8 images into 6 files" in said and "0 skipped" in said and f"{output} is sound" in said
+    assert "packed 8 images into 6 files" in said and "0 skipped" in said and f"{output} is intact" in said
     for ours, theirs in zip(sources_in(output), read_sources(DataOptions("IMNET", str(tree))), strict=True):
         assert len(ours) == len(theirs) and ours.num_classes == theirs.num_classes == 2
         for index in range(len(ours)):
@@ -507,7 +507,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(tree, tmp_path, cap
 
 def test_a_pack_is_checked_without_the_data(pack, capsys):
     pack_tool(pack, "--verify")
-    assert "is sound" in capsys.readouterr().err
+    assert "is intact" in capsys.readouterr().err
     flip_byte(pack / "train_00000.bin", 5)
     error = line_of(capsys, pack, "--verify")
     assert f"number 0 of train in {pack}" in error and AGAIN in error
@@ -518,9 +518,9 @@ def test_a_pack_is_checked_without_the_data(pack, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "--data-set: say what is to be packed"),
+        ([], "--data-set: name the data to pack"),
         (["--data-set", "IMNET"], "--data-path: IMNET is not downloaded"),
-        (["--data-set", "DIGITS", "--quality", "80"], "--quality: pixels have none"),
+        (["--data-set", "DIGITS", "--quality", "80"], "--quality: has no effect on --format uint8"),
         (["--data-set", "DIGITS", "--quality", "101"], "--quality"),
         (["--data-set", "DIGITS", "--formats", "jpeg"], "did you mean --format?"),
     ],

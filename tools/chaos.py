@@ -184,7 +184,7 @@ def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(f"never killed: {args.epochs} epochs in {seconds:.0f} s", flush=True)
     report = torment(folder / "killed", flags, args, max(0.0, seconds - args.start))
     if report["last_status"]:
-        raise UserError(f"the killed run did not end well:\n{(folder / 'killed.out').read_text()[-2000:]}")
+        raise UserError(f"the killed and resumed run failed:\n{(folder / 'killed.out').read_text()[-2000:]}")
     return report | {"seconds": time.monotonic() - begin, "differences": compare(folder / "whole", folder / "killed")}
 
 

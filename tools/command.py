@@ -182,7 +182,7 @@ def load_model(
     if weights is not None:
         load_weights(model, weights, "--resume", path, EVALUATION, run.trained_size or options.input_size)
     if not getattr(model, "num_classes", 1):
-        raise UserError(f"--model {run.model}: its weights tell no classes apart; use a model with a classifier")
+        raise UserError(f"--model {run.model}: has no classification layer; use a model that has one")
     return place(model, device).eval()
 
 

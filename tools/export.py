@@ -94,7 +94,7 @@ def check_agreement(model: nn.Module, exported: Exported, about: Mapping[str, An
     """`difference`, in one line if it is too large."""
     worst = difference(model, exported, tuple(about["input_size"][1:]))
     if not worst <= TOLERANCE:  # NaN is no agreement
-        raise UserError(f"--output {output}: its logits would differ by {worst:.1e} of the largest; it is not written")
+        raise UserError(f"--output {output}: its logits differ by {worst:.1e} of the largest, so it is not written")
     return worst
 
 
@@ -227,7 +227,9 @@ def check_folder(output: str) -> Path:
         modules = config.get("modules")
         own = (FILES | set(map(str, modules if isinstance(modules, list) else ()))) if config else set()
         if found - own:
-            raise UserError(f"--output {output}: holds {min(found - own)}, no earlier export; name another folder")
+            raise UserError(
+                f"--output {output}: holds {min(found - own)}, which is not an earlier export; name another folder"
+            )
     elif os.path.lexists(folder):
         raise UserError(f"--output {output}: is a file; name it .onnx or .pt2, or name another folder")
     return folder

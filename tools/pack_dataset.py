@@ -173,7 +173,7 @@ def write_pack(
         about["splits"] = {split: _write_split(folder, split, splits[split], shard_bytes) for split in splits}
         write_whole(folder / packs.PACK, (json.dumps(about, indent=1) + "\n").encode())
     except OSError as error:
-        raise RunError(f"cannot write to {folder} ({error.strerror or error}); it holds no pack yet") from error
+        raise RunError(f"cannot write to {folder} ({error.strerror or error}); no pack was written") from error
     return about
 
 
@@ -314,7 +314,7 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
         UserError, RunError
     """
     if own.quality is not None and own.format != "jpeg":
-        raise UserError("--quality: pixels have none; drop the flag, or add --format jpeg")
+        raise UserError("--quality: has no effect on --format uint8; drop the flag, or add --format jpeg")
     if own.output.exists() and not own.output.is_dir():
         raise UserError(f"--output {own.output}: is a file; name a folder")
     if holds_pack(own.output) and not own.overwrite:
@@ -366,7 +366,7 @@ def check(folder: Path) -> None:
     damaged = packs.verify(folder, "--output")
     if damaged:
         raise RunError(f"{folder} is damaged: {', '.join(damaged)}; pack it again with python -m tools.pack_dataset")
-    logger.info("%s is sound", folder)
+    logger.info("%s is intact", folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging(World.alone(torch.device("cpu")))
         packing = own.data_set is not None or own.data_path is not None
         if not packing and not own.verify:
-            raise UserError("--data-set: say what is to be packed, or add --verify to check the pack in --output")
+            raise UserError("--data-set: name the data to pack, or add --verify to check the pack in --output")
         if packing:
             pack(own)
         if own.verify:

@@ -266,7 +266,9 @@ def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any],
     val, files = validation_data(trained, world)
     model = command.load_model(run, trained.weights, own.resume, world.device)
     if val.num_classes != model.num_classes:
-        raise UserError(f"--data-set {run.data_set}: has {val.num_classes} classes, the model {model.num_classes}")
+        raise UserError(
+            f"--data-set {run.data_set}: has {val.num_classes} classes, the model {model.num_classes}; use its own data"
+        )
     loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
     score, amp_dtype = score_name(trained.about), engine.select_amp(run.amp, world.device)
     outcome = evaluate_images(model, loader, score, amp_dtype)

@@ -90,7 +90,7 @@ def find_source(own: argparse.Namespace) -> Source:
         options = replace(fill(DataOptions, own), data_set=name, ram_cache=0, skip_broken_images=0)
         source, _ = build_sources(options)
         if not isinstance(source, Source):
-            raise UserError(f"--data-set {name}: a stream has no single images; pass files with --images")
+            raise UserError(f"--data-set {name}: a stream cannot be indexed; pass files with --images")
     chosen = np.linspace(0, len(source) - 1, min(own.num_images, len(source))).astype(int)
     return replace(source, order=source.order[chosen])
 

@@ -47,7 +47,9 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
             models[-1].compile()
     _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
     if val.num_classes != models[0].num_classes:
-        raise UserError(f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}")
+        raise UserError(
+            f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}; use its data"
+        )
     compare_classes(trained.about, {"val": val}, f"--resume {own.resume}", run.allow_class_mismatch)
     views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
     loader = build_val_loader(val, views, normalization(models[0]), options, world)

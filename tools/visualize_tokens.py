@@ -123,7 +123,7 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> sou
     options = replace(fill(datasets.DataOptions, run), ram_cache=0)  # the whole data are not needed
     _, source = datasets.build_sources(options, world.local_rank, eval_only=True)
     if not isinstance(source, sources.Source):
-        raise UserError(f"--data-set {run.data_set}: a stream has no single images; pass files with --images")
+        raise UserError(f"--data-set {run.data_set}: a stream cannot be indexed; pass files with --images")
     chosen = np.linspace(0, len(source) - 1, min(number, len(source))).astype(int)
     return replace(source, order=source.order[chosen])
 
