@@ -236,6 +236,12 @@ def test_a_process_that_never_arrives_is_a_line(started, monkeypatch, rank):
         started(**TWO | {"RANK": rank, "MASTER_PORT": port})
 
 
+def test_the_interface_towards_an_address_is_the_one_that_routes_to_it():
+    assert utils._interface_towards("127.0.0.1", 29500) in ("lo", "lo0")
+    assert utils._interface_towards("no.such.host.invalid", 29500) == ""
+    assert utils._interface_towards("::1", 29500) == ""  # not asked for: gloo finds its own
+
+
 @pytest.fixture
 def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
