@@ -306,6 +306,29 @@ def autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(next(module.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
 
 
+class Ema(ModelEmaV3):
+    """timm's EMA of a model's weights and buffers, which are listed once: listing them takes longer than the update.
+
+    Args:
+        model: on its device; its tensors may change, but not be replaced.
+        options: further arguments of `ModelEmaV3`.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        both = (module.state_dict(keep_vars=True).values() for module in (self.module, model))
+        pairs = list(zip(*both, strict=True))
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._averaged = [[pair[side] for pair in pairs if pair[0].is_floating_point()] for side in (0, 1)]
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        if not self.foreach:  # kept on another device
+            return super().apply_update_(model, decay)
+        for own, theirs in self._copied:
+            own.copy_(theirs)
+        self._foreach_lerp_(*self._averaged, weight=1.0 - decay)
+
+
 @dataclass
 class TrainState:
     """All that a training step changes, and how it changes it.
@@ -550,7 +573,7 @@ def build_state(
     ema = None
     if options.model_ema:
         device = torch.device("cpu") if options.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
+        ema = Ema(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
     if options.compile:
         # An EViT is compiled anew at each step of its keep rate, for training and for evaluation; after 8 times torch
         # would silently compile no more.

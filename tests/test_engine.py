@@ -279,6 +279,35 @@ def test_the_average_follows_its_formula():
         torch.testing.assert_close(value, average[name].float())
 
 
+def nets_of_all_types():
+    """Two equal networks with weights of two types, statistics, a counter and one weight in two places."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 5).bfloat16())
+    net.append(torch.nn.Linear(5, 5))[3].weight = net[0].weight
+    return net, copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_warmup": True}, {"decay": 0.5}])
+def test_listed_ema_weights_are_bitwise_those_of_timm(options):
+    ours, theirs = nets_of_all_types()
+    own, reference = engine.Ema(ours, **options), ModelEmaV3(theirs, **options)
+    for update in range(1, 6):
+        for net in (ours, theirs):
+            draw = torch.Generator().manual_seed(update)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=draw).to(parameter.dtype))
+            net[1](torch.randn(4, 5, generator=draw))
+        if update == 3:  # as a checkpoint is resumed
+            for each in (own, reference):
+                each.module.load_state_dict({k: v.clone() for k, v in each.module.state_dict().items()})
+        own.update(ours, step=update)
+        reference.update(theirs, step=update)
+        found = own.module.state_dict()
+        assert same_bits(found, reference.module.state_dict()) and found["1.num_batches_tracked"] == update
+    assert engine.Ema(ours).module.state_dict().keys() == ours.state_dict().keys()
+
+
 def test_the_average_moves_once_per_update():
     model = build_deit()
     state = state_of(model, ema=ModelEmaV3(model, decay=0.5), accum_steps=2)

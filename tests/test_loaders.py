@@ -194,6 +194,14 @@ def test_images_in_memory_are_picked_on_the_device_without_workers(images):
     assert loader.dataset.images.device == CPU
 
 
+def test_keys_of_batches_have_all_64_bits(images):
+    samples = [(3, 7, 0), (0, 2**40, 2**63), (9, 0, 2**64 - 1)]
+    stored = PaddedImages(keep_in_memory(images, 1))
+    for batch in (stored.__getitems__(samples), DeviceImages(stored, CPU).__getitems__(samples)):
+        assert batch.positions.tolist() == [7, 2**40, 0] and batch.positions.dtype == torch.int64
+        assert batch.keys.tolist() == [0, -(2**63), -1] and batch.keys.dtype == torch.int64
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_each_image_is_evaluated_once_on_the_device(images, size):
     memory = keep_in_memory(images, 1)
