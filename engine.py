@@ -33,6 +33,7 @@ from samplers import Batch, random_key, seed_generators
 from sources import BrokenImages
 from utils import (
     EpochTable,
+    Poll,
     Preempted,
     RunError,
     StepLog,
@@ -866,15 +867,26 @@ class Saver:
     minutes: float | None = None
     broken: BrokenImages | None = None
     saved_at: float = field(default_factory=time.monotonic)
+    poll: Poll = field(default_factory=Poll)
 
     def check(self, log: StepLog) -> None:
         """Between two updates: save if it is time to; save and stop if any rank has been told to.
 
+        Several ranks do so one update later: none waits for what the others say of this one.
+
         Raises:
             Preempted: on all ranks, after the checkpoint is on the disk.
         """
-        due = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
-        signal, due = agree(self.stop.received, due and self.world.is_main)
+        due = self.world.is_main and self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+        if due:
+            self.saved_at = time.monotonic()  # the next call does not ask for the same once more
+        self._act(log, *self.poll(self.stop.received, due))
+
+    def check_now(self, log: StepLog) -> None:
+        """`check` that waits for all ranks, and only of being told to stop."""
+        self._act(log, *agree(self.stop.received), 0.0)
+
+    def _act(self, log: StepLog, signal: float, due: float) -> None:
         if signal:
             self.stop.answer()
         if signal or due:
@@ -1033,7 +1045,7 @@ def fit(
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
                 saver.save(log)  # an evaluation can fail
                 tested = _test(state, val_loader, stop)
-                saver.check(log)  # before anything believes an evaluation that was cut short
+                saver.check_now(log)  # before anything believes an evaluation that was cut short
                 record |= tested
             if broken is not None:
                 record["broken_images"] = broken.report()

@@ -142,6 +142,23 @@ def test_a_busy_port_ends_with_status_2_and_one_line():
     assert output.startswith(f"main.py: error: MASTER_PORT={port}: ") and output.count("\n") == 1
 
 
+@pytest.mark.process
+def test_a_poll_gives_the_largest_numbers_of_the_call_before(tmp_path):
+    script = tmp_path / "poll.py"
+    script.write_text(
+        "import os, sys, time; sys.path.insert(0, os.getcwd()); import utils; world = utils.init_distributed('cpu')\n"
+        "poll, numbers = utils.Poll(), []\n"
+        "for turn in range(4):\n"
+        "    time.sleep(0.2 * ((turn + world.rank) % 2))\n"
+        "    numbers.append(poll(10 * turn + world.rank, -turn - world.rank))\n"
+        "    assert utils.agree(turn) == [turn]\n"  # others may go on meanwhile
+        "print(numbers, flush=True)\n"
+        "utils.shut_down_distributed()\n"
+    )
+    output = tiny.torchrun(2, script)
+    assert output.count("[[0.0, 0.0], [1.0, 0.0], [11.0, -1.0], [21.0, -2.0]]") == 2
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces, of which each reaches the other through its own end of a cable: commands to enter them.

@@ -376,6 +376,20 @@ def test_a_signal_stops_both_ranks_at_the_same_step(tmp_path, capsys):
         assert alone["train_loss"] == pytest.approx(together["train_loss"], abs=0.2)
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("more", [[], ["--checkpoint-minutes", "0"]], ids=["signal", "signal and checkpoints"])
+def test_a_signal_to_one_rank_stops_both_one_update_later(more, tmp_path):
+    # rank 1 is told in update 50, the seventh of epoch 2; both have made the eighth by the time that rank 0 knows
+    ranks = start_ranks("signal", tmp_path, *more, workers=0)
+    outputs = [rank.output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], outputs
+    for rank, output in enumerate(outputs):
+        assert f"rank {rank}: stopped by SIGUSR1; epoch 2, step 8 is saved" in output
+    assert (checkpoint(tmp_path)["step"], checkpoint(tmp_path)["progress"]["images"]) == (52, 8 * 64)
+    if more:  # the checkpoint before is of the update before
+        assert checkpoint(tmp_path, "checkpoint_previous.pth")["step"] == 51
+
+
 # -- faults of one rank ------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,7 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
     world = init_distributed("cpu")
     assert world == World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     assert world.is_main and not utils.is_distributed()
+    assert utils.Poll()(3, -1) == [3, -1]
     total = torch.tensor([2.0])
     assert utils.all_reduce_sum(total) is total and float(total) == 2.0
     with utils.main_process_first():
