@@ -353,7 +353,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     early = "end after N epochs without a better top-1; default: train all --epochs"
     add("--early-stop", type=_COUNT, metavar="N", help=early)
     add("--log-interval", type=_COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
-    add("--num-workers", type=_NATURAL, help="data-loader workers per rank; default: its CPUs, at most 10")
+    workers = "data-loader workers per rank; default: its CPUs, at most 10 if views are made on the device"
+    add("--num-workers", type=_NATURAL, help=workers)
     add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
     add(
         "--amp",

@@ -233,6 +233,16 @@ def test_images_of_all_sizes_are_padded_to_the_largest(tmp_path):
         assert not pixels[height:].any() and not pixels[:, width:].any()
 
 
+def test_a_worker_builds_its_batches_in_shared_memory(images, monkeypatch):
+    stored, samples = PaddedImages(keep_in_memory(images, 1)), [(2, 7, 0), (0, 8, 0), (1, 9, 0)]
+    alone = stored.__getitems__(samples)
+    monkeypatch.setattr(loaders, "get_worker_info", object)
+    shared = stored.__getitems__(samples)
+    assert shared.images.is_shared() and not alone.images.is_shared()
+    assert torch.equal(alone.images, shared.images) and alone.images.stride() == shared.images.stride()
+    assert loaders.collate(shared) is shared
+
+
 @pytest.mark.parametrize(("longest", "expected"), [(20, True), (400, False)])
 def test_one_very_large_image_does_not_blow_up_all_buffers(longest, expected):
     arrays = [np.zeros((10, 10, 3), np.uint8)] * 9 + [np.zeros((10, longest, 3), np.uint8)]
