@@ -181,9 +181,10 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
     previous = latest.with_name(PREVIOUS)
     choice = 0.0
     if is_main:
-        usable = previous.exists() and is_whole(previous)
-        torn = usable and latest.exists() and not is_whole(latest)
-        choice = 2.0 if torn or (usable and automatic and not latest.exists()) else float(latest.exists())
+        # In this order, the one before is read only if it is needed.
+        torn = latest.exists() and previous.exists() and not is_whole(latest) and is_whole(previous)
+        lost = automatic and not latest.exists() and previous.exists() and is_whole(previous)
+        choice = 2.0 if torn or lost else float(latest.exists())
         if torn:
             logger.warning("%s is damaged; resuming from %s", latest, previous)
             if Path(output_dir).resolve() == latest.parent.resolve():
@@ -240,7 +241,8 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
         path: a `.pth` file written by `save_checkpoint` or the original code, a `.safetensors` file, or an https
             address of one with its SHA-256: `...#sha256=...`, or `NAME-1a2b3c4d5e6f7a8b.pth`.
         flag: the flag that named it, for the error message.
-        mmap: read tensors only when they are used, without their checksums; for what else a file says.
+        mmap: read tensors only when they are used, without their checksums: for what else a file says, or where
+            another process of this machine compares them.
 
     Raises:
         UserError: if there is no such file, or it is not such a file.

@@ -543,6 +543,25 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
     assert refused > 200
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_process_of_a_machine_compares_checksums(local_rank, stopped, monkeypatch, capsys):
+    content, found = bytearray((stopped / "checkpoint.pth").read_bytes()), checkpoint(stopped)
+    weight = found["model"]["patch_embed.proj.weight"].numpy().tobytes()
+    content[content.index(weight) + 1] ^= 1  # one weight is a little different
+    (stopped / "flipped.pth").write_bytes(content)
+    world = utils.World(0, 1, local_rank, 2, torch.device("cpu"))
+    monkeypatch.setattr(utils, "init_distributed", lambda _: world)
+    run(stopped, "--resume", stopped / "flipped.pth", status=2 if local_rank == 0 else None)
+    assert ("is damaged (wrong checksum" in capsys.readouterr().err) == (local_rank == 0)
+
+
+def test_a_whole_checkpoint_is_taken_without_reading_the_one_before(stopped, monkeypatch):
+    read, look = [], checkpoints.is_whole
+    monkeypatch.setattr(checkpoints, "is_whole", lambda path, *rest: (read.append(path.name), look(path, *rest))[1])
+    assert checkpoints.find_checkpoint("auto", str(stopped), True) == str(stopped / "checkpoint.pth")
+    assert read == ["checkpoint.pth"]
+
+
 def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
