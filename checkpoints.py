@@ -50,6 +50,17 @@ def _remove_temporary_files(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def on_host(value: Any) -> Any:
+    """A copy of nested dictionaries and lists of tensors, in the memory of the host."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with the attributes of a state_dict
+        copied.update((key, on_host(each)) for key, each in value.items())
+        return copied
+    return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
+
+
 def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) -> None:
     """Write `checkpoint.pth`, keep the one before as `checkpoint_previous.pth`, and `best.pth` if it is the best.
 

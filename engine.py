@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -23,7 +24,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
+from checkpoints import ema_of, flags_of, on_host, optimizer_state, save_checkpoint
 from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
@@ -850,7 +851,8 @@ class Output:
 class Saver:
     """What is saved of a run, and when: before and after each evaluation, every few minutes, and when it is to stop.
 
-    All ranks must call it alike; only rank 0 writes.
+    All ranks must call it alike; only rank 0 writes. A thread does, so that the others need not wait: a checkpoint is
+    on the disk, or its error raised, when `finish` has returned, which the next one and `close` call first.
 
     Attributes:
         stop: the signals that end the run.
@@ -868,6 +870,8 @@ class Saver:
     broken: BrokenImages | None = None
     saved_at: float = field(default_factory=time.monotonic)
     poll: Poll = field(default_factory=Poll)
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    _writing: Future | None = field(default=None, init=False)
 
     def check(self, log: StepLog) -> None:
         """Between two updates: save if it is time to; save and stop if any rank has been told to.
@@ -892,6 +896,7 @@ class Saver:
         if signal or due:
             self.save(log)
         if signal:
+            self.finish()
             barrier()  # a launcher may end all as soon as one has ended
             raise Preempted(int(signal), self._kept(log))
 
@@ -912,13 +917,14 @@ class Saver:
         _require_finite(self.state)
         broken = self.broken.found_here() if self.broken is not None else []
         self._write({"images": log.step * log.batch_images, "totals": [log.totals]}, broken)
+        self.finish()
         return self._kept(log)
 
     def save(self, log: StepLog | None = None, is_best: bool = False) -> None:
-        """Write a checkpoint, within an epoch whose `log` is given, or after one.
+        """Begin to write a checkpoint, within an epoch whose `log` is given, or after one.
 
         Raises:
-            RunError: if a loss or the weights are not finite, or the disk takes no more.
+            RunError: if a loss or the weights are not finite, or the disk took no more of the one before.
         """
         progress = None
         if log is not None:
@@ -927,8 +933,7 @@ class Saver:
             totals = [dict(zip(log.totals, row, strict=True)) for row in gather(list(log.totals.values()))]
             progress = {"images": log.step * log.batch_images, "totals": totals}
         broken = self.broken.all_found() if self.broken is not None else []
-        with self.stop.saving():
-            self._write(progress, broken, is_best)
+        self._write(progress, broken, is_best)
         self.saved_at = time.monotonic()
 
     def _write(self, progress: dict[str, Any] | None, broken: Sequence[int] = (), is_best: bool = False) -> None:
@@ -936,8 +941,28 @@ class Saver:
         checkpoint["broken_images"] = list(broken)
         if self.output.writer is not None:
             self.output.writer.flush()
+        self.finish()
         if self.world.is_main and self.output.folder is not None:
-            save_checkpoint(checkpoint, self.output.folder, is_best)
+            self._writing = self._writer.submit(self._write_file, on_host(checkpoint), self.output.folder, is_best)
+
+    def _write_file(self, checkpoint: Mapping[str, Any], folder: Path, is_best: bool) -> None:
+        with self.stop.saving():
+            save_checkpoint(checkpoint, folder, is_best)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            RunError: if the disk took no more.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """`finish`, and end the thread."""
+        self._writer.shutdown()
+        self.finish()
 
     def end_epoch(self, record: dict[str, float]) -> None:
         """Log a finished epoch and save. An accuracy at a keep rate that is not the final one is never the best."""
@@ -1030,8 +1055,12 @@ def fit(
     start, broken = time.time(), train_loader.broken
     done = state.num_updates / train_loader.updates_per_epoch
     table = EpochTable(options.epochs, done, _columns(state))
-    with StopSignals(options.stop_timeout) as stop, contextlib.closing(train_loader), contextlib.closing(val_loader):
-        saver = Saver(state, schedules, world, stop, output, minutes=options.checkpoint_minutes, broken=broken)
+    with (
+        StopSignals(options.stop_timeout) as stop,
+        contextlib.closing(train_loader),
+        contextlib.closing(val_loader),
+        contextlib.closing(Saver(state, schedules, world, stop, output, options.checkpoint_minutes, broken)) as saver,
+    ):
         while state.epoch < options.epochs and not _is_early_end(state, options):
             first = _position(state, train_loader, schedules, state.epoch % options.view_epochs)
             log = _step_log(state, train_loader, options, output.writer, first, _totals(state, world.rank, first))

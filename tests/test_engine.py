@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import threading
 import types
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import engine
 import models
-from checkpoints import read_checkpoint
+from checkpoints import on_host, read_checkpoint
 from engine import (
     Output,
     RunOptions,
@@ -41,6 +42,7 @@ from loaders import DeviceLoader, EpochLoader, collate
 from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
 from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache, TeacherOptions, build_teacher
+from tools import chaos
 from utils import RunError, StepLog, StopSignals, UserError, World
 
 CPU = torch.device("cpu")
@@ -1382,7 +1384,45 @@ def test_an_accuracy_at_another_keep_rate_is_never_the_best(tmp_path):
         schedule.is_comparable = is_comparable
         saver.end_epoch({"test_acc1": accuracy})
         assert saver.state.best_acc1 == best
+    saver.close()
     assert read_checkpoint(str(tmp_path / "best.pth"), "--resume")["epoch"] == 2
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    written, write = threading.Event(), engine.save_checkpoint
+    monkeypatch.setattr(engine, "save_checkpoint", lambda *rest: (written.wait(60), write(*rest)))
+    state = build_state()
+    one_epoch(state)
+    saver = Saver(state, build_schedules(state), WORLD, StopSignals(), Output(tmp_path))
+    expected = copy.deepcopy(state.state_dict(saver.schedules))
+    saver.save()
+    one_epoch(state)  # while it is being written
+    assert not same_bits(expected["model"], state.module.state_dict()) and not files_in(tmp_path)
+    written.set()
+    saver.close()
+    found = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    assert same_bits(expected["model"], found["model"]) and same_bits(expected["model_ema"], found["model_ema"])
+    assert chaos.differences({key: found[key] for key in expected}, expected) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next(tmp_path, monkeypatch):
+    def full(*_):
+        raise RunError("cannot write a checkpoint")
+
+    monkeypatch.setattr(engine, "save_checkpoint", full)
+    saver = Saver(build_state(), [], WORLD, StopSignals(), Output(tmp_path))
+    for act in (saver.save, saver.finish, saver.close):
+        saver.save()
+        with pytest.raises(RunError, match="cannot write a checkpoint"):
+            act()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_copy_on_the_host_is_whole_before_the_device_goes_on():
+    tensor = torch.zeros(2**24, device="cuda")
+    copied = on_host({"a": [tensor]})
+    tensor += 1
+    assert copied["a"][0].device.type == "cpu" and not copied["a"][0].any()
 
 
 def test_an_average_that_the_checkpoint_lacks_starts_from_its_weights(tmp_path):
