@@ -59,7 +59,7 @@ class LoaderOptions:
     seed: int = 0
     cosub: bool = False  # each batch holds its images twice
     augment: str = "auto"  # where views are made: "host", "device" or "auto"
-    compile: bool = False  # compile the augmentation on a GPU
+    compile_augment: bool = True  # compile the augmentation on a GPU
 
 
 @dataclass(frozen=True)
@@ -434,7 +434,9 @@ def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Mod
     """The view's module on its device, or None if the workers make the views."""
     if not isinstance(view, torch.nn.Module):
         return None
-    if options.compile and world.device.type == "cuda":  # a CPU is faster without: it skips what a sample does not need
+    if (
+        options.compile_augment and world.device.type == "cuda"
+    ):  # a CPU is faster without: it skips what a sample does not need
         view.compile()
     return view.to(world.device)
 

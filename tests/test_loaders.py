@@ -15,6 +15,7 @@ import engine
 import loaders
 from augment import TrainAugmentation, ViewOptions
 from datasets import build_eval_transform, build_train_transform
+from flags import fill, parse_args
 from loaders import (
     DeviceImages,
     EpochLoader,
@@ -192,6 +193,20 @@ def test_images_in_memory_are_picked_on_the_device_without_workers(images):
     assert loader.num_workers == 0 and isinstance(loader.dataset, DeviceImages)
     assert loader.dataset.images.shape[0] == 28 and loader.dataset.images.dtype == torch.uint8
     assert loader.dataset.images.device == CPU
+
+
+@pytest.mark.parametrize(
+    "device, flags, is_compiled",
+    [("cuda", [], True), ("cuda", ["--no-compile-augment"], False), ("cuda", ["--compile"], True), ("cpu", [], False)],
+)
+def test_views_are_compiled_on_a_gpu_unless_told_otherwise(device, flags, is_compiled, monkeypatch):
+    compiled, view = [], torch.nn.Identity()
+    monkeypatch.setattr(view, "compile", lambda: compiled.append(view))
+    monkeypatch.setattr(view, "to", lambda _: view)
+    options = fill(LoaderOptions, parse_args(flags))
+    assert loaders._on_device(view, options, World.alone(torch.device(device))) is view
+    assert bool(compiled) == is_compiled
+    assert loaders._on_device(lambda image: image, options, World.alone(torch.device(device))) is None
 
 
 def test_keys_of_batches_have_all_64_bits(images):
