@@ -662,10 +662,11 @@ def train_one_epoch(
     set_train_mode(state.model)
     if not state.train_mode:
         set_eval_layers(state.module)
+    device = state.device
     for step, batch in enumerate(loader, log.first_step):
         for schedule in schedules:
             schedule.step_update(state.num_updates)
-        seed_generators(random_key(seed, "step", state.epoch, step, rank), state.device)
+        seed_generators(random_key(seed, "step", state.epoch, step, rank), device)
         with state.forward():
             loss, terms = criterion(state.model(batch.images), batch)
         num_updates, loss = state.num_updates, state.step(loss)
