@@ -50,6 +50,17 @@ def _remove_temporary_files(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def on_host(value: Any) -> Any:
+    """A copy of nested dictionaries and lists of tensors, in the memory of the host."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with the attributes of a state_dict
+        copied.update((key, on_host(each)) for key, each in value.items())
+        return copied
+    return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
+
+
 def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) -> None:
     """Write `checkpoint.pth`, keep the one before as `checkpoint_previous.pth`, and `best.pth` if it is the best.
 
@@ -181,9 +192,10 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
     previous = latest.with_name(PREVIOUS)
     choice = 0.0
     if is_main:
-        usable = previous.exists() and is_whole(previous)
-        torn = usable and latest.exists() and not is_whole(latest)
-        choice = 2.0 if torn or (usable and automatic and not latest.exists()) else float(latest.exists())
+        # In this order, the one before is read only if it is needed.
+        torn = latest.exists() and previous.exists() and not is_whole(latest) and is_whole(previous)
+        lost = automatic and not latest.exists() and previous.exists() and is_whole(previous)
+        choice = 2.0 if torn or lost else float(latest.exists())
         if torn:
             logger.warning("%s is damaged; resuming from %s", latest, previous)
             if Path(output_dir).resolve() == latest.parent.resolve():
@@ -240,7 +252,8 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
         path: a `.pth` file written by `save_checkpoint` or the original code, a `.safetensors` file, or an https
             address of one with its SHA-256: `...#sha256=...`, or `NAME-1a2b3c4d5e6f7a8b.pth`.
         flag: the flag that named it, for the error message.
-        mmap: read tensors only when they are used, without their checksums; for what else a file says.
+        mmap: read tensors only when they are used, without their checksums: for what else a file says, or where
+            another process of this machine compares them.
 
     Raises:
         UserError: if there is no such file, or it is not such a file.

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -23,7 +24,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import ema_of, flags_of, optimizer_state, save_checkpoint
+from checkpoints import ema_of, flags_of, on_host, optimizer_state, save_checkpoint
 from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
@@ -33,6 +34,7 @@ from samplers import Batch, random_key, seed_generators
 from sources import BrokenImages
 from utils import (
     EpochTable,
+    Poll,
     Preempted,
     RunError,
     StepLog,
@@ -315,6 +317,29 @@ def autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(next(module.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
 
 
+class Ema(ModelEmaV3):
+    """timm's EMA of a model's weights and buffers, which are listed once: listing them takes longer than the update.
+
+    Args:
+        model: on its device; its tensors may change, but not be replaced.
+        options: further arguments of `ModelEmaV3`.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        both = (module.state_dict(keep_vars=True).values() for module in (self.module, model))
+        pairs = list(zip(*both, strict=True))
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._averaged = [[pair[side] for pair in pairs if pair[0].is_floating_point()] for side in (0, 1)]
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        if not self.foreach:  # kept on another device
+            return super().apply_update_(model, decay)
+        for own, theirs in self._copied:
+            own.copy_(theirs)
+        self._foreach_lerp_(*self._averaged, weight=1.0 - decay)
+
+
 @dataclass
 class TrainState:
     """All that a training step changes, and how it changes it.
@@ -562,7 +587,7 @@ def build_state(
     ema = None
     if options.model_ema:
         device = torch.device("cpu") if options.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
+        ema = Ema(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
     if options.compile:
         # An EViT is compiled anew at each step of its keep rate, for training and for evaluation; after 8 times torch
         # would silently compile no more.
@@ -649,10 +674,11 @@ def train_one_epoch(
     set_train_mode(state.model)
     if not state.train_mode:
         set_eval_layers(state.module)
+    device = state.device
     for step, batch in enumerate(loader, log.first_step):
         for schedule in schedules:
             schedule.step_update(state.num_updates)
-        seed_generators(random_key(seed, "step", state.epoch, step, rank), state.device)
+        seed_generators(random_key(seed, "step", state.epoch, step, rank), device)
         with state.forward():
             loss, terms = criterion(state.model(batch.images), batch)
         num_updates, loss = state.num_updates, state.step(loss)
@@ -838,7 +864,8 @@ class Output:
 class Saver:
     """What is saved of a run, and when: before and after each evaluation, every few minutes, and when it is to stop.
 
-    All ranks must call it alike; only rank 0 writes.
+    All ranks must call it alike; only rank 0 writes. A thread does, so that the others need not wait: a checkpoint is
+    on the disk, or its error raised, when `finish` has returned, which the next one and `close` call first.
 
     Attributes:
         stop: the signals that end the run.
@@ -855,20 +882,34 @@ class Saver:
     minutes: float | None = None
     broken: BrokenImages | None = None
     saved_at: float = field(default_factory=time.monotonic)
+    poll: Poll = field(default_factory=Poll)
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    _writing: Future | None = field(default=None, init=False)
 
     def check(self, log: StepLog) -> None:
         """Between two updates: save if it is time to; save and stop if any rank has been told to.
 
+        Several ranks do so one update later: none waits for what the others say of this one.
+
         Raises:
             Preempted: on all ranks, after the checkpoint is on the disk.
         """
-        due = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
-        signal, due = agree(self.stop.received, due and self.world.is_main)
+        due = self.world.is_main and self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+        if due:
+            self.saved_at = time.monotonic()  # the next call does not ask for the same once more
+        self._act(log, *self.poll(self.stop.received, due))
+
+    def check_now(self, log: StepLog) -> None:
+        """`check` that waits for all ranks, and only of being told to stop."""
+        self._act(log, *agree(self.stop.received), 0.0)
+
+    def _act(self, log: StepLog, signal: float, due: float) -> None:
         if signal:
             self.stop.answer()
         if signal or due:
             self.save(log)
         if signal:
+            self.finish()
             barrier()  # a launcher may end all as soon as one has ended
             raise Preempted(int(signal), self._kept(log))
 
@@ -889,13 +930,14 @@ class Saver:
         _require_finite(self.state)
         broken = self.broken.found_here() if self.broken is not None else []
         self._write({"images": log.step * log.batch_images, "totals": [log.totals]}, broken)
+        self.finish()
         return self._kept(log)
 
     def save(self, log: StepLog | None = None, is_best: bool = False) -> None:
-        """Write a checkpoint, within an epoch whose `log` is given, or after one.
+        """Begin to write a checkpoint, within an epoch whose `log` is given, or after one.
 
         Raises:
-            RunError: if a loss or the weights are not finite, or the disk takes no more.
+            RunError: if a loss or the weights are not finite, or the disk took no more of the one before.
         """
         progress = None
         if log is not None:
@@ -904,8 +946,7 @@ class Saver:
             totals = [dict(zip(log.totals, row, strict=True)) for row in gather(list(log.totals.values()))]
             progress = {"images": log.step * log.batch_images, "totals": totals}
         broken = self.broken.all_found() if self.broken is not None else []
-        with self.stop.saving():
-            self._write(progress, broken, is_best)
+        self._write(progress, broken, is_best)
         self.saved_at = time.monotonic()
 
     def _write(self, progress: dict[str, Any] | None, broken: Sequence[int] = (), is_best: bool = False) -> None:
@@ -913,8 +954,28 @@ class Saver:
         checkpoint["broken_images"] = list(broken)
         if self.output.writer is not None:
             self.output.writer.flush()
+        self.finish()
         if self.world.is_main and self.output.folder is not None:
-            save_checkpoint(checkpoint, self.output.folder, is_best)
+            self._writing = self._writer.submit(self._write_file, on_host(checkpoint), self.output.folder, is_best)
+
+    def _write_file(self, checkpoint: Mapping[str, Any], folder: Path, is_best: bool) -> None:
+        with self.stop.saving():
+            save_checkpoint(checkpoint, folder, is_best)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            RunError: if the disk took no more.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """`finish`, and end the thread."""
+        self._writer.shutdown()
+        self.finish()
 
     def end_epoch(self, record: dict[str, float]) -> None:
         """Log a finished epoch and save. An accuracy at a keep rate that is not the final one is never the best."""
@@ -1007,8 +1068,12 @@ def fit(
     start, broken = time.time(), train_loader.broken
     done = state.num_updates / train_loader.updates_per_epoch
     table = EpochTable(options.epochs, done, _columns(state))
-    with StopSignals(options.stop_timeout) as stop, contextlib.closing(train_loader), contextlib.closing(val_loader):
-        saver = Saver(state, schedules, world, stop, output, minutes=options.checkpoint_minutes, broken=broken)
+    with (
+        StopSignals(options.stop_timeout) as stop,
+        contextlib.closing(train_loader),
+        contextlib.closing(val_loader),
+        contextlib.closing(Saver(state, schedules, world, stop, output, options.checkpoint_minutes, broken)) as saver,
+    ):
         while state.epoch < options.epochs and not _is_early_end(state, options):
             first = _position(state, train_loader, schedules, state.epoch % options.view_epochs)
             log = _step_log(state, train_loader, options, output.writer, first, _totals(state, world.rank, first))
@@ -1022,7 +1087,7 @@ def fit(
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
                 saver.save(log)  # an evaluation can fail
                 tested = _test(state, val_loader, stop)
-                saver.check(log)  # before anything believes an evaluation that was cut short
+                saver.check_now(log)  # before anything believes an evaluation that was cut short
                 record |= tested
             if broken is not None:
                 record["broken_images"] = broken.report()

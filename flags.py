@@ -211,7 +211,7 @@ SHAPES = {
         lr_noise lr_noise_pct lr_noise_std smoothing bce_loss distillation_alpha distillation_tau distillation_scale
         distill_on_class_token cosub layer_decay drop drop_path train_scope cache_features grad_checkpointing model_ema
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
-        max_skipped_steps compile deterministic train_mode
+        max_skipped_steps compile compile_augment deterministic train_mode
     """),
     # nothing that a resumed run would not check by itself: free to change on resume
     "nothing": _names("""
@@ -353,7 +353,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     early = "end after N epochs without a better top-1; default: train all --epochs"
     add("--early-stop", type=_COUNT, metavar="N", help=early)
     add("--log-interval", type=_COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
-    add("--num-workers", type=_NATURAL, help="data-loader workers per rank; default: the CPUs of the rank, at most 10")
+    workers = "data-loader workers per rank; default: the CPUs of the rank, at most 10 for views made on the device"
+    add("--num-workers", type=_NATURAL, help=workers)
     add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
     add(
         "--amp",
@@ -361,12 +362,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="mixed precision; auto: bf16 if the hardware has it, fp16 on other GPUs, else off",
     )
-    add(
-        "--compile",
-        action=_SWITCH,
-        default=False,
-        help="torch.compile model and teacher, on a GPU the augmentation too",
-    )
+    add("--compile", action=_SWITCH, default=False, help="torch.compile model and teacher")
+    add("--compile-augment", action=_SWITCH, default=True, help="torch.compile the augmentation on a CUDA GPU")
     add("--deterministic", action=_SWITCH, default=False, help="bitwise reproducible CUDA kernels (slower)")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 from timm.data import Mixup
 from timm.data.readers.reader_wds import ReaderWds
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 import models
 from augment import EvalTransform, Normalization, TrainAugmentation, ViewOptions, is_supported
@@ -39,7 +40,7 @@ from sources import (
 from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, logger
 
 MOST_PADDING = 4  # area of the padded buffer, relative to that of the mean image
-MOST_WORKERS = 10
+MOST_WORKERS = 10  # by default, of those that only read stored images
 MOST_SOCKET_NAME = 107 if sys.platform == "linux" else 103  # characters, of an AF_UNIX socket
 
 View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module  # on the host, or for batches on the device
@@ -53,12 +54,12 @@ class LoaderOptions:
     accum_steps: int = 1  # forward passes per update
     repeated_aug: bool = True  # three views of each of a third of the images per epoch
     class_balanced: bool = False  # draw equally many images of each class
-    num_workers: int | None = None  # data-loader workers per rank; None: its CPUs, at most `MOST_WORKERS`
+    num_workers: int | None = None  # data-loader workers per rank; None: its CPUs, see `num_workers`
     pin_mem: bool = True  # page-locked batches on CUDA
     seed: int = 0
     cosub: bool = False  # each batch holds its images twice
     augment: str = "auto"  # where views are made: "host", "device" or "auto"
-    compile: bool = False  # compile the augmentation on a GPU
+    compile_augment: bool = True  # compile the augmentation on a GPU
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,23 @@ class PaddedImages(Dataset):
         return len(self.source)
 
     def __getitems__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
-        buffer = np.zeros((len(samples), *self.size, 3), np.uint8)
+        images = _zeros((len(samples), *self.size, 3))
+        buffer = images.numpy()
         sizes, targets = np.empty((len(samples), 2), np.int64), np.empty(len(samples), np.int64)
         for number, (index, _, _) in enumerate(samples):
             pixels, targets[number] = self.source.array(index)
             height, width = sizes[number] = pixels.shape[:2]
             buffer[number, :height, :width] = pixels
-        images = torch.from_numpy(buffer).permute(0, 3, 1, 2)
         positions, keys = _positions_and_keys(samples)
-        return Batch(images, torch.from_numpy(targets), positions, torch.from_numpy(sizes), keys)
+        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(targets), positions, torch.from_numpy(sizes), keys)
+
+
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """Zeros of uint8; in a data-loader worker in shared memory, through which they go without another copy."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's collate does; the system clears it
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class DeviceImages(Dataset):
@@ -129,15 +138,15 @@ class DeviceImages(Dataset):
         return len(self.images)
 
     def __getitems__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
-        index = torch.tensor([index for index, _, _ in samples]).to(self.images.device, non_blocking=True)
+        index = torch.from_numpy(np.array([index for index, _, _ in samples])).to(self.images.device, non_blocking=True)
         images, targets, sizes = (each.index_select(0, index) for each in (self.images, self.targets, self.sizes))
         positions, keys = _positions_and_keys(samples)
         return Batch(images, targets, positions, sizes, keys)
 
 
 def _positions_and_keys(samples: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    _, positions, keys = zip(*samples, strict=True)
-    return torch.tensor(positions), torch.tensor([signed(key) for key in keys])
+    _, positions, keys = zip(*samples, strict=True)  # lists become arrays faster than tensors
+    return torch.from_numpy(np.array(positions)), torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
 
 
 def padded_size(source: Source) -> tuple[int, int]:
@@ -428,15 +437,18 @@ def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Mod
     """The view's module on its device, or None if the workers make the views."""
     if not isinstance(view, torch.nn.Module):
         return None
-    if options.compile and world.device.type == "cuda":  # a CPU is faster without: it skips what a sample does not need
+    if (
+        options.compile_augment and world.device.type == "cuda"
+    ):  # a CPU is faster without: it skips what a sample does not need
         view.compile()
     return view.to(world.device)
 
 
 def _view_loader(source: Source, view: View, sampler: KeyedSampler, options: LoaderOptions, world: World) -> DataLoader:
     """Views, or stored images if `view` makes the views on the device."""
-    workers = num_workers(options, world)
-    if not isinstance(view, torch.nn.Module):
+    on_device = isinstance(view, torch.nn.Module)
+    workers = num_workers(options, world, on_device)
+    if not on_device:
         return _host_loader(KeyedImages(source, view), sampler, workers, options, world)
     images = PaddedImages(source)
     if isinstance(source.images, MemoryImages):  # nothing to read, nothing to copy: no workers
@@ -457,10 +469,11 @@ def _stream_loader(source: StreamingImages, view: View, options: LoaderOptions, 
     return _host_loader(source, None, workers, options, world)
 
 
-def num_workers(options: LoaderOptions, world: World) -> int:
-    """Data-loader workers of this rank."""
-    shared = min(MOST_WORKERS, max(1, available_cpus() // world.local_size))
-    return shared if options.num_workers is None else options.num_workers
+def num_workers(options: LoaderOptions, world: World, on_device: bool = False) -> int:
+    """Data-loader workers of this rank; `on_device` says that they only read what becomes views on the device."""
+    cpus = max(1, available_cpus() // world.local_size)
+    default = min(MOST_WORKERS, cpus) if on_device else cpus
+    return default if options.num_workers is None else options.num_workers
 
 
 def _workers_with_shards(reader: Any, workers: int, world: World) -> int:

@@ -237,9 +237,7 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
         logger.warning(few, len(run.train), args.model)
 
 
-def resume(
-    args: argparse.Namespace, state: engine.TrainState, loader: loaders.EpochLoader, about: dict[str, Any]
-) -> None:
+def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, about: dict[str, Any]) -> None:
     """Resume where `--resume` was written, and say what keeps the run from being bitwise identical.
 
     Args:
@@ -248,7 +246,8 @@ def resume(
     Raises:
         UserError: if the checkpoint is for another model or another optimizer, or holds weights only.
     """
-    checkpoint = checkpoints.read_checkpoint(args.resume, "--resume")
+    args, is_first = run.args, run.world.local_rank == 0  # of its machine, which compares the checksums
+    checkpoint = checkpoints.read_checkpoint(args.resume, "--resume", mmap=not is_first)
     checkpoint = checkpoints.as_ours(checkpoint, state.module, state.optimizer, args.resume, loader.updates_per_epoch)
     compared = vars(parse_args([])).keys() - FREE_ON_RESUME  # a job's flags are in args as well
     changes = checkpoints.changes(checkpoint, about, compared)
@@ -359,7 +358,7 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
     about = describe_run(run, loader)
     state.start_at(args.start_epoch, loader.updates_per_epoch)
     if args.resume:
-        resume(args, state, loader, about)
+        resume(run, state, loader, about)
     announce(run, loader, macs)
     options = fill(engine.RunOptions, args)
     if args.dry_run:

@@ -193,6 +193,7 @@ class KeepRate:
         self.blocks = [(block, block.keep_rate) for model in models for block in evit_blocks(model)]
         self.start, self.length = start_epoch * updates_per_epoch, epochs * updates_per_epoch
         self.steps = steps
+        self.last: float | None = None  # how far on the way the blocks are
 
     def shrunk(self, num_updates: int) -> float:
         """How far on the way from 1 to the final rate, in [0, 1]."""
@@ -205,6 +206,9 @@ class KeepRate:
 
     def step_update(self, num_updates: int) -> None:
         shrunk = self.shrunk(num_updates)
+        if shrunk == self.last:
+            return
+        self.last = shrunk
         for block, final in self.blocks:
             block.keep_rate = final if shrunk == 1 else 1 - (1 - final) * shrunk
 

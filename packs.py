@@ -13,6 +13,7 @@ A record of kind uint8 is the pixels, [height, width, RGB], row by row; one of k
 from __future__ import annotations
 
 import io
+import os
 import reprlib
 import zlib
 from collections.abc import Mapping
@@ -99,8 +100,9 @@ def _stated_names(about: Mapping[str, Any], num_classes: int) -> tuple[str, ...]
 class PackImages:
     """The images of one split of a pack.
 
-    The shards are mapped into memory when first read, by each process for itself; a pickle holds only the folder's
-    name, so that it is small and other processes open the pack anew.
+    The shards are opened when first read, by each process for itself; a pickle holds only the folder's name, so that
+    it is small and other processes open the pack anew. A record is read in one request: page faults of a memory map
+    would ask a network file system for a few pages at a time.
 
     Attributes:
         kind: "uint8" or "jpeg".
@@ -133,7 +135,7 @@ class PackImages:
         self.targets = self.index["target"].astype(np.int64)
         self.shapes = np.full((len(self.index), 3), 3, np.int64)
         self.shapes[:, 0], self.shapes[:, 1] = self.index["height"], self.index["width"]
-        self._mapped: dict[int, np.ndarray] = {}
+        self._files: dict[int, io.FileIO] = {}
 
     def _check_shards(self, shards: Any, flag: str) -> list[dict[str, Any]]:
         """The shards that pack.json states, which must be there.
@@ -198,23 +200,29 @@ class PackImages:
     def __len__(self) -> int:
         return len(self.index)
 
-    def shard(self, number: int) -> np.ndarray:
-        """All bytes of a shard, read-only."""
-        if number not in self._mapped:
-            path = self.folder / self.shards[number]["name"]
-            self._mapped[number] = np.memmap(path, np.uint8, "r").view(np.ndarray)
-        return self._mapped[number]
+    def shard(self, number: int) -> io.FileIO:
+        """An open shard."""
+        if number not in self._files:
+            self._files[number] = open(self.folder / self.shards[number]["name"], "rb", buffering=0)  # noqa: SIM115
+        return self._files[number]
 
     def record(self, index: int) -> np.ndarray:
-        """The bytes of an image as they are stored, read-only uint8 [length], without a copy."""
+        """The bytes of an image as they are stored, read-only uint8 [length].
+
+        Raises:
+            ImageError: if the file has become shorter.
+        """
         number, offset, length, *_ = self.index[index].item()
-        return self.shard(number)[offset : offset + length]
+        content = os.pread(self.shard(number).fileno(), length, offset)
+        if len(content) < length:
+            raise ImageError(f"{len(content)} of {length} bytes are there")
+        return np.frombuffer(content, np.uint8)
 
     def __getitem__(self, index: int) -> Image.Image:
         """The RGB image.
 
         Raises:
-            ImageError: if the record of a jpeg is damaged.
+            ImageError: if the record is not all there, or that of a jpeg is damaged.
         """
         if self.kind == "uint8":
             return Image.fromarray(self.array(index))
@@ -228,10 +236,11 @@ class PackImages:
         return image
 
     def array(self, index: int) -> np.ndarray:
-        """The pixels, uint8 [height, width, 3]: a read-only view of the file if they are stored as such, else decoded.
+        """The pixels, uint8 [height, width, 3], read-only.
 
         Raises:
-            ImageError: if the record of a jpeg is damaged. Pixels are not looked at; `verify` does.
+            ImageError: if the record is not all there, or that of a jpeg is damaged. Pixels are not looked at; `verify`
+                does.
         """
         if self.kind == "jpeg":
             return np.asarray(self[index])
@@ -247,6 +256,15 @@ class PackImages:
         return self.index["crc32"][order].tobytes()
 
 
+def _checksum(file: io.FileIO) -> int:
+    """CRC-32 of a whole file."""
+    file.seek(0)
+    checksum = 0
+    while content := file.read(2**22):
+        checksum = zlib.crc32(content, checksum)
+    return checksum
+
+
 def verify(folder: Path, flag: str = "--data-path", most: int = 10) -> list[str]:
     """Read a whole pack; the names of its first damaged records, at most `most`. An intact pack has none.
 
@@ -258,7 +276,7 @@ def verify(folder: Path, flag: str = "--data-path", most: int = 10) -> list[str]
         images = PackImages(folder, split, flag)
         bar = tqdm(images.shards, split, unit="shard", disable=None)  # None: off unless on a terminal
         for number, shard in enumerate(bar):
-            if zlib.crc32(images.shard(number)) == shard["crc32"]:
+            if _checksum(images.shard(number)) == shard["crc32"]:
                 continue
             rows = np.flatnonzero(images.index["shard"] == number)
             wrong = [row for row in rows if zlib.crc32(images.record(row)) != images.index["crc32"][row]]

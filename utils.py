@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -253,6 +254,9 @@ def _join(world: World, address: str, port: int) -> None:
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         if world.device.type == "cuda":
             _compare_gpus(store, world, torch.cuda.get_device_properties(world.device))
+        interface = _interface_towards(address, port)
+        if interface:  # gloo would take that of the machine's name, which may be known to this machine alone
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         # gloo next to NCCL, for what stays on the CPU (log values, EMA weights kept there)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
@@ -262,6 +266,22 @@ def _join(world: World, address: str, port: int) -> None:
             f"MASTER_ADDR={address} MASTER_PORT={port}: rank {world.rank} cannot meet the others of WORLD_SIZE="
             f"{world.size} there ({reason(error)}); start all of them, with the same address and a free port"
         ) from error
+
+
+_SIOCGIFADDR = 0x8915  # of ioctl(2) on Linux: the IPv4 address of an interface
+
+
+def _interface_towards(address: str, port: int) -> str:
+    """The network interface through which this machine reaches an address; '' where that is not known."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((address, port))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an IPv4 address
+                request = struct.pack("256s", name.encode())
+                if fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24] == own:
+                    return name
+    return ""
 
 
 def _check_port(port: int) -> None:
@@ -380,6 +400,27 @@ def agree(*numbers: float) -> list[float]:
     largest = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
+
+
+class Poll:
+    """`agree` without waiting: of several processes, a call returns what the call before has found, and at first zeros.
+
+    All processes must call it alike. Of a single one it returns its own numbers at once.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self, *numbers: float) -> list[float]:
+        if not is_distributed():
+            return list(numbers)
+        before, largest = self._asked, torch.tensor(numbers, dtype=torch.float64)
+        self._asked = largest, dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True)
+        if before is None:
+            return [0.0] * len(numbers)
+        found, work = before
+        work.wait()
+        return found.tolist()
 
 
 def gather(numbers: list[float]) -> list[list[float]]:

@@ -1,7 +1,7 @@
 """main.py with fault injection: `python tests/faults.py KIND RANK UPDATE FLAGS ...`; that rank fails at that update.
 
-KIND is nan (a loss), exception, loader (SIGKILL to a data-loader worker), rank (SIGKILL to itself) or stuck (the loader
-gives no further batch, in a worker or in the process itself).
+KIND is nan (a loss), exception, loader (SIGKILL to a data-loader worker), rank (SIGKILL to itself), signal (SIGUSR1 to
+itself) or stuck (the loader gives no further batch, in a worker or in the process itself).
 """
 
 import multiprocessing
@@ -23,6 +23,8 @@ def meet(kind, loss):
         raise ZeroDivisionError("somebody's mistake")
     if kind == "rank":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "signal":
+        os.kill(os.getpid(), signal.SIGUSR1)
     if kind == "loader":
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     return loss * float("nan") if kind == "nan" else loss

@@ -1,6 +1,10 @@
 """Whole runs, most in real processes: launchers, exact evaluation, runs that are functions of their flags."""
 
+import contextlib
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -136,6 +140,68 @@ def test_a_busy_port_ends_with_status_2_and_one_line():
         launched = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         output = tiny.run("main.py", *tiny.TINY, "--output-dir", "", status=2, **launched)
     assert output.startswith(f"main.py: error: MASTER_PORT={port}: ") and output.count("\n") == 1
+
+
+@pytest.mark.process
+def test_a_poll_gives_the_largest_numbers_of_the_call_before(tmp_path):
+    script = tmp_path / "poll.py"
+    script.write_text(
+        "import os, sys, time; sys.path.insert(0, os.getcwd()); import utils; world = utils.init_distributed('cpu')\n"
+        "poll, numbers = utils.Poll(), []\n"
+        "for turn in range(4):\n"
+        "    time.sleep(0.2 * ((turn + world.rank) % 2))\n"
+        "    numbers.append(poll(10 * turn + world.rank, -turn - world.rank))\n"
+        "    assert utils.agree(turn) == [turn]\n"  # others may go on meanwhile
+        "print(numbers, flush=True)\n"
+        "utils.shut_down_distributed()\n"
+    )
+    output = tiny.torchrun(2, script)
+    assert output.count("[[0.0, 0.0], [1.0, 0.0], [11.0, -1.0], [21.0, -2.0]]") == 2
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces, of which each reaches the other through its own end of a cable: commands to enter them.
+
+    Neither has an interface with the address of this machine's name.
+    """
+    names = [f"deit{os.getpid()}{end}" for end in "ab"]
+    links = [f"v{os.getpid()}{end}" for end in "ab"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                stack.callback(ip, "netns", "delete", name)
+            ip("link", "add", links[0], "netns", names[0], "type", "veth", "peer", "name", links[1], "netns", names[1])
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs root and ip for network namespaces ({getattr(error, 'stderr', None) or error})")
+        for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
+            ip("-n", name, "address", "add", f"10.99.0.{number}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in names], links
+
+
+@pytest.mark.process
+def test_ranks_of_two_hosts_meet_through_the_interface_between_them(two_hosts):
+    code = "import os, utils; world = utils.init_distributed('cpu'); found = utils.agree(world.rank, -world.rank); "
+    code += "print(found, os.environ['GLOO_SOCKET_IFNAME'], flush=True); utils.shut_down_distributed()"
+    shared = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": 29511}
+    ranks = []
+    for rank, enter in enumerate(two_hosts[0]):
+        environment = tiny.environment(RANK=rank, GLOO_SOCKET_IFNAME=None, **shared)
+        command, out = [*enter, sys.executable, "-c", code], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        ranks.append(subprocess.Popen(command, cwd=tiny.REPOSITORY, env=environment, text=True, **out))
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert outputs == [f"[1.0, 0.0] {link}\n" for link in two_hosts[1]]
 
 
 @pytest.mark.process

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import threading
 import types
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import engine
 import models
-from checkpoints import read_checkpoint
+from checkpoints import on_host, read_checkpoint
 from engine import (
     Output,
     RunOptions,
@@ -41,6 +42,7 @@ from loaders import DeviceLoader, EpochLoader, collate
 from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
 from samplers import Batch, KeyedSampler, seed_generators
 from teachers import CachedTeacher, FrozenTeacher, Labels, TeacherCache, TeacherOptions, build_teacher
+from tools import chaos
 from utils import RunError, StepLog, StopSignals, UserError, World
 
 CPU = torch.device("cpu")
@@ -277,6 +279,35 @@ def test_ema_weights_follow_their_formula():
         average = now if average is None else {name: 0.7 * average[name] + 0.3 * now[name] for name in now}
     for name, value in state.ema.module.state_dict().items():
         torch.testing.assert_close(value, average[name].float())
+
+
+def nets_of_all_types():
+    """Two equal networks with weights of two types, statistics, a counter and one weight in two places."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 5).bfloat16())
+    net.append(torch.nn.Linear(5, 5))[3].weight = net[0].weight
+    return net, copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_warmup": True}, {"decay": 0.5}])
+def test_listed_ema_weights_are_bitwise_those_of_timm(options):
+    ours, theirs = nets_of_all_types()
+    own, reference = engine.Ema(ours, **options), ModelEmaV3(theirs, **options)
+    for update in range(1, 6):
+        for net in (ours, theirs):
+            draw = torch.Generator().manual_seed(update)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=draw).to(parameter.dtype))
+            net[1](torch.randn(4, 5, generator=draw))
+        if update == 3:  # as a checkpoint is resumed
+            for each in (own, reference):
+                each.module.load_state_dict({k: v.clone() for k, v in each.module.state_dict().items()})
+        own.update(ours, step=update)
+        reference.update(theirs, step=update)
+        found = own.module.state_dict()
+        assert same_bits(found, reference.module.state_dict()) and found["1.num_batches_tracked"] == update
+    assert engine.Ema(ours).module.state_dict().keys() == ours.state_dict().keys()
 
 
 def test_ema_weights_move_once_per_update():
@@ -1363,7 +1394,45 @@ def test_an_accuracy_at_another_keep_rate_is_never_the_best(tmp_path):
         schedule.is_comparable = is_comparable
         saver.end_epoch({"test_acc1": accuracy})
         assert saver.state.best_acc1 == best
+    saver.close()
     assert read_checkpoint(str(tmp_path / "best.pth"), "--resume")["epoch"] == 2
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    written, write = threading.Event(), engine.save_checkpoint
+    monkeypatch.setattr(engine, "save_checkpoint", lambda *rest: (written.wait(60), write(*rest)))
+    state = build_state()
+    one_epoch(state)
+    saver = Saver(state, build_schedules(state), WORLD, StopSignals(), Output(tmp_path))
+    expected = copy.deepcopy(state.state_dict(saver.schedules))
+    saver.save()
+    one_epoch(state)  # while it is being written
+    assert not same_bits(expected["model"], state.module.state_dict()) and not files_in(tmp_path)
+    written.set()
+    saver.close()
+    found = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    assert same_bits(expected["model"], found["model"]) and same_bits(expected["model_ema"], found["model_ema"])
+    assert chaos.differences({key: found[key] for key in expected}, expected) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next(tmp_path, monkeypatch):
+    def full(*_):
+        raise RunError("cannot write a checkpoint")
+
+    monkeypatch.setattr(engine, "save_checkpoint", full)
+    saver = Saver(build_state(), [], WORLD, StopSignals(), Output(tmp_path))
+    for act in (saver.save, saver.finish, saver.close):
+        saver.save()
+        with pytest.raises(RunError, match="cannot write a checkpoint"):
+            act()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_copy_on_the_host_is_whole_before_the_device_goes_on():
+    tensor = torch.zeros(2**24, device="cuda")
+    copied = on_host({"a": [tensor]})
+    tensor += 1
+    assert copied["a"][0].device.type == "cpu" and not copied["a"][0].any()
 
 
 def test_ema_weights_missing_in_a_checkpoint_start_from_its_weights(tmp_path):

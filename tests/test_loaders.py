@@ -15,6 +15,7 @@ import engine
 import loaders
 from augment import TrainAugmentation, ViewOptions
 from datasets import build_eval_transform, build_train_transform
+from flags import fill, parse_args
 from loaders import (
     DeviceImages,
     EpochLoader,
@@ -194,6 +195,28 @@ def test_images_in_memory_are_picked_on_the_device_without_workers(images):
     assert loader.dataset.images.device == CPU
 
 
+@pytest.mark.parametrize(
+    "device, flags, is_compiled",
+    [("cuda", [], True), ("cuda", ["--no-compile-augment"], False), ("cuda", ["--compile"], True), ("cpu", [], False)],
+)
+def test_views_are_compiled_on_a_gpu_unless_told_otherwise(device, flags, is_compiled, monkeypatch):
+    compiled, view = [], torch.nn.Identity()
+    monkeypatch.setattr(view, "compile", lambda: compiled.append(view))
+    monkeypatch.setattr(view, "to", lambda _: view)
+    options = fill(LoaderOptions, parse_args(flags))
+    assert loaders._on_device(view, options, World.alone(torch.device(device))) is view
+    assert bool(compiled) == is_compiled
+    assert loaders._on_device(lambda image: image, options, World.alone(torch.device(device))) is None
+
+
+def test_keys_of_batches_have_all_64_bits(images):
+    samples = [(3, 7, 0), (0, 2**40, 2**63), (9, 0, 2**64 - 1)]
+    stored = PaddedImages(keep_in_memory(images, 1))
+    for batch in (stored.__getitems__(samples), DeviceImages(stored, CPU).__getitems__(samples)):
+        assert batch.positions.tolist() == [7, 2**40, 0] and batch.positions.dtype == torch.int64
+        assert batch.keys.tolist() == [0, -(2**63), -1] and batch.keys.dtype == torch.int64
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_each_image_is_evaluated_once_on_the_device(images, size):
     memory = keep_in_memory(images, 1)
@@ -223,6 +246,16 @@ def test_images_of_all_sizes_are_padded_to_the_largest(tmp_path):
         pixels = image.permute(1, 2, 0).numpy()
         assert np.array_equal(pixels[:height, :width], memory.array(position)[0])
         assert not pixels[height:].any() and not pixels[:, width:].any()
+
+
+def test_a_worker_builds_its_batches_in_shared_memory(images, monkeypatch):
+    stored, samples = PaddedImages(keep_in_memory(images, 1)), [(2, 7, 0), (0, 8, 0), (1, 9, 0)]
+    alone = stored.__getitems__(samples)
+    monkeypatch.setattr(loaders, "get_worker_info", object)
+    shared = stored.__getitems__(samples)
+    assert shared.images.is_shared() and not alone.images.is_shared()
+    assert torch.equal(alone.images, shared.images) and alone.images.stride() == shared.images.stride()
+    assert loaders.collate(shared) is shared
 
 
 @pytest.mark.parametrize(("longest", "expected"), [(20, True), (400, False)])

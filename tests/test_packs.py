@@ -128,12 +128,36 @@ def test_jpeg_is_pillows_and_near_the_pixels(tmp_path):
     assert verify(tmp_path) == []
 
 
-def test_pixels_are_a_view_of_the_file_that_nobody_can_change(pack):
+def test_pixels_are_bytes_of_the_file_that_nobody_can_change(pack):
     images = PackImages(pack, "train")
     array = images.array(3)
-    assert np.shares_memory(array, images.shard(images.index["shard"][3])) and not array.flags.writeable
+    number, offset, length, *_ = images.index[3].item()
+    assert array.tobytes() == (pack / f"train_{number:05d}.bin").read_bytes()[offset : offset + length]
+    assert not array.flags.writeable
     with pytest.raises(ValueError, match="read-only"):
         array[:] = 0
+
+
+def test_a_record_is_read_in_one_request(pack, monkeypatch):
+    # a page fault would be a request of its own, which a network file system answers in a millisecond
+    requests, pread = [], os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda file, length, offset: (requests.append(length), pread(file, length, offset))[1]
+    )
+    images = PackImages(pack, "train")
+    assert [images.array(index).size for index in range(len(images))] == requests
+
+
+def test_a_shard_that_becomes_shorter_ends_a_run_in_a_line(pack):
+    train = sources_in(pack)[0]
+    last = len(train) - 1
+    train[last]
+    path = pack / f"train_{train.images.index['shard'][last]:05d}.bin"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(RunError, match=rf"cannot read image number {last} of train in .*bytes are there.*; fix or"):
+        train[last]
+    with pytest.raises(RunError, match="bytes are there"):
+        train.array(last)
 
 
 def test_shards_are_no_longer_than_asked_and_hold_everything(tmp_path):

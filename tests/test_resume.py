@@ -379,6 +379,20 @@ def test_a_signal_stops_both_ranks_at_the_same_step(tmp_path, capsys):
         assert alone["train_loss"] == pytest.approx(together["train_loss"], abs=0.2)
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("more", [[], ["--checkpoint-minutes", "0"]], ids=["signal", "signal and checkpoints"])
+def test_a_signal_to_one_rank_stops_both_one_update_later(more, tmp_path):
+    # rank 1 is told in update 50, the seventh of epoch 2; both have made the eighth by the time that rank 0 knows
+    ranks = start_ranks("signal", tmp_path, *more, workers=0)
+    outputs = [rank.output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], outputs
+    for rank, output in enumerate(outputs):
+        assert f"rank {rank}: stopped by SIGUSR1; epoch 2, step 8 is saved" in output
+    assert (checkpoint(tmp_path)["step"], checkpoint(tmp_path)["progress"]["images"]) == (52, 8 * 64)
+    if more:  # the checkpoint before is of the update before
+        assert checkpoint(tmp_path, "checkpoint_previous.pth")["step"] == 51
+
+
 # -- errors of one rank ------------------------------------------------------------------------------------------------
 
 
@@ -530,6 +544,25 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
         else:  # it was in the padding between two records
             assert chaos.differences(original, read) == []
     assert refused > 200
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_process_of_a_machine_compares_checksums(local_rank, stopped, monkeypatch, capsys):
+    content, found = bytearray((stopped / "checkpoint.pth").read_bytes()), checkpoint(stopped)
+    weight = found["model"]["patch_embed.proj.weight"].numpy().tobytes()
+    content[content.index(weight) + 1] ^= 1  # one weight is a little different
+    (stopped / "flipped.pth").write_bytes(content)
+    world = utils.World(0, 1, local_rank, 2, torch.device("cpu"))
+    monkeypatch.setattr(utils, "init_distributed", lambda _: world)
+    run(stopped, "--resume", stopped / "flipped.pth", status=2 if local_rank == 0 else None)
+    assert ("is damaged (wrong checksum" in capsys.readouterr().err) == (local_rank == 0)
+
+
+def test_a_whole_checkpoint_is_taken_without_reading_the_one_before(stopped, monkeypatch):
+    read, look = [], checkpoints.is_whole
+    monkeypatch.setattr(checkpoints, "is_whole", lambda path, *rest: (read.append(path.name), look(path, *rest))[1])
+    assert checkpoints.find_checkpoint("auto", str(stopped), True) == str(stopped / "checkpoint.pth")
+    assert read == ["checkpoint.pth"]
 
 
 def test_a_full_disk_ends_the_run_and_both_files_are_whole(tmp_path, capsys):

@@ -303,6 +303,7 @@ def test_overhead_is_written_with_its_environment(tmp_path):
     loop = written["loop"]  # of a single round
     assert loop["ratio"] == pytest.approx(loop["images_per_second"] / loop["images_per_second_bare"])
     assert output.count("ratio") == 3
+    assert written["update"]["microseconds"] > 0 and "update" in output
 
 
 def test_environment_is_json_and_names_versions():

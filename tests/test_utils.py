@@ -150,6 +150,7 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
     world = init_distributed("cpu")
     assert world == World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     assert world.is_main and not utils.is_distributed()
+    assert utils.Poll()(3, -1) == [3, -1]
     total = torch.tensor([2.0])
     assert utils.all_reduce_sum(total) is total and float(total) == 2.0
     with utils.main_process_first():
@@ -234,6 +235,12 @@ def test_a_process_that_never_arrives_is_a_one_line_error(started, monkeypatch, 
         UserError, match=rf"^MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank {rank} .*WORLD_SIZE=2 [^\n]*$"
     ):
         started(**TWO | {"RANK": rank, "MASTER_PORT": port})
+
+
+def test_the_interface_towards_an_address_is_the_one_that_routes_to_it():
+    assert utils._interface_towards("127.0.0.1", 29500) in ("lo", "lo0")
+    assert utils._interface_towards("no.such.host.invalid", 29500) == ""
+    assert utils._interface_towards("::1", 29500) == ""  # not asked for: gloo finds its own
 
 
 @pytest.fixture

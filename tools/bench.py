@@ -104,7 +104,7 @@ def _readers(
 
     def reader(where: str) -> loaders.EpochLoader:
         options = loaders.LoaderOptions(args.batch_size, repeated_aug=False, num_workers=workers, augment=where)
-        options = replace(options, compile=bool(args.compile))
+        options = replace(options, compile_augment=bool(args.compile))
         return loaders.build_train_loader(source, views, normalization, mixup, options, World.alone(device))
 
     return reader("device"), reader("host")
@@ -241,7 +241,8 @@ def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[st
 def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
     """Flags of main.py for a run of the first of the models."""
     flags = ["--model", args.models[0], "--input-size", args.input_size, "--batch-size", args.batch_size]
-    flags += ["--device", args.device, "--warmup-epochs", 0, "--compile" if args.compile else "--no-compile"]
+    prefix = "--" if args.compile else "--no-"
+    flags += ["--device", args.device, "--warmup-epochs", 0, f"{prefix}compile", f"{prefix}compile-augment"]
     data = ["--data-set", "CIFAR10", "--data-path", args.data_path] if args.data_path else ["--data-set", "DIGITS"]
     return [str(flag) for flag in (*flags, *data, *more)]
 
@@ -293,7 +294,7 @@ def start(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
     seconds = []
     for _ in range(min(STARTS, args.rounds)):
         with tempfile.TemporaryDirectory() as folder:
-            flags = run_flags(args, "--no-compile", "--epochs", 1)
+            flags = run_flags(args, "--no-compile", "--no-compile-augment", "--epochs", 1)
             seconds.append(until_step(flags, Path(folder), 1)["seconds"])
     return [{"name": "from the command to its first step", "starts": len(seconds)} | spread("seconds", seconds)]
 

@@ -59,6 +59,7 @@ def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict
         return steps
 
     without, with_one = interleaved_rates([work(False), work(True)], args.rounds, device)
+    saver.close()
     return ratio_row(with_one, without) | {
         "steps": args.steps,
         "seconds_of_steps": args.steps * args.batch_size / sorted(without)[len(without) // 2],

@@ -3,6 +3,8 @@
 Two ratios. Both sides of each are interleaved in one process, so that drift cancels:
   loop    images/s of `engine.train_one_epoch` on ready batches : a bare forward, backward and step of the same model
   loader  images/s of keyed reading : reading the same images with the same transform and no keys
+And a time, on a CPU, of a model that computes nothing, so that all the rest shows:
+  update  what the loop adds to it: batches of images in memory, Mixup, schedules, seeds, lists of EMA weights, log
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -24,8 +27,8 @@ from augment import ViewOptions
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
-from tools.timing import compare, write_results
-from utils import StepLog, available_cpus, select_device
+from tools.timing import compare, rates_in_turn, spread, write_results
+from utils import StepLog, World, available_cpus, select_device
 
 
 def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
@@ -61,6 +64,54 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         return len(batches) * args.batch_size
 
     return compare(ours, bare, args.rounds, device)
+
+
+class StoredImages(torch.nn.Module):
+    """Views that are the images as they are stored."""
+
+    def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return images.float()
+
+
+def free_model() -> torch.nn.Module:
+    """As many tensors as an EViT of 12 layers has, all small, and a forward that uses one."""
+    model = timm.create_model("evit_tiny_patch16_224", img_size=32, embed_dim=8, num_heads=1, num_classes=10)
+    model.forward = lambda images: model.head.bias.expand(len(images), -1)
+    return model
+
+
+def measure_update(args: argparse.Namespace) -> dict[str, float]:
+    """Microseconds that an update takes in `engine.train_one_epoch` without its model, optimizer and EMA's kernels."""
+    device, model, count = torch.device("cpu"), free_model(), args.batch_size * args.steps
+    images = sources.MemoryImages([np.zeros((8, 8, 3), np.uint8)] * count)
+    source = sources.whole_source(images, np.arange(count) % 10, range(10))
+    options = loaders.LoaderOptions(args.batch_size)
+    loader = loaders.build_epoch_loader(source, StoredImages(), loaders.MixupOptions(), options, World.alone(device))
+    settings = engine.OptimizerOptions(lr_scaling="none")
+    state = engine.build_state(model, model, settings, args.batch_size, (3, 8, 8), None, World.alone(device))
+    schedules = engine.build_schedules(state, args.steps, engine.ScheduleOptions(shrink_epochs=100))
+    criterion = SupervisedLoss(build_base_criterion(False, 0.1))
+    averages = [list(module.parameters()) for module in (state.ema.module, model)]
+    ready = Batch(torch.zeros(args.batch_size, 3, 8, 8), torch.full((args.batch_size, 10), 0.1), torch.zeros(1))
+
+    def ours() -> int:
+        loader.set_epoch(0)
+        engine.train_one_epoch(state, loader, criterion, schedules, StepLog(0, args.steps, args.batch_size, 50))
+        return args.steps
+
+    def bare() -> int:
+        set_train_mode(model)
+        for _ in range(args.steps):
+            loss, _ = criterion(model(ready.images), ready)
+            loss.backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(*averages, weight=1e-4)
+        return args.steps
+
+    pairs = zip(*rates_in_turn([ours, bare], args.rounds, device), strict=True)
+    return spread("microseconds", [1e6 / own - 1e6 / other for own, other in pairs])
 
 
 class UnkeyedImages(Dataset):
@@ -111,13 +162,18 @@ def main() -> None:
         "loader_32px": measure_loader(32, args.views, args.rounds),
         "loader_224px": measure_loader(224, args.views // 5, args.rounds),
     }
+    update = measure_update(args)
     for name, row in results.items():
         print(
             f"{name:13s} {row['images_per_second']:8.0f} images/s, bare {row['images_per_second_bare']:8.0f}, "
             f"ratio {row['ratio']:.3f} (from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
         )
+    print(
+        f"{'update':13s} {update['microseconds']:8.0f} us of the loop's own (from {update['microseconds_min']:.0f} to "
+        f"{update['microseconds_max']:.0f})"
+    )
     if args.output:
-        write_results(args.output, device, vars(args), results)
+        write_results(args.output, device, vars(args), results | {"update": update})
 
 
 if __name__ == "__main__":
