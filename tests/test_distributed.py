@@ -151,7 +151,7 @@ def test_a_poll_gives_the_largest_numbers_of_the_call_before(tmp_path):
         "for turn in range(4):\n"
         "    time.sleep(0.2 * ((turn + world.rank) % 2))\n"
         "    numbers.append(poll(10 * turn + world.rank, -turn - world.rank))\n"
-        "    assert utils.agree(turn) == [turn]\n"  # others may go on meanwhile
+        "    assert utils.agree(turn) == [turn]\n"  # other collectives run meanwhile
         "print(numbers, flush=True)\n"
         "utils.shut_down_distributed()\n"
     )

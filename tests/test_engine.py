@@ -282,7 +282,7 @@ def test_ema_weights_follow_their_formula():
 
 
 def nets_of_all_types():
-    """Two equal networks with weights of two types, statistics, a counter and one weight in two places."""
+    """Two equal networks with weights of two types, statistics, a counter and one shared weight."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 5).bfloat16())
     net.append(torch.nn.Linear(5, 5))[3].weight = net[0].weight
@@ -1428,7 +1428,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next(tmp_path, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_a_copy_on_the_host_is_whole_before_the_device_goes_on():
+def test_a_host_copy_is_whole_before_the_device_changes_it():
     tensor = torch.zeros(2**24, device="cuda")
     copied = on_host({"a": [tensor]})
     tensor += 1

@@ -139,7 +139,7 @@ def test_pixels_are_bytes_of_the_file_that_nobody_can_change(pack):
 
 
 def test_a_record_is_read_in_one_request(pack, monkeypatch):
-    # a page fault would be a request of its own, which a network file system answers in a millisecond
+    # a page fault would be a request of its own, of a millisecond on a network file system
     requests, pread = [], os.pread
     monkeypatch.setattr(
         os, "pread", lambda file, length, offset: (requests.append(length), pread(file, length, offset))[1]
@@ -148,7 +148,7 @@ def test_a_record_is_read_in_one_request(pack, monkeypatch):
     assert [images.array(index).size for index in range(len(images))] == requests
 
 
-def test_a_shard_that_becomes_shorter_ends_a_run_in_a_line(pack):
+def test_a_shard_that_becomes_shorter_is_a_one_line_error(pack):
     train = sources_in(pack)[0]
     last = len(train) - 1
     train[last]

@@ -46,7 +46,7 @@ ALLOWED = [
     r"\bmodels\.place\b|\bplace\(|import [\w, ]+, place\b",  # models.place puts a model on its device
     r"\bclear frames\b|\bframe count\b|frame: FrameType|\bframes? (for|in)\b|\bframe\.|\bframes\[",  # of a stack
     r"\bframes = |\bin frames\b",
-    r"\bfault handler|\bfault injection\b|\bfaults\.py\b",
+    r"\bfault handler|\bpage faults?\b|\bfault injection\b|\bfaults\.py\b",
     r"(\.|def |`)answer\b|\bthe answer to it\b",  # utils.Stop.answer: the run has noticed a signal
 ]
 

@@ -27,7 +27,7 @@ from augment import ViewOptions
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
-from tools.timing import compare, rates_in_turn, spread, write_results
+from tools.timing import compare, interleaved_rates, spread, write_results
 from utils import StepLog, World, available_cpus, select_device
 
 
@@ -110,7 +110,7 @@ def measure_update(args: argparse.Namespace) -> dict[str, float]:
                 torch._foreach_lerp_(*averages, weight=1e-4)
         return args.steps
 
-    pairs = zip(*rates_in_turn([ours, bare], args.rounds, device), strict=True)
+    pairs = zip(*interleaved_rates([ours, bare], args.rounds, device), strict=True)
     return spread("microseconds", [1e6 / own - 1e6 / other for own, other in pairs])
 
 
