@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import signal
 import ssl
 import subprocess
 import threading
@@ -11,10 +12,11 @@ import pytest
 import torch
 import warm
 
-from tools import chaos
+from tools import chaos, checkpoint_cost
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
 torch.set_num_threads(1)  # for what is made before the first test
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, and runs then ignore too
 
 
 LONGEST = ("test_slurm", "test_resume")  # files that take minutes; a worker takes whole files
@@ -35,9 +37,10 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def warm_chaos(monkeypatch):
-    """The runs that are killed and started again need no new interpreters."""
-    monkeypatch.setattr(chaos, "subprocess", types.SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen}))
+def warm_tools(monkeypatch):
+    """The runs that these tools start, kill and start again need no new interpreters."""
+    for tool in (chaos, checkpoint_cost):
+        monkeypatch.setattr(tool, "subprocess", types.SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen}))
 
 
 class _Web(http.server.BaseHTTPRequestHandler):

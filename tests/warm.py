@@ -33,8 +33,11 @@ SET_CHILD_SUBREAPER = 36  # of prctl(2)
 
 
 def at_startup(environment):
-    """What a process reads while it imports, or what libraries read while they load."""
-    return {key: value for key, value in environment.items() if key.startswith(STARTUP)}
+    """What a process reads while it imports, or what libraries read while they load.
+
+    Not PYTHONFAULTHANDLER, which harms nobody: a warm process always has it.
+    """
+    return {k: v for k, v in environment.items() if k.startswith(STARTUP) and k != "PYTHONFAULTHANDLER"}
 
 
 def receive(connection, length):
@@ -48,7 +51,7 @@ def receive(connection, length):
     return content
 
 
-STANDARD = at_startup(os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
+STANDARD = at_startup(os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 # -- the side of the tests ---------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(other.fileno())],
                 cwd=REPOSITORY,
-                env={**STANDARD, "PATH": os.environ["PATH"], ROOM: "-" * CHARACTERS},
+                env={**STANDARD, "PYTHONFAULTHANDLER": "1", "PATH": os.environ["PATH"], ROOM: "-" * CHARACTERS},
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -102,7 +105,8 @@ class Popen(subprocess.Popen):
         super().__init__(*args, **kwargs)
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
-        words = list(args)[1:] if args[0] == sys.executable and env and not (pass_fds or self.cold) else []
+        env = dict(os.environ) if env is None else env
+        words = list(args)[1:] if args[0] == sys.executable and not (pass_fds or self.cold) else []
         is_ours = words and (words[0].endswith(".py") or (words[0] == "-m" and words[1] in LAUNCHERS))
         if not is_ours or at_startup(env) != STANDARD:
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
