@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -437,11 +439,19 @@ def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Mod
     """The view's module on its device, or None if the workers make the views."""
     if not isinstance(view, torch.nn.Module):
         return None
-    if (
-        options.compile_augment and world.device.type == "cuda"
-    ):  # a CPU is faster without: it skips what a sample does not need
-        view.compile()
+    # A CPU is faster without compilation: it skips what a sample does not need.
+    if options.compile_augment and world.device.type == "cuda":
+        if _can_compile():
+            view.compile()
+        elif world.is_main:
+            logger.warning("the augmentation is not compiled, which makes it slower: install Triton and a C compiler")
     return view.to(world.device)
+
+
+def _can_compile() -> bool:
+    """Whether this machine has what torch.compile needs for a GPU."""
+    has_compiler = bool(os.environ.get("CC")) or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return has_compiler and importlib.util.find_spec("triton") is not None
 
 
 def _view_loader(source: Source, view: View, sampler: KeyedSampler, options: LoaderOptions, world: World) -> DataLoader:

@@ -201,12 +201,26 @@ def test_images_in_memory_are_picked_on_the_device_without_workers(images):
 )
 def test_views_are_compiled_on_a_gpu_unless_told_otherwise(device, flags, is_compiled, monkeypatch):
     compiled, view = [], torch.nn.Identity()
+    monkeypatch.setattr(loaders, "_can_compile", lambda: True)
     monkeypatch.setattr(view, "compile", lambda: compiled.append(view))
     monkeypatch.setattr(view, "to", lambda _: view)
     options = fill(LoaderOptions, parse_args(flags))
     assert loaders._on_device(view, options, World.alone(torch.device(device))) is view
     assert bool(compiled) == is_compiled
     assert loaders._on_device(lambda image: image, options, World.alone(torch.device(device))) is None
+
+
+@pytest.mark.parametrize("lacking", ["triton", "a compiler"])
+def test_views_are_not_compiled_where_that_would_fail(lacking, monkeypatch, caplog):
+    view = torch.nn.Identity()
+    monkeypatch.setattr(view, "compile", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(view, "to", lambda _: view)
+    monkeypatch.setattr(loaders.logger, "propagate", True)
+    monkeypatch.setattr(loaders.importlib.util, "find_spec", lambda name: None if lacking == "triton" else object())
+    monkeypatch.setattr(loaders.shutil, "which", lambda name: None if lacking == "a compiler" else f"/usr/bin/{name}")
+    monkeypatch.delenv("CC", raising=False)
+    loaders._on_device(view, fill(LoaderOptions, parse_args([])), World.alone(torch.device("cuda")))
+    assert "install Triton and a C compiler" in caplog.text
 
 
 def test_keys_of_batches_have_all_64_bits(images):
