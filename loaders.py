@@ -215,9 +215,17 @@ class DeviceLoader:
 
     @property
     def augmentation(self) -> dict[str, str]:
-        """Where views are made, "host" or "device", and the versions of the packages that make them."""
-        code = ("timm", "torchvision", "pillow") if self.view is None else ("torch", "timm")
-        return {"where": "host" if self.view is None else "device"} | {name: version(name) for name in code}
+        """Where views are made, and the versions of the packages that make them.
+
+        "host", "device" or "device, compiled", which rounds in another way.
+        """
+        if self.view is None:
+            where, code = "host", ("timm", "torchvision", "pillow")
+        else:
+            where, code = "device", ("torch", "timm")
+            if self.view._compiled_call_impl is not None:
+                where += ", compiled"
+        return {"where": where} | {name: version(name) for name in code}
 
     def close(self) -> None:
         """End the workers, which may ignore SIGTERM."""

@@ -210,6 +210,14 @@ def test_views_are_compiled_on_a_gpu_unless_told_otherwise(device, flags, is_com
     assert loaders._on_device(lambda image: image, options, World.alone(torch.device(device))) is None
 
 
+def test_where_views_are_made_tells_compiled_ones():
+    view = torch.nn.Identity()
+    loader = loaders.DeviceLoader([], CPU, view=view)
+    assert [loaders.DeviceLoader([], CPU).augmentation["where"], loader.augmentation["where"]] == ["host", "device"]
+    view.compile()
+    assert loader.augmentation["where"] == "device, compiled"
+
+
 @pytest.mark.parametrize("lacking", ["triton", "a compiler"])
 def test_views_are_not_compiled_where_that_would_fail(lacking, monkeypatch, caplog):
     view = torch.nn.Identity()
