@@ -44,8 +44,8 @@ BRITISH = r"\w*(colour|grey|centre|behaviour|neighbour|favour|optimis|normalis|i
 ALLOWED = [
     r"\bin place\b(?! of)",  # an operation of torch
     r"\bmodels\.place\b|\bplace\(|import [\w, ]+, place\b",  # models.place puts a model on its device
-    r"\bclear frames\b|\bframe count\b|\bframe: FrameType\b",  # of a stack, of dynamo
-    r"\bframe\.(filename|lineno)\b|\bfor frame in traceback\b|\bframes(\[| = )",
+    r"\bclear frames\b|\bframe count\b|frame: FrameType|\bframes? (for|in)\b|\bframe\.|\bframes\[",  # of a stack
+    r"\bframes = |\bin frames\b",
     r"\bfault handler|\bfault injection\b|\bfaults\.py\b",
     r"(\.|def |`)answer\b|\bthe answer to it\b",  # utils.Stop.answer: the run has noticed a signal
 ]
