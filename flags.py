@@ -344,7 +344,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
     overdue = "seconds without an update after a stop signal until the run saves the last update and ends"
     add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
-    add("--max-skipped-steps", type=_NATURAL, default=0, metavar="N", help="skip up to N non-finite updates per epoch")
+    add(
+        "--max-skipped-steps",
+        type=_NATURAL,
+        default=0,
+        metavar="N",
+        help="skip up to N updates per epoch with a non-finite loss or gradient; above 0: one sync per update",
+    )
     dry = "make two updates, evaluate one batch, print the time and memory of the run, and save nothing"
     add("--dry-run", action=_SWITCH, default=False, help=dry)
     add("--log-wandb", metavar="PROJECT", default="", help="log to this project of Weights & Biases too")
@@ -377,13 +383,14 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[224],
         metavar="PIXELS",
-        help="image height, and width if it differs",
+        help="image height, and width if it differs; default: 224",
     )
     add("--patch-size", type=_COUNT, help="patch edge in pixels; default: the model's own")
     add("--model-kwargs", **extra, help="more keyword arguments of timm's model")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate before the head")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
-    mode = "train in training mode; --no-train-mode: without dropout, stochastic depth and new batch statistics"
+    mode = "train in training mode; --no-train-mode: without dropout, stochastic depth and new batch statistics, as "
+    mode += "the original implementations fine-tune DeiT and EViT"
     add("--train-mode", action=_SWITCH, default=True, help=mode)
     add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
@@ -476,7 +483,12 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     crop = "simple random crop: resize the short side, pad 4 px by reflection, crop; instead of random resized crops"
     add("--src", action=_SWITCH, default=False, help=crop)
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
-    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of random crops")
+    add(
+        "--train-interpolation",
+        choices=("random", "bilinear", "bicubic"),
+        default="bicubic",
+        help="interpolation of random crops",
+    )
     repeated = "train on three views of each of a third of the images per epoch (on one process, in one batch)"
     add("--repeated-aug", action=_SWITCH, default=True, help=repeated)
     balanced = "draw equally many images of each class per epoch; images of small classes are repeated"

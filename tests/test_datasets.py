@@ -28,6 +28,7 @@ from PIL import ExifTags, Image, ImageFilter, ImageOps
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import datasets
+import main
 from augment import ViewOptions
 from datasets import (
     DIGITS_FILE,
@@ -641,6 +642,24 @@ def write_inaturalist(root, year, with_file, categories=TAXONOMY):
         (root / f"{part}{year}.json").write_text(json.dumps(content))
     if with_file:
         (root / "categories.json").write_text(json.dumps(categories))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers", "cars", "inat18", "inat19"])
+def test_transfer_recipes_train_on_tiny_copies_of_their_data(name, tmp_path, monkeypatch, request):
+    if name.startswith("cifar"):
+        write_cifar(tmp_path, monkeypatch, getattr(torchvision.datasets, name.upper()))
+    elif name == "flowers":
+        write_flowers(tmp_path, monkeypatch)
+    elif name == "cars":
+        request.getfixturevalue("cars")
+    else:
+        write_inaturalist(tmp_path, 2000 + int(name[-2:]), with_file=True)
+    smaller = "--no-pretrained --input-size 32 --model-kwargs embed_dim=48 depth=1 num_heads=3 --batch-size 2"
+    smaller += " --epochs 1 --warmup-epochs 0 --device cpu --num-workers 0"
+    recipe = tiny.REPOSITORY / "recipes" / f"finetune_{name}.args"
+    output = tmp_path / "output"
+    main.cli([f"@{recipe}", *smaller.split(), "--data-path", str(tmp_path), "--output-dir", str(output)])
+    assert len(tiny.log_of(output)) == 1 and (output / "best.pth").is_file()
 
 
 @pytest.mark.parametrize("with_file", [True, False])

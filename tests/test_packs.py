@@ -339,7 +339,7 @@ def test_killed_half_way_leaves_no_pack_and_the_next_one_is_whole(pack, tmp_path
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert not holds_pack(pack) and len(files_of(pack)) >= 2
-    with tiny.user_error("--data-path", pack, "none that was finished", AGAIN):
+    with tiny.user_error("--data-path", pack, "missing or unfinished", AGAIN):
         sources_in(pack)
     (pack / ".pack.json.123.tmp").touch()  # what else such a process may leave
     write(pack), write(tmp_path / "fresh")

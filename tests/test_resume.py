@@ -285,8 +285,8 @@ def test_a_signal_while_nothing_is_trained_ends_with_status_75(mode, name, whole
         flags += [whole / "best.pth", "--teacher-cache", tmp_path, "--precompute-teacher", "--model-kwargs"]
         flags += ["embed_dim=48", "depth=2", "num_heads=3", "--teacher-model-kwargs", "patch_size=8", "embed_dim=48"]
         flags += ["depth=2", "num_heads=3", "--teacher-model", "deit_tiny_distilled_patch16_224"]
-    owner, name = (engine, "evaluate") if mode == "eval" else (teachers.CachedTeacher, "__call__")
-    monkeypatch.setattr(owner, name, stop)
+    owner, function = (engine, "evaluate") if mode == "eval" else (teachers.CachedTeacher, "__call__")
+    monkeypatch.setattr(owner, function, stop)
     run(tmp_path / "run", *flags, status=75)
     assert capsys.readouterr().err.splitlines()[-1] == f"main.py: stopped by {name}; run the same command again"
 
