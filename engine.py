@@ -331,13 +331,16 @@ class Ema(ModelEmaV3):
         pairs = list(zip(*both, strict=True))
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._averaged = [[pair[side] for pair in pairs if pair[0].is_floating_point()] for side in (0, 1)]
+        types = {tensor.dtype for tensors in self._averaged for tensor in tensors}
+        self._in_one = types <= {torch.float32}  # of others, timm rounds some at random
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         if not self.foreach:  # kept on another device
             return super().apply_update_(model, decay)
         for own, theirs in self._copied:
             own.copy_(theirs)
-        self._foreach_lerp_(*self._averaged, weight=1.0 - decay)
+        lerp = torch._foreach_lerp_ if self._in_one else self._foreach_lerp_
+        lerp(*self._averaged, weight=1.0 - decay)
 
 
 @dataclass

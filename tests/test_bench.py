@@ -87,7 +87,7 @@ def test_both_loops_train_and_average_every_weight(loop, monkeypatch):
 
     spy(bench.models, "build_model", built)
     spy(bench.timm, "create_model", built)
-    spy(bench.engine, "ModelEmaV3", averages)
+    spy(bench.engine, "Ema", averages)
     spy(bench.timm.utils, "ModelEmaV3", averages)
     options = bench.run_flags(settled(), "--model-ema-decay", "0.5", "--drop-path", "0", "--lr", "1")
     args = bench.parse_args(options)

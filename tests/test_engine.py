@@ -281,17 +281,18 @@ def test_ema_weights_follow_their_formula():
         torch.testing.assert_close(value, average[name].float())
 
 
-def nets_of_all_types():
-    """Two equal networks with weights of two types, statistics, a counter and one shared weight."""
+def two_nets(dtype):
+    """Equal networks with a layer of this type, statistics, a counter and one shared weight."""
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 5).bfloat16())
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 5).to(dtype))
     net.append(torch.nn.Linear(5, 5))[3].weight = net[0].weight
     return net, copy.deepcopy(net)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"use_warmup": True}, {"decay": 0.5}])
-def test_listed_ema_weights_are_bitwise_those_of_timm(options):
-    ours, theirs = nets_of_all_types()
+def test_listed_ema_weights_are_bitwise_those_of_timm(options, dtype):
+    ours, theirs = two_nets(dtype)
     own, reference = engine.Ema(ours, **options), ModelEmaV3(theirs, **options)
     for update in range(1, 6):
         for net in (ours, theirs):
@@ -1178,19 +1179,17 @@ def files_in(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_non_finite_loss_ends_the_run_and_leaves_the_files_alone(tmp_path):
-    files = {}
+def test_a_non_finite_loss_ends_the_run_and_leaves_the_files_alone(tmp_path, monkeypatch):
+    files, write = [], engine.save_checkpoint
+    monkeypatch.setattr(engine, "save_checkpoint", lambda *rest: (write(*rest), files.append(files_in(tmp_path))))
 
     def poison(state, batch):
-        if state.epoch == 1:
-            files.update(files or files_in(tmp_path))
-            return batch._replace(images=batch.images * float("nan"))
-        return batch
+        return batch._replace(images=batch.images * float("nan")) if state.epoch == 1 else batch
 
     with pytest.raises(RunError, match="not finite in epoch 1"):
         run(tmp_path, watch=poison)
-    assert files_in(tmp_path) == files
-    assert files.keys() == {"checkpoint.pth", "checkpoint_previous.pth", "best.pth", "log.txt"}
+    assert len(files) == 2 and files_in(tmp_path) == files[-1]  # before and after the evaluation of epoch 0
+    assert files[-1].keys() == {"checkpoint.pth", "checkpoint_previous.pth", "best.pth", "log.txt"}
     checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["model"].values())

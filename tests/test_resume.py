@@ -549,7 +549,7 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
 @pytest.mark.parametrize("local_rank", [0, 1])
 def test_one_process_of_a_machine_compares_checksums(local_rank, stopped, monkeypatch, capsys):
     content, found = bytearray((stopped / "checkpoint.pth").read_bytes()), checkpoint(stopped)
-    weight = found["model"]["patch_embed.proj.weight"].numpy().tobytes()
+    weight = found["model"]["blocks.0.attn.qkv.weight"].numpy().tobytes()
     content[content.index(weight) + 1] ^= 1  # one weight is a little different
     (stopped / "flipped.pth").write_bytes(content)
     world = utils.World(0, 1, local_rank, 2, torch.device("cpu"))

@@ -82,33 +82,34 @@ def free_model() -> torch.nn.Module:
 
 def measure_update(args: argparse.Namespace) -> dict[str, float]:
     """Microseconds that an update takes in `engine.train_one_epoch` without its model, optimizer and EMA's kernels."""
-    device, model, count = torch.device("cpu"), free_model(), args.batch_size * args.steps
+    device, model, steps = torch.device("cpu"), free_model(), 10 * args.steps
+    count = args.batch_size * steps
     images = sources.MemoryImages([np.zeros((8, 8, 3), np.uint8)] * count)
     source = sources.whole_source(images, np.arange(count) % 10, range(10))
     options = loaders.LoaderOptions(args.batch_size)
     loader = loaders.build_epoch_loader(source, StoredImages(), loaders.MixupOptions(), options, World.alone(device))
     settings = engine.OptimizerOptions(lr_scaling="none")
     state = engine.build_state(model, model, settings, args.batch_size, (3, 8, 8), None, World.alone(device))
-    schedules = engine.build_schedules(state, args.steps, engine.ScheduleOptions(shrink_epochs=100))
+    schedules = engine.build_schedules(state, steps, engine.ScheduleOptions(shrink_epochs=100))
     criterion = SupervisedLoss(build_base_criterion(False, 0.1))
     averages = [list(module.parameters()) for module in (state.ema.module, model)]
     ready = Batch(torch.zeros(args.batch_size, 3, 8, 8), torch.full((args.batch_size, 10), 0.1), torch.zeros(1))
 
     def ours() -> int:
         loader.set_epoch(0)
-        engine.train_one_epoch(state, loader, criterion, schedules, StepLog(0, args.steps, args.batch_size, 50))
-        return args.steps
+        engine.train_one_epoch(state, loader, criterion, schedules, StepLog(0, steps, args.batch_size, 50))
+        return steps
 
     def bare() -> int:
         set_train_mode(model)
-        for _ in range(args.steps):
+        for _ in range(steps):
             loss, _ = criterion(model(ready.images), ready)
             loss.backward()
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 torch._foreach_lerp_(*averages, weight=1e-4)
-        return args.steps
+        return steps
 
     pairs = zip(*interleaved_rates([ours, bare], args.rounds, device), strict=True)
     return spread("microseconds", [1e6 / own - 1e6 / other for own, other in pairs])
