@@ -332,7 +332,7 @@ class Ema(ModelEmaV3):
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._averaged = [[pair[side] for pair in pairs if pair[0].is_floating_point()] for side in (0, 1)]
         types = {tensor.dtype for tensors in self._averaged for tensor in tensors}
-        self._in_one = types <= {torch.float32}  # of others, timm rounds some at random
+        self._in_one = types <= {torch.float32}  # timm rounds bf16 stochastically
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         if not self.foreach:  # kept on another device
