@@ -16,7 +16,9 @@ from tools import chaos, checkpoint_cost
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
 torch.set_num_threads(1)  # for what is made before the first test
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, and runs then ignore too
+# What nohup and a shell's background jobs ignore, runs would ignore, too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST = ("test_slurm", "test_resume")  # files that take minutes; a worker takes whole files
