@@ -105,7 +105,7 @@ def assert_same_epochs(undisturbed, job):
 
 
 def test_a_job_survives_everything_and_stays_bitwise_identical(slurm, undisturbed, tmp_path):
-    # It times out after a minute, of which SLURM looks at its clock every half.
+    # It times out after a minute, of which SLURM looks at its clock every half. A slow start may be all of that.
     job = submit(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "1", "--signal-delay", "10")
     job.wait("training", lambda: job.epochs >= 1)
 
@@ -131,7 +131,7 @@ def test_a_job_survives_everything_and_stays_bitwise_identical(slurm, undisturbe
     names = {path.name for path in job.folder.iterdir()}
     assert {"config.json", "log.txt", "checkpoint.pth", "checkpoint_previous.pth", "best.pth", "tensorboard"} <= names
     assert {f"{job.id}_{rank}_log.{kind}" for rank in (0, 1) for kind in ("out", "err")} <= names
-    assert job.logs().count("rank 0: stopped by SIG") >= 5  # each time it saved first
+    assert job.logs().count("rank 0: stopped by SIG") >= 4  # it saved first whenever it was stopped while it trained
 
 
 def test_a_task_that_fails_ends_the_job(slurm, tmp_path):
