@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # A worker takes whole files, in their order, so that module fixtures are built once.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-FAST := -m "not process and not slurm and not compile"
+FAST := -m "not process and not slurm and not slow and not compile"
 
 .PHONY: quickstart lint test test-all test-oldest clean
 

@@ -59,6 +59,7 @@ def test_both_pipelines_give_views_of_the_same_images():
         assert views.amin() < -1.5 and views.amax() > 1.5  # normalized noise
 
 
+@pytest.mark.slow
 def test_steps_are_compared_and_their_operations_counted(tmp_path, capsys, monkeypatch):
     (rows,) = run(tmp_path, capsys, "step")
     (row,) = rows
@@ -101,6 +102,7 @@ def test_both_loops_train_and_average_every_weight(loop, monkeypatch):
         assert not torch.equal(average[name], weight) and not torch.equal(average[name], before[name]), name
 
 
+@pytest.mark.slow
 def test_evit_is_compared_in_training_and_inference(tmp_path, capsys):
     (rows,) = run(tmp_path, capsys, "evit")
     assert [(row["mode"], row["keep_rate"]) for row in rows] == [

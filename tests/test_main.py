@@ -208,6 +208,7 @@ def test_only_the_chosen_scope_is_trained(plain_run, tmp_path):
         assert changed == {name for name in end if any(part in name for part in moved)}
 
 
+@pytest.mark.slow
 def test_flags_of_the_recipe_work_together(tmp_path):
     flags = ["--bce-loss", "--clip-grad", "1", "--accum-steps", "2", "--batch-size", "16", "--grad-checkpointing"]
     flags += ["--lr-scaling", "sqrt", "--drop", "0.1", "--amp", "bf16", "--opt", "lamb", "--mixup-mode", "elem"]

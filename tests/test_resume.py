@@ -31,7 +31,9 @@ import teachers
 import utils
 from tools import chaos
 
-# Mixup, dropout, stochastic depth, average: 22 updates in an epoch
+pytestmark = pytest.mark.slow
+
+# Mixup, dropout, stochastic depth, EMA: 22 updates in an epoch
 FLAGS = [*tiny.TINY, "--epochs", "3", "--drop", "0.1", "--model-ema-decay", "0.9", "--amp", "off"]
 UPDATES = 22
 WARNING = "the run continues but is no longer bitwise identical: "

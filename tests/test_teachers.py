@@ -292,6 +292,7 @@ def test_device_views_are_the_same_for_teacher_and_student(teacher, tmp_path):
     assert same_bits(tmp_path / "live", tmp_path / "cached")
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_size_is_cached_like_a_live_one(tmp_path):
     sized = ["--model", "deit_tiny_patch16_224", *tiny.MODEL, "--input-size", "48", *tiny.DATA, "--epochs", "1"]
     main.cli([*sized, "--warmup-epochs", "0", "--output-dir", str(tmp_path / "teacher")])
@@ -306,6 +307,7 @@ def test_a_teacher_of_another_size_is_cached_like_a_live_one(tmp_path):
     assert same_bits(tmp_path / "live", tmp_path / "cached")
 
 
+@pytest.mark.slow
 def test_soft_losses_of_cached_and_live_teacher_agree_at_every_step(teacher, tmp_path, capsys):
     def output(*flags):
         run = [*RUN, "--distillation-type", "soft", "--distillation-tau", "2", *teacher, "--log-interval", "1", *flags]

@@ -356,6 +356,7 @@ def test_peak_memory_is_what_was_held_at_once():
     assert speed_test.peak_memory(work, torch.device("cpu")) == pytest.approx(2 * 4 * 2**20, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_whole_attention_matrix_takes_its_memory(tmp_path):
     peaks = {}
     for attention in ("fused", "math"):
