@@ -332,14 +332,14 @@ class Ema(ModelEmaV3):
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._averaged = [[pair[side] for pair in pairs if pair[0].is_floating_point()] for side in (0, 1)]
         types = {tensor.dtype for tensors in self._averaged for tensor in tensors}
-        self._in_one = types <= {torch.float32}  # timm rounds bf16 stochastically
+        self._is_float32 = types <= {torch.float32}  # timm rounds bf16 stochastically
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         if not self.foreach:  # kept on another device
             return super().apply_update_(model, decay)
         for own, theirs in self._copied:
             own.copy_(theirs)
-        lerp = torch._foreach_lerp_ if self._in_one else self._foreach_lerp_
+        lerp = torch._foreach_lerp_ if self._is_float32 else self._foreach_lerp_
         lerp(*self._averaged, weight=1.0 - decay)
 
 
@@ -867,8 +867,8 @@ class Output:
 class Saver:
     """What is saved of a run, and when: before and after each evaluation, every few minutes, and when it is to stop.
 
-    All ranks must call it alike; only rank 0 writes. A thread does, so that the others need not wait: a checkpoint is
-    on the disk, or its error raised, when `finish` has returned, which the next one and `close` call first.
+    All ranks must call it alike. Rank 0 writes, in a thread, so that no rank waits for the disk. A checkpoint is on the
+    disk once `finish` has returned; the next checkpoint and `close` call it.
 
     Attributes:
         stop: the signals that end the run.
@@ -892,18 +892,18 @@ class Saver:
     def check(self, log: StepLog) -> None:
         """Between two updates: save if it is time to; save and stop if any rank has been told to.
 
-        Several ranks do so one update later: none waits for what the others say of this one.
+        Several ranks do so one update later, so that none waits for the others.
 
         Raises:
             Preempted: on all ranks, after the checkpoint is on the disk.
         """
         due = self.world.is_main and self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         if due:
-            self.saved_at = time.monotonic()  # the next call does not ask for the same once more
+            self.saved_at = time.monotonic()  # or the next call would ask for a second one
         self._act(log, *self.poll(self.stop.received, due))
 
     def check_now(self, log: StepLog) -> None:
-        """`check` that waits for all ranks, and only of being told to stop."""
+        """Save and stop if any rank has been told to. Waits for all ranks."""
         self._act(log, *agree(self.stop.received), 0.0)
 
     def _act(self, log: StepLog, signal: float, due: float) -> None:

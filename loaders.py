@@ -217,7 +217,7 @@ class DeviceLoader:
     def augmentation(self) -> dict[str, str]:
         """Where views are made, and the versions of the packages that make them.
 
-        "host", "device" or "device, compiled", which rounds in another way.
+        "host", "device", or "device, compiled" (compiled views differ in rounding).
         """
         if self.view is None:
             where, code = "host", ("timm", "torchvision", "pillow")

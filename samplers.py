@@ -56,7 +56,7 @@ def random_keys(seed: int, purpose: str, *counters: int | np.ndarray) -> np.ndar
 
 
 def random_key(seed: int, purpose: str, *counters: int) -> int:
-    """`random_keys` for plain numbers, without arrays, which take many times as long for one."""
+    """`random_keys` for plain numbers, without arrays, which are slow for a single key."""
     key = seed % 2**64
     for counter in (0, zlib.crc32(purpose.encode()), *counters):
         x = (key ^ int(counter)) + 0x9E3779B97F4A7C15 & _MASK

@@ -403,9 +403,10 @@ def agree(*numbers: float) -> list[float]:
 
 
 class Poll:
-    """`agree` without waiting: of several processes, a call returns what the call before has found, and at first zeros.
+    """`agree`, one call late, so that no process waits for the others.
 
-    All processes must call it alike. Of a single one it returns its own numbers at once.
+    A call returns the largest numbers of the previous call; the first returns zeros. All processes must call it alike.
+    A single process gets its own numbers at once.
     """
 
     def __init__(self) -> None:
