@@ -542,6 +542,27 @@ def test_every_optimizer_of_timm_trains_and_resumes_or_is_refused(name, monkeypa
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_muon_orthogonalizes_in_float32_on_a_cpu_without_bf16(has_bf16, monkeypatch):
+    current = engine.muon.zeropower_via_newtonschulz
+    monkeypatch.setattr(engine.muon, "zeropower_via_newtonschulz", getattr(current, "func", current))
+    monkeypatch.setattr(engine, "_cpu_computes_bf16", lambda: has_bf16)
+    model = build_deit()
+    batch = random_batches((4,))[0]
+    gradient = gradients(model, batch)["blocks.0.mlp.fc1.weight"].numpy().astype(float)
+    weight = model.blocks[0].mlp.fc1.weight
+    before = weight.detach().clone()
+    state = TrainState(model, model, build_optimizer(model, "muon", lr=0.1, weight_decay=0.0, momentum=0.0))
+    take_step(state, batch)
+    x = gradient.T / np.linalg.norm(gradient)  # [48, 192]
+    for a, b, c in engine.muon._COEFFICIENTS["quintic"]:
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    expected = before.numpy() - 0.1 * 0.2 * math.sqrt(192) * x.T
+    error = np.abs(weight.detach().numpy() - expected).max()
+    assert error > 1e-3 if has_bf16 else error < 1e-5
+
+
 def test_an_optimizer_without_its_package_is_refused_on_a_gpu_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="^--opt bnbadamw: .*bitsandbytes to be installed"):
