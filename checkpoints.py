@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole, found for `--resume auto`, checked, read and downloaded."""
+"""Checkpoint files: writing, finding them for `--resume auto`, checking, reading and downloading."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ LATEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "best.pth"
 
 
 def _remove_temporary_files(folder: Path) -> None:
-    """What killed processes have left half written."""
+    """Remove the half-written files that killed processes left behind."""
     for name in (LATEST, PREVIOUS, BEST, "log.txt", "config.json"):
         for path in folder.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
 
 
 def on_host(value: Any) -> Any:
-    """A copy of nested dictionaries and lists of tensors, in the memory of the host."""
+    """Copy tensors in nested dictionaries and lists to host memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        copied = copy.copy(value)  # with the attributes of a state_dict
+        copied = copy.copy(value)  # keeps the attributes of a state_dict
         copied.update((key, on_host(each)) for key, each in value.items())
         return copied
     return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) -> None:
-    """Write `checkpoint.pth`, keep the one before as `checkpoint_previous.pth`, and `best.pth` if it is the best.
+    """Write `checkpoint.pth`, rename the earlier one to `checkpoint_previous.pth`, and update `best.pth` if `is_best`.
 
     Raises:
-        RunError: if the disk takes no more. The earlier files stay as they are.
+        RunError: if the disk is full or cannot be written. The earlier files stay intact.
     """
     latest = folder / LATEST
     try:
         with whole_file(latest, lambda stream: torch.save(dict(checkpoint), stream)) as new:
-            # First best.pth: a run killed after `latest` has its name would never evaluate this epoch again.
+            # best.pth comes first. A run that is killed after it wrote `latest` never evaluates this epoch again.
             if is_best:
                 _link(new, folder / BEST)
             if latest.exists():
@@ -83,9 +83,9 @@ def save_checkpoint(checkpoint: Mapping[str, Any], folder: Path, is_best: bool) 
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give the file a second name without ever leaving `target` half written."""
+    """Give the file a second name; `target` is never half written."""
     temporary = temporary_name(target)
-    # A killed process of the same number may have left one, which is `source` under another name: never write to it.
+    # A killed process with the same pid may have left this hard link to `source`. Remove it: never write through it.
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
@@ -93,15 +93,15 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         write_whole(target, source.read_bytes())
     finally:
-        temporary.unlink(missing_ok=True)  # it is still there if `target` was `source` already
+        temporary.unlink(missing_ok=True)  # still there if `target` already was `source`
 
 
 def is_whole(path: Path, checksums: bool = True) -> bool:
-    """Whether a file of torch's format is complete and its checksums, which torch does not look at, are right.
+    """Check that a file in torch's zip format is complete and that its checksums match (torch ignores them).
 
-    Its records must lie one after the other as they are: a small compressed one may be terabytes.
+    Compressed or overlapping records are refused: a small compressed record may expand to terabytes.
     """
-    if not path.is_file():  # opening a pipe would wait for a writer
+    if not path.is_file():  # opening a FIFO would block
         return False
     try:
         with zipfile.ZipFile(path) as file:
@@ -114,17 +114,17 @@ def is_whole(path: Path, checksums: bool = True) -> bool:
                 for record, end in zip(records, ends, strict=True)
             )
             return stored and not (checksums and file.testzip())
-    except Exception:  # a damaged directory of its parts can look like anything
+    except Exception:  # a damaged zip directory can raise anything
         return False
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether `--resume auto` finds a run in this folder."""
+    """Return True if `--resume auto` finds a run in this folder."""
     return any((folder / name).exists() for name in (LATEST, PREVIOUS))
 
 
 def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
-    """Make sure that a run may write into an output folder.
+    """Check that a run may write into an output folder.
 
     Args:
         resume: the checkpoint that is resumed, or ''.
@@ -140,19 +140,19 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
 
 
 def _is_in(path: str, folder: Path) -> bool:
-    """Whether a file (not an address, nor '') is in a folder."""
+    """Return True if a file (not a URL, not '') is directly in a folder."""
     return bool(path) and "://" not in path and Path(path).parent.resolve() == folder.resolve()
 
 
 def start_folder(folder: Path, resume: str, first_epoch: int, best_acc1: float) -> None:
-    """Prepare the output folder of a run: remove another run, and keep what belongs to the run that is resumed.
+    """Prepare the output folder of a run: remove files of other runs, keep those of the resumed run.
 
-    If that was in another folder, its log and its `best.pth` come along.
+    If the resumed run wrote to another folder, its log and its `best.pth` are copied.
 
     Args:
         resume: the checkpoint that is resumed, or ''.
         first_epoch: the first epoch that this run will log.
-        best_acc1: of the run so far, in per cent; below 0 if there is none.
+        best_acc1: best top-1 of the run so far, in percent; below 0 if there is none.
     """
     if _is_in(resume, folder):
         _remove_temporary_files(folder)
@@ -167,7 +167,7 @@ def start_folder(folder: Path, resume: str, first_epoch: int, best_acc1: float) 
 
 
 def _bring_best(best: Path, folder: Path, best_acc1: float) -> None:
-    """Copy the `best.pth` of the run that is resumed, if it has that accuracy; else say so."""
+    """Link the `best.pth` of the resumed run if its accuracy is `best_acc1`, else warn."""
     if best.is_file() and read_checkpoint(str(best), "--resume", mmap=True).get("best_acc1") == best_acc1:
         _link(best, folder / BEST)
     else:
@@ -180,10 +180,11 @@ def _bring_best(best: Path, folder: Path, best_acc1: float) -> None:
 
 
 def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
-    """The file that `--resume` means, the same for all processes; '' if it is `auto` and there is none.
+    """Return the file that `--resume` means, the same on all ranks; '' for `auto` without a checkpoint.
 
-    `auto` is the newest checkpoint in `output_dir`. If that, or the `checkpoint.pth` that `resume` names, is damaged,
-    it is the one before; a damaged one in `output_dir` is then renamed, so that it does not become the one before.
+    `auto` is the newest checkpoint in `output_dir`. If that file, or the `checkpoint.pth` that `resume` names, is
+    damaged, the result is `checkpoint_previous.pth`. A damaged file in `output_dir` is renamed, so that it never
+    becomes `checkpoint_previous.pth` itself.
     """
     automatic = resume == "auto"
     latest = Path(output_dir) / LATEST if automatic else Path(resume)
@@ -192,7 +193,7 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
     previous = latest.with_name(PREVIOUS)
     choice = 0.0
     if is_main:
-        # In this order, the one before is read only if it is needed.
+        # `and` stops early: the previous checkpoint is read only if it is needed.
         torn = latest.exists() and previous.exists() and not is_whole(latest) and is_whole(previous)
         lost = automatic and not latest.exists() and previous.exists() and is_whole(previous)
         choice = 2.0 if torn or lost else float(latest.exists())
@@ -208,7 +209,7 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
 
 
 class _DType:
-    """A NumPy dtype as it is pickled: its code such as `f8`, then a state that begins with version and byte order."""
+    """Stand-in for a pickled NumPy dtype: a code such as `f8`, then a state that starts with version and byte order."""
 
     def __init__(self, code: str, *_: bool) -> None:
         self.code, self.order = code, "="
@@ -218,7 +219,7 @@ class _DType:
 
 
 def _number(dtype: _DType, data: bytes) -> bool | int | float | complex | str | bytes:
-    """A NumPy scalar as Python's own; of an object, which could be anything, there is none."""
+    """Convert a pickled NumPy scalar to a Python number or string; refuse object dtypes, which may hold anything."""
     if not re.fullmatch(r"[biufc]\d+|[SU]\d+", dtype.code):
         raise ValueError(f"a NumPy scalar of type {dtype.code}")
     return np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order)).item()
@@ -234,8 +235,8 @@ def _windows_path(*parts: str) -> str:
 
 _PATHS = {"PosixPath": _posix_path, "PurePosixPath": _posix_path}
 _PATHS |= {"WindowsPath": _windows_path, "PureWindowsPath": _windows_path}
-# Values that other programs put into a checkpoint's `args`, by their names in a pickle. None runs code. Paths become
-# strings: those of another system cannot be built.
+# What other programs store in a checkpoint's `args`, by pickle name. None of these classes runs code. Paths become
+# strings, because a Windows path cannot be built on Linux and vice versa.
 _VALUES = [
     argparse.Namespace,
     (_DType, "numpy.dtype"),
@@ -246,17 +247,17 @@ _VALUES = [
 
 
 def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
-    """Read a file (or https address) of tensors, numbers and strings; nothing in it is executed.
+    """Read a checkpoint file or https URL of tensors, numbers and strings, without executing anything in it.
 
     Args:
-        path: a `.pth` file written by `save_checkpoint` or the original code, a `.safetensors` file, or an https
-            address of one with its SHA-256: `...#sha256=...`, or `NAME-1a2b3c4d5e6f7a8b.pth`.
-        flag: the flag that named it, for the error message.
-        mmap: read tensors only when they are used, without their checksums: for what else a file says, or where
-            another process of this machine compares them.
+        path: a `.pth` file of `save_checkpoint` or of the original implementation, a `.safetensors` file, or an https
+            URL of either with its SHA-256: `...#sha256=...`, or `NAME-1a2b3c4d5e6f7a8b.pth`.
+        flag: the flag that named the file, for error messages.
+        mmap: map tensors instead of reading them, and skip their checksums. Use it to read metadata only, or if another
+            process on this machine verifies the checksums.
 
     Raises:
-        UserError: if there is no such file, or it is not such a file.
+        UserError: if the file does not exist or is not a valid checkpoint.
     """
     if "://" in path:
         path = _download(path, flag)
@@ -266,7 +267,7 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
         raise UserError(f"{flag} {path}: no such file; check the path") from None
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; check the path") from None
-    zipped = zipfile.is_zipfile(path)  # older versions of torch wrote another format
+    zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format
     if zipped and not is_whole(Path(path), checksums=not mmap):
         raise UserError(
             f"{flag} {path}: is damaged (wrong checksum, or records that overlap or are compressed); give another, "
@@ -279,7 +280,7 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
             checkpoint = {"model": load_file(path)}
         else:
             with torch.serialization.safe_globals(_VALUES):
-                # With mmap, a record that is smaller than the file claims cannot lead to memory beyond the file.
+                # mmap bounds a record by the size of the file, whatever the record claims.
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and is_utf8(path))
     except Exception as error:
         raise UserError(
@@ -294,14 +295,14 @@ def read_checkpoint(path: str, flag: str, mmap: bool = False) -> dict[str, Any]:
     return checkpoint if mmap else copy.deepcopy(checkpoint)  # the file may be overwritten
 
 
-_MOST_VALUES, _DEEPEST = 2**19, 50  # in a checkpoint
+_MOST_VALUES, _DEEPEST = 2**19, 50  # limits for one checkpoint
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TYPES += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _odd_value(checkpoint: Mapping[Any, Any]) -> str:
-    """What in a file is not what it looks like: a tensor without its own values, a list of itself. In words, or ''."""
-    count, waiting = 0, [((), checkpoint)]  # names of keys from the outside in, and what is there
+    """Describe the first unsafe value (a tensor without its own storage, endless nesting), or return ''."""
+    count, waiting = 0, [((), checkpoint)]  # (key path from the outside in, value)
     while waiting:
         names, value = waiting.pop()
         count += 1
@@ -315,7 +316,7 @@ def _odd_value(checkpoint: Mapping[Any, Any]) -> str:
             wrong = f"a number of {value.bit_length()} bits"
         elif isinstance(value, Mapping):
             waiting += [((*names, key if isinstance(key, (str, int)) else "?"), each) for key, each in value.items()]
-            waiting += [(names, key) for key in value if not isinstance(key, str)]  # these are looked at first
+            waiting += [(names, key) for key in value if not isinstance(key, str)]  # popped first, so checked first
         elif isinstance(value, (list, tuple, set)):
             waiting += [((*names, index), each) for index, each in enumerate(value)]
         if wrong:
@@ -324,7 +325,7 @@ def _odd_value(checkpoint: Mapping[Any, Any]) -> str:
 
 
 def _odd_tensor(tensor: torch.Tensor) -> str:
-    """What makes a tensor other than a block of numbers, in words, or ''."""
+    """Describe why a tensor is not a plain dense CPU tensor, or return ''."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -339,27 +340,27 @@ def _odd_tensor(tensor: torch.Tensor) -> str:
 
 
 def weights_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, torch.Tensor]:
-    """The model's tensors in a checkpoint: its `model` (ours, the original code's) or `state_dict` (timm's), or it all.
+    """Return the model's weights in a checkpoint: `model` (ours, original), `state_dict` (timm), or the whole file.
 
-    Of DINO's student and teacher it is the `teacher`, as in its own evaluation.
+    Of DINO's `student` and `teacher`, the `teacher` is used, as in DINO's own evaluation.
 
     Raises:
-        UserError: if there are none.
+        UserError: if the checkpoint holds no weights.
     """
     nested = (checkpoint.get(key) for key in ("model", "state_dict", "teacher"))
     inner = next((value for value in nested if isinstance(value, Mapping)), checkpoint)
     named = all(isinstance(key, str) for key in inner)
-    weights = clean_state_dict(inner) if named else {}  # names carry no module. or _orig_mod.
+    weights = clean_state_dict(inner) if named else {}  # strips "module." and "_orig_mod."
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{flag} {path}: not a checkpoint of a model; give a file such as checkpoint.pth or best.pth")
     return dict(weights)
 
 
 def ema_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, torch.Tensor] | None:
-    """The EMA weights in a checkpoint of ours or the original code (`model_ema`) or of timm (`state_dict_ema`).
+    """Return the EMA weights of a checkpoint: `model_ema` (ours, original) or `state_dict_ema` (timm); None without.
 
     Raises:
-        UserError: if what it has is no weights.
+        UserError: if that entry does not hold weights.
     """
     averages = (checkpoint.get(key) for key in ("model_ema", "state_dict_ema"))
     average = next((value for value in averages if value is not None and value != {}), None)
@@ -369,16 +370,16 @@ def ema_of(checkpoint: Mapping[str, Any], flag: str, path: str) -> dict[str, tor
 def unwrapped(
     weights: Mapping[str, torch.Tensor], names: Collection[str], flag: str, path: str
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights without the prefix of a module around the model, such as Lightning's `model.` or DINO's `backbone.`.
+    """Strip the prefix of a wrapper module, such as Lightning's `model.` or DINO's `backbone.`.
 
     Args:
-        names: those of the model that is to load them.
+        names: tensor names of the model that will load the weights.
 
     Returns:
-        The model's tensors, and the names of the others.
+        The model's tensors, and the names of all other tensors.
 
     Raises:
-        UserError: if several prefixes hold the model.
+        UserError: if several prefixes match the model.
     """
     found = collections.Counter()
     for key in weights:
@@ -389,35 +390,35 @@ def unwrapped(
         raise UserError(f"{flag} {path}: holds several models ({', '.join(prefixes)}); save the one to load by itself")
     prefix = prefixes[0] if prefixes else os.path.commonprefix(list(weights)).rpartition(".")[0] + "."
     if not prefixes and (prefix == "." or any(name.startswith(prefix) for name in names)):
-        prefix = ""  # part of a model, or another
+        prefix = ""  # only part of the model, or another model
     inner = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     return inner, [key for key in weights if not key.startswith(prefix)]
 
 
 def translated(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of another layout in timm's names, by the model's own `checkpoint_filter_fn`, if that can read them."""
+    """Translate weights to timm's names with the model's `checkpoint_filter_fn`, if that can read them."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
     module = model_entrypoint(name).__module__ if is_model(name) else type(model).__module__
     translate = getattr(sys.modules[module], "checkpoint_filter_fn", None)
     if translate is None:
         return dict(weights)
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(translate).parameters else {}
-    # Its caller resizes it, and knows of distillation tokens. In DINOv2 the class token is a part of it.
+    # `load_weights` resizes this one, because it knows about distillation tokens. DINOv2 embeds the class token too.
     own = {key: weights[key] for key in ("pos_embed",) if key in weights and "mask_token" not in weights}
     try:
         found = translate({key: value for key, value in weights.items() if key not in own}, model, **options) | own
-    except Exception:  # whatever a layout that it does not know leads to
+    except Exception:  # an unknown layout can raise anything
         return dict(weights)
     for key in found.keys() & weights.keys():
         if "pos" not in key and found[key].numel() != weights[key].numel():
-            found[key] = weights[key]  # it resizes patch embeddings too, which are then of another model
+            found[key] = weights[key]  # timm resizes patch embeddings too; a changed shape means another model
     return found
 
 
 def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Size of the images that a checkpoint was trained with, if its flags say so."""
+    """Return the training image size (height, width) from a checkpoint's flags, or None."""
     size = flags_of(checkpoint).get("input_size")
-    size = [size] if isinstance(size, int) else size  # so in the original code; in timm, channels come first
+    size = [size] if isinstance(size, int) else size  # an int in the original implementation, (C, H, W) in timm
     if not isinstance(size, (list, tuple)) or not size or not all(isinstance(side, int) and side > 0 for side in size):
         return None
     return size[-2:][0], size[-1]
@@ -427,12 +428,12 @@ def trained_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The optimizer's state in a checkpoint, for its `load_state_dict`, which looks at no more than group sizes.
+    """Return the optimizer state of a checkpoint, checked tensor by tensor (torch checks group sizes only).
 
-    Each tensor becomes a new one of the memory layout that the optimizer gives it. Kernels rely on that.
+    Each tensor is copied into the memory layout that the optimizer would use, which its kernels rely on.
 
     Raises:
-        UserError: if it is not a state of this optimizer for these parameters.
+        UserError: if the state does not fit this optimizer and these parameters.
     """
     try:
         _check_counters(checkpoint)
@@ -460,7 +461,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, A
 
 
 def _no_state(path: str, error: Exception) -> UserError:
-    """The user's mistake of a checkpoint whose training state raises this."""
+    """Build the error for a checkpoint whose training state raised `error`."""
     why = f"has no {error}" if isinstance(error, LookupError) else reason(error)
     return UserError(
         f"--resume {path}: has no training state that fits ({why}); start from its weights with --finetune, or pass "
@@ -469,10 +470,10 @@ def _no_state(path: str, error: Exception) -> UserError:
 
 
 def _check_counters(checkpoint: Mapping[str, Any]) -> None:
-    """Make sure that what says where a run continues is numbers.
+    """Check that the counters that say where a run continues are numbers.
 
     Raises:
-        ValueError: naming the first that is not.
+        ValueError: naming the first one that is not.
     """
     progress = checkpoint.get("progress") or {"images": 0, "totals": []}
     numbers = {name: checkpoint[name] for name in ("epoch", "step")} | {"progress.images": progress["images"]}
@@ -488,16 +489,16 @@ def _check_counters(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _skipped(checkpoint: Mapping[str, Any]) -> list[float]:
-    """Of each rank, the updates of the epoch that were skipped as their gradient was not finite."""
+    """Return, per rank, the updates skipped in this epoch because of a non-finite loss or gradient."""
     progress = checkpoint.get("progress") or {"totals": []}
     return [totals.get("skipped", 0) for totals in progress["totals"]]
 
 
 def _check_groups(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
-    """Compare the parameters of each group, and the kinds of its options.
+    """Compare the number of parameters and the option types of each parameter group.
 
     Raises:
-        ValueError: naming the first that differs.
+        ValueError: naming the first difference.
     """
     if len(saved) != len(own):
         raise ValueError(f"{len(saved)} groups of parameters, not {len(own)}")
@@ -508,7 +509,7 @@ def _check_groups(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str,
             values = [
                 group[name] if isinstance(group[name], (list, tuple)) else [group[name]] for group in (theirs, ours)
             ]
-            # Switches such as `maximize` are no flags of a run.
+            # Switches such as `maximize` cannot be set by a flag of main.py.
             same = len(values[0]) == len(values[1]) and all(
                 left == right or right is None or (_is_number(left) and _is_number(right))
                 for left, right in zip(*values, strict=True)
@@ -522,12 +523,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _examples(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """Of each parameter, one of its shape and memory layout, and the state that the optimizer keeps for that.
+    """Return, for each parameter, an example tensor of its shape and layout and the optimizer state of that example.
 
-    They are those of a copy of the optimizer after a step; parameters that are alike share one.
+    The states come from one step of a copy of the optimizer. Parameters of the same shape and layout share an example.
     """
     stand_ins: dict[Any, torch.Tensor] = {}
-    memo: dict[int, Any] = {}  # as deepcopy keeps it: what has a copy already
+    memo: dict[int, Any] = {}  # deepcopy's memo: tensors that already have a copy
     positions = []
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
@@ -542,12 +543,12 @@ def _examples(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, dict
         group["params"] = list(dict.fromkeys(group["params"]))
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         trial.step()
-    state = getattr(trial, "_base_optimizer", trial).state  # of timm's Lookahead
+    state = getattr(trial, "_base_optimizer", trial).state  # unwraps timm's Lookahead
     return [(stand_in.detach(), dict(state.get(stand_in) or {})) for stand_in in positions]
 
 
 def _without_state(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
-    """A copy, with all of its attributes, which deepcopy drops."""
+    """Copy an optimizer without its state but with all attributes, which deepcopy would drop."""
     memo[id(optimizer.state)] = collections.defaultdict(dict)
     memo[id(optimizer)] = twin = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
@@ -559,7 +560,7 @@ def _without_state(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> to
 def _fitted_state(
     state: Mapping[str, Any], parameter: torch.Tensor, example: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
-    """The state of one parameter. More than in the example, there may be tensors of the parameter's shape."""
+    """Check the state of one parameter; extra tensors are allowed if they have the shape of the parameter."""
     missing = example.keys() - state.keys()
     if missing:
         raise ValueError(f"{name} has no {min(missing)}")
@@ -567,16 +568,16 @@ def _fitted_state(
 
 
 def _fitted(value: Any, example: Any, name: str) -> Any:
-    """A value of an optimizer's state as the optimizer would have made it.
+    """Convert a stored optimizer value to the type, shape and layout that the optimizer uses.
 
     Raises:
-        ValueError: if it is of another kind, shape or type, or not finite.
+        ValueError: if kind, shape or dtype differ, or a value is not finite.
     """
     if isinstance(example, (list, tuple)) and isinstance(value, (list, tuple)) and len(value) == len(example):
         pairs = enumerate(zip(value, example, strict=True))
         return type(example)(_fitted(left, right, f"{name}.{index}") for index, (left, right) in pairs)
     if isinstance(value, torch.Tensor) and _is_number(example) and value.numel() == 1:
-        value = value.item()  # versions of an optimizer count its steps in either way
+        value = value.item()  # the step count is a tensor in some torch versions, a number in others
     if isinstance(example, torch.Tensor) and example.numel() == 1 and _is_number(value):
         value = torch.full_like(example, value)
     if isinstance(example, torch.Tensor) and isinstance(value, torch.Tensor):
@@ -597,17 +598,17 @@ def _fitted(value: Any, example: Any, name: str) -> Any:
 def as_ours(
     checkpoint: dict[str, Any], module: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str, updates: int
 ) -> dict[str, Any]:
-    """A training state of the original DeiT or EViT code as `TrainState.resume` takes it; any other as it is.
+    """Convert a training state of the original DeiT or EViT code to our format; return any other checkpoint unchanged.
 
-    There, `epoch` is the last one finished, and the optimizer's state is by the position of a parameter in the groups
-    of an earlier timm.
+    In the original, `epoch` is the last finished epoch, and the optimizer state is keyed by each parameter's index in
+    the parameter groups of an older timm.
 
     Args:
-        module, optimizer: those of this run.
-        updates: optimizer updates in an epoch of this run.
+        module, optimizer: model and optimizer of this run.
+        updates: optimizer updates per epoch of this run.
 
     Raises:
-        UserError: if the state of the optimizer is not of these parameters.
+        UserError: if the optimizer state does not fit these parameters.
     """
     is_state = {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys()
     if not is_state or checkpoint.keys() & {"progress", "run", "step"}:
@@ -626,7 +627,7 @@ def as_ours(
         state_of = {name: saved[index] for index, name in enumerate(names) if index in saved}
         order = [name for members in own for name in members]
         for name, (_, example) in zip(order, _examples(optimizer), strict=True):
-            # Without a teacher, the second head has no gradient.
+            # Without a teacher the distillation head has no gradient.
             if example and not state_of.get(name) and not name.startswith("head_dist."):
                 raise ValueError(f"optimizer.state has nothing of {name}")
         ends = list(itertools.accumulate(map(len, own)))
@@ -649,21 +650,21 @@ def as_ours(
         "epoch": epoch + 1,
         "step": (epoch + 1) * updates,
         "progress": None,
-        "best_acc1": -1.0,  # it is not stored there
+        "best_acc1": -1.0,  # the original does not store it
         "args": flags,
         "run": {"processes": flags.get("world_size"), "precision": str(torch.float16)},
     }
 
 
 def _original_order(weights: Sequence[str], groups: Sequence[Mapping[str, Any]], module: torch.nn.Module) -> list[str]:
-    """The names of the parameters in the order of the original implementation's optimizer.
+    """Return the parameter names in the order of the original implementation's optimizer.
 
     Args:
-        weights: names of the model's tensors there, in the order of its `state_dict`, which is that of its parameters.
-        groups: of the optimizer: one, or the parameters without weight decay and the others.
+        weights: tensor names in the original `state_dict`, whose order is that of the parameters.
+        groups: parameter groups of the original optimizer: one group, or two (without and with weight decay).
 
     Raises:
-        ValueError: if these are no groups of these parameters.
+        ValueError: if the groups do not match these parameters.
     """
     parameters = dict(module.named_parameters())
     trained = [name for name in weights if name in parameters and parameters[name].requires_grad]
@@ -673,7 +674,7 @@ def _original_order(weights: Sequence[str], groups: Sequence[Mapping[str, Any]],
     if len(sizes) == 1:
         return trained
     listed = set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()
-    for exempt in (listed, listed - {"dist_token"}):  # with timm 0.3.2, DeiT's distillation token decays
+    for exempt in (listed, listed - {"dist_token"}):  # with timm 0.3.2, DeiT's distillation token has weight decay
         bare = [n for n in trained if parameters[n].ndim == 1 or n.endswith(".bias") or n in exempt]
         if sizes == [len(bare), len(trained) - len(bare)]:
             return bare + [name for name in trained if name not in bare]
@@ -681,7 +682,7 @@ def _original_order(weights: Sequence[str], groups: Sequence[Mapping[str, Any]],
 
 
 def _our_flags(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags of the original implementation under the names and in the form that they have here."""
+    """Rename and convert flags of the original implementation to ours."""
     flags = dict(args)
     if isinstance(flags.get("input_size"), int):
         flags["input_size"] = [flags["input_size"]]
@@ -695,22 +696,22 @@ def _our_flags(args: Mapping[str, Any]) -> dict[str, Any]:
         flags["aa"] = "3a"
     flags["train_scope"] = "attn" if flags.get("attn_only") else "all"
     flags["lr_scaling"] = "none" if flags.get("unscale_lr") else "linear"
-    if flags.get("distributed") is False:  # one process draws every image once
+    if flags.get("distributed") is False:  # a single process did not use repeated augmentation
         flags["repeated_aug"] = False
     numbers = [flags.get(name) for name in ("lr", "batch_size", "world_size")]
     if flags["lr_scaling"] == "linear" and all(_is_number(each) and 0 < each < 2**53 for each in numbers):
         rate, *images = numbers
-        flags["lr"] = float(f"{rate * 512 / math.prod(images):.12g}")  # it is stored as scaled
+        flags["lr"] = float(f"{rate * 512 / math.prod(images):.12g}")  # the checkpoint stores the scaled rate
     usual = {"base_keep_rate": 0.7, "drop_loc": [3, 6, 9], "fuse_token": True}
     usual |= {"shrink_start_epoch": 10, "shrink_epochs": 0}
-    return flags | {name: None for name, value in usual.items() if flags.get(name) == value}  # our defaults are None
+    return flags | {name: None for name, value in usual.items() if flags.get(name) == value}  # our default is None
 
 
 # -- downloads ---------------------------------------------------------------------------------------------------------
 
 
 def file_hash(path: str, flag: str) -> str | None:
-    """SHA-256 of a file or of a download; None if there is no such file."""
+    """Return the SHA-256 of a file or of a downloaded URL; None if the file does not exist."""
     path = _download(path, flag) if "://" in path else path
     return _sha256(Path(path)) if Path(path).is_file() else None
 
@@ -721,10 +722,10 @@ def _sha256(path: Path) -> str:
 
 
 def split_address(address: str, flag: str) -> tuple[str, str, str]:
-    """The address without its fragment, the name of the file there, and its SHA-256, or the first digits of that.
+    """Split a URL into address without fragment, file name, and SHA-256 (or its first digits).
 
     Raises:
-        UserError: if it is not https, or states less than 16 digits.
+        UserError: if the URL is not https or states fewer than 16 digits of the hash.
     """
     url, _, fragment = address.partition("#")
     name = url.partition("?")[0].rpartition("/")[2]
@@ -745,7 +746,7 @@ def split_address(address: str, flag: str) -> tuple[str, str, str]:
 
 
 def _same_of_timm(url: str, flag: str) -> str:
-    """How the user starts from timm's copy of a published file, as the end of an error; '' if timm has none."""
+    """Suggest the flags that load timm's copy of a published file, as the end of an error; '' if timm has none."""
     names = (name for name in list_pretrained() if getattr(get_pretrained_cfg(name), "url", None) == url)
     name = next(names, None)
     kind = "teacher-" if flag == "--teacher-path" else ""
@@ -753,9 +754,9 @@ def _same_of_timm(url: str, flag: str) -> str:
 
 
 def _download(address: str, flag: str) -> str:
-    """Fetch a file into torch's cache, unless it is there as published; its path."""
+    """Download a file into torch's cache unless it is there with the right hash; return its path."""
     url, name, published = split_address(address, flag)
-    # A name made here: that in an address may be a path, or the same as in another address.
+    # Do not use the name in the URL: it may be a path, or equal the name in another URL.
     key = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()
     name = f"{key}-{re.sub('[^A-Za-z0-9._-]', '_', name)[-64:]}"
     path = Path(torch.hub.get_dir(), "checkpoints", name)
@@ -768,7 +769,7 @@ def _download(address: str, flag: str) -> str:
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https addresses only."""
+    """Redirect handler that follows redirects to https addresses only."""
 
     def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any, url: str) -> Any:
         if not url.startswith("https://"):
@@ -777,10 +778,10 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 
 def _fetch_file(url: str, path: Path, published: str) -> None:
-    """Download a file, which takes its name once its hash is right. (`torch.hub` follows redirects to anywhere.)
+    """Download a file to a temporary name and rename it once its hash matches (`torch.hub` follows any redirect).
 
     Raises:
-        ValueError: if it has another hash.
+        ValueError: if the hash differs.
     """
     request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -798,9 +799,9 @@ def _fetch_file(url: str, path: Path, published: str) -> None:
 
 
 def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of the run that wrote a checkpoint, as JSON has them; {} if it does not say.
+    """Return the flags of the run that wrote a checkpoint, as JSON values; {} if they are unknown.
 
-    Those of the original implementation have the names and forms that they have here.
+    Flags of the original implementation are converted to ours.
     """
     args = checkpoint.get("args")
     is_original = isinstance(args, argparse.Namespace) and hasattr(args, "nb_classes")
@@ -810,30 +811,30 @@ def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def class_names_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes that a checkpoint's model tells apart, by index; () if it does not say."""
+    """Return the class names of a checkpoint's model by class index; () if they are unknown."""
     names = checkpoint.get("class_names")
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
 
 
 class Classes(Protocol):
-    """What a class index means in some data, as far as they say it."""
+    """The meaning of each class index in a data set, as far as it is known."""
 
-    class_names: tuple[str, ...]  # by index; () if they are not known
-    class_samples: tuple[int, ...]  # checksum of an image of each class, by index; -1 or () if they are not known
+    class_names: tuple[str, ...]  # by class index; () if unknown
+    class_samples: tuple[int, ...]  # CRC-32 of one image per class, by class index; -1 or () if unknown
 
 
 def compare_classes(
     checkpoint: Mapping[str, Any], parts: Mapping[str, Classes], what: str, allow_mismatch: bool = False
 ) -> None:
-    """Make sure that each class index means the same in a file and in the data.
+    """Check that each class index means the same class in a file and in the data.
 
-    What is not known is not compared, nor are different numbers of classes: those are another error.
+    Unknown names are not compared. Neither are different numbers of classes, which raise another error elsewhere.
 
     Args:
-        checkpoint: with `class_names` and, for each part of the data that it is of, `class_samples`.
-        parts: the data, by the name of the part.
+        checkpoint: holds `class_names` and, for each part of its data, `class_samples`.
+        parts: the data, by name of the part ("train", "val").
         what: flag and file, for the error message.
-        allow_mismatch: warn only.
+        allow_mismatch: warn instead of raising.
 
     Raises:
         UserError: naming the first class that differs.
@@ -850,7 +851,7 @@ def compare_classes(
 
 
 def _renamed(names: Sequence[str], expected: Sequence[str]) -> str:
-    """The first class whose name differs, in words, or ''."""
+    """Describe the first class whose name differs, or return ''."""
     if len(names) != len(expected):
         return ""
     differing = [index for index, (ours, theirs) in enumerate(zip(names, expected, strict=True)) if ours != theirs]
@@ -863,7 +864,7 @@ def _renamed(names: Sequence[str], expected: Sequence[str]) -> str:
 
 
 def _exchanged(data: Classes, expected: Sequence[int], part: str) -> str:
-    """A class that has the images that another one had when the file was written, in words, or ''."""
+    """Describe a class whose images belonged to another class when the file was written, or return ''."""
     if len(data.class_samples) != len(expected):
         return ""
     for index, sample in enumerate(data.class_samples):
@@ -874,12 +875,12 @@ def _exchanged(data: Classes, expected: Sequence[int], part: str) -> str:
 
 
 def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]], flags: Collection[str]) -> list[str]:
-    """What differs from the run that wrote a checkpoint and shows in every further bit, in words.
+    """List what differs from the run that wrote a checkpoint and makes this run no longer bitwise identical to it.
 
     Args:
-        checkpoint: its `args` are the flags, its `run` what else its bits depend on.
-        about: the same of this run; None is not known, and not compared.
-        flags: names of those to compare.
+        checkpoint: `args` holds its flags, `run` the other settings that results depend on.
+        about: the same two entries for this run; None means unknown and is not compared.
+        flags: names of the flags to compare.
     """
     run = checkpoint.get("run")
     then = _as_json({"args": flags_of(checkpoint), "run": run if isinstance(run, Mapping) else {}})
@@ -898,5 +899,5 @@ def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]
 
 
 def _as_json(values: Any) -> Any:
-    """The same as JSON has it, which knows no difference of list and tuple; other values as text."""
+    """Convert to what JSON would return: tuples become lists, other types become text."""
     return json.loads(json.dumps(values, default=str, skipkeys=True))

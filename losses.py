@@ -1,7 +1,7 @@
-"""The base criterion and the distillation terms.
+"""The base criterion and the distillation losses.
 
-Every criterion here is called as `criterion(outputs, batch)` and returns `(loss, terms)`: a scalar to differentiate and
-a dictionary of detached scalars to log.
+Every criterion is called as `criterion(outputs, batch)` and returns `(loss, terms)`: a scalar to differentiate and a
+dictionary of detached scalars to log.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Criterion = Callable[[torch.Tensor | tuple[torch.Tensor, torch.Tensor], Batch], 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is minimized. The fields are flags of main.py; see `BinaryCrossEntropy` and `DistillationLoss`."""
+    """Options of the loss. The fields are flags of main.py; see `BinaryCrossEntropy` and `DistillationLoss`."""
 
     bce_loss: bool = False
     smoothing: float = 0.1
@@ -32,10 +32,10 @@ class LossOptions:
 
 
 class BinaryCrossEntropy(nn.Module):
-    """Cross-entropy of C independent yes/no questions, as in "ResNet strikes back" (Wightman et al. 2021, section 3).
+    """Binary cross-entropy per class, as in "ResNet strikes back" (Wightman et al. 2021, section 3).
 
-    Every class that is in the image at all, one or the two that Mixup put there, is a positive. Smoothing is applied
-    after that, so that it cannot turn all classes into positives.
+    Every class with a target above 0 counts as a positive: one class, or the two that Mixup combined. Label smoothing
+    comes after this step; otherwise it would turn all classes into positives.
 
     Args:
         smoothing: label smoothing s; a target t in {0, 1} becomes t (1 - s) + s / C.
@@ -46,41 +46,41 @@ class BinaryCrossEntropy(nn.Module):
         self.smoothing = smoothing
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """logits [B, C]; targets [B] class indices or [B, C] probabilities; mean over B and C."""
+        """Return the mean over B and C, for logits [B, C] and targets [B] (class indices) or [B, C] (probabilities)."""
         num_classes = logits.shape[-1]
         if targets.ndim == 1:
             targets = F.one_hot(targets, num_classes)
-        present = (targets > 0).float()  # not in the logits' type: bfloat16 has no 0.9 + 0.1 / C
+        present = (targets > 0).float()  # float32, because bfloat16 cannot represent 0.9 + 0.1 / C
         smoothed = present * (1 - self.smoothing) + self.smoothing / num_classes
         return F.binary_cross_entropy_with_logits(logits.float(), smoothed)
 
 
 def build_base_criterion(bce: bool, smoothing: float) -> nn.Module:
-    """Loss of logits [B, C] against class indices [B] or probabilities [B, C].
+    """Build the loss of logits [B, C] against class indices [B] or probabilities [B, C].
 
-    `nn.CrossEntropyLoss` smooths both alike: with Mixup, (1 - s) (λ y₁ + (1 - λ) y₂) + s / C is what the original
-    implementation gets by smoothing y₁ and y₂ first.
+    `nn.CrossEntropyLoss` smooths both kinds of targets. With Mixup this gives (1 - s) (λ y₁ + (1 - λ) y₂) + s / C, the
+    same as smoothing y₁ and y₂ first, as the original implementation does.
     """
     return BinaryCrossEntropy(smoothing) if bce else nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
 class SupervisedLoss:
-    """The base criterion alone: the labels are all there is to learn from."""
+    """The base criterion on the labels, without a teacher."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
 
     def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self.base(outputs.float(), batch.targets), {}  # not in autocast's type, as in the original
+        return self.base(outputs.float(), batch.targets), {}  # float32 under autocast, as in the original
 
 
 def soft_distillation(student: torch.Tensor, teacher: torch.Tensor, tau: float, scale: str) -> torch.Tensor:
-    """τ² KL(softmax(teacher / τ) ‖ softmax(student / τ)), DeiT equation 2 (Hinton et al. 2015).
+    """Compute τ² KL(softmax(teacher / τ) ‖ softmax(student / τ)), DeiT equation 2 (Hinton et al. 2015).
 
     Args:
         student, teacher: logits [B, C].
         tau: temperature τ.
-        scale: "batchmean" divides the sum by B; "legacy" by B · C, as the original implementation does.
+        scale: "batchmean" divides the sum by B; "legacy" by B · C, like the original implementation.
     """
     divergence = F.kl_div(
         F.log_softmax(student.float() / tau, dim=1),
@@ -92,22 +92,25 @@ def soft_distillation(student: torch.Tensor, teacher: torch.Tensor, tau: float, 
 
 
 def hard_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy against the teacher's decision, DeiT equation 3; logits [B, C]. NaN if a teacher logit is."""
-    loss = F.cross_entropy(student.float(), teacher.argmax(dim=1))  # the arg-max of NaN is a class like any other
+    """Compute the cross-entropy against the teacher's arg-max class, DeiT equation 3; logits [B, C].
+
+    The result is NaN if a teacher logit is.
+    """
+    loss = F.cross_entropy(student.float(), teacher.argmax(dim=1))  # argmax returns a class even for NaN
     return loss.masked_fill(teacher.isnan().any(), float("nan"))
 
 
 class DistillationLoss:
     """(1 - α) base(class head, labels) + α distillation(distillation head, teacher), DeiT section 4.
 
-    A model with one head learns both with it, as in Hinton et al. 2015 (arXiv 1503.02531, section 2).
+    With a single head, both losses apply to it, as in Hinton et al. 2015 (arXiv 1503.02531, section 2).
 
-    The logged terms are the two losses before weighting, the teacher's top-1 accuracy (with Mixup, against the label
-    with the larger share) and the share of images on which the student's distillation head agrees with the teacher.
+    The logged terms are the two unweighted losses, the teacher's top-1 accuracy (with Mixup, against the label with the
+    larger share), and the share of images on which student and teacher agree.
 
     Args:
         base: criterion of the class head.
-        teacher: maps a batch to logits [B, C]: a model, or its cached predictions.
+        teacher: returns logits [B, C] for a batch: a model, or cached predictions.
         options: type, weight α, temperature τ and scale of the distillation.
 
     Raises:
@@ -120,7 +123,7 @@ class DistillationLoss:
         self.base, self.teacher, self.options = base, teacher, options
 
     def distill(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """The distillation term of logits [B, C]."""
+        """Compute the distillation loss of logits [B, C]."""
         if self.options.distillation_type == "hard":
             return hard_distillation(student, teacher)
         return soft_distillation(student, teacher, self.options.distillation_tau, self.options.distillation_scale)
@@ -147,27 +150,27 @@ class DistillationLoss:
 class CosubLoss:
     """Co-training of two submodels (cosub, Touvron et al. 2022, arXiv 2212.04884).
 
-    ¼ [base(z₁, y) + base(z₂, y) + H(z₁, p(z₂)) + H(z₂, p(z₁))], without gradients through the predictions p. The batch
-    holds its images twice, and stochastic depth makes the logits z₁ and z₂ those of two submodels.
+    ¼ [base(z₁, y) + base(z₂, y) + H(z₁, p(z₂)) + H(z₂, p(z₁))], where gradients do not flow through the predictions p.
+    The batch holds each image twice; stochastic depth turns the two passes into two submodels with logits z₁ and z₂.
 
     Args:
         base: criterion of the labels.
-        bce: H is binary cross-entropy and p the sigmoid, as in the original implementation, which takes it for the
-            labels as well; else cross-entropy and the softmax, as the paper's abstract has it. Neither is smoothed.
+        bce: use binary cross-entropy for H and the sigmoid for p, as the original implementation does; otherwise
+            cross-entropy and softmax, as in the paper's abstract. H is never smoothed.
     """
 
     def __init__(self, base: nn.Module, bce: bool) -> None:
         self.base, self.bce = base, bce
 
     def follow(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """H(student, p(teacher)) of logits [B, C]."""
+        """Compute H(student, p(teacher)) for logits [B, C]."""
         student, teacher = student.float(), teacher.detach().float()
         if self.bce:
             return F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
         return F.cross_entropy(student, teacher.softmax(dim=1))
 
     def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """outputs [2B, C]; the batch has B targets. The logged terms are the means over both submodels."""
+        """Compute the loss of outputs [2B, C] for B targets; the logged terms are means over both submodels."""
         first, second = outputs.float().chunk(2)
         base_loss = (self.base(first, batch.targets) + self.base(second, batch.targets)) / 2
         cosub_loss = (self.follow(first, second) + self.follow(second, first)) / 2
@@ -178,7 +181,7 @@ class CosubLoss:
 def build_criterion(
     options: LossOptions, teacher: Callable[[Batch], torch.Tensor] | None = None
 ) -> SupervisedLoss | DistillationLoss | CosubLoss:
-    """The base criterion, distilling from the teacher if there is one, or co-training two submodels."""
+    """Build the criterion: with a teacher for distillation, with `options.cosub` for co-training, else supervised."""
     base = build_base_criterion(options.bce_loss, options.smoothing)
     if options.cosub:
         return CosubLoss(base, options.bce_loss)

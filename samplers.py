@@ -1,7 +1,7 @@
-"""Which sample goes to which rank at which position, and its random key.
+"""The sampling order: which sample each rank sees at which position, with which random key.
 
-Randomness is counted, not carried: every draw of a run is a function of the run's seed, of what the draw is for, and of
-counters (epoch, position, step, rank). No generator state is saved; resuming means starting the counters elsewhere.
+Every random draw is a hash of the run's seed, the purpose of the draw, and counters (epoch, position, step, rank). No
+generator state needs saving: a resumed run continues with later counters.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch.utils.data import Sampler
 
 _MASK = 2**64 - 1
-CHUNK = 2**14  # samples of a rank that a sampler prepares at once
+CHUNK = 2**14  # positions of a rank that are prepared at once
 
 
 class Batch(NamedTuple):
-    """What the loaders yield and the criteria read. (A data set's single sample has the same fields, unbatched.)"""
+    """A batch as the loaders yield it. (A single sample has the same fields without the batch dimension.)"""
 
-    images: torch.Tensor  # [B, 3, H, W], normalized; or uint8 as they are stored, to be augmented on the device
+    images: torch.Tensor  # [B, 3, H, W], normalized views; or stored uint8 images, to be augmented on the device
     targets: torch.Tensor  # [B] class indices, or [B, C] class probabilities after Mixup
-    positions: torch.Tensor  # [B], index in the epoch's global order; always on the CPU
-    sizes: torch.Tensor | None = None  # [B, 2], of stored images: the height and width that they fill
-    keys: torch.Tensor | None = None  # [B] int64, the random key of each view, see `signed`
+    positions: torch.Tensor  # [B], index in the epoch's global order; stays on the CPU
+    sizes: torch.Tensor | None = None  # [B, 2], height and width of each stored image within the padded buffer
+    keys: torch.Tensor | None = None  # [B] int64, random key of each view (see `signed`)
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """The output function of the SplitMix64 generator (Steele et al., 2014): a bijection of 64-bit integers."""
+    """Hash 64-bit integers with the output function of SplitMix64 (Steele et al. 2014), a bijection."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -39,15 +39,15 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def random_keys(seed: int, purpose: str, *counters: int | np.ndarray) -> np.ndarray:
-    """A 64-bit key for each combination of counters.
+    """Return a 64-bit key for each combination of counters.
 
     Args:
         seed: the run's seed.
-        purpose: what the draw is for; two purposes never share a key sequence.
+        purpose: what the draw is for; different purposes have independent keys.
         counters: non-negative integers or integer arrays, broadcast against each other.
 
     Returns:
-        uint64 array of the counters' broadcast shape.
+        uint64 array with the broadcast shape of the counters.
     """
     key = _splitmix64(np.atleast_1d(np.uint64(seed % 2**64)))
     for counter in (zlib.crc32(purpose.encode()), *counters):
@@ -56,7 +56,7 @@ def random_keys(seed: int, purpose: str, *counters: int | np.ndarray) -> np.ndar
 
 
 def random_key(seed: int, purpose: str, *counters: int) -> int:
-    """`random_keys` for plain numbers, without arrays, which are slow for a single key."""
+    """Return one key of `random_keys` for plain integers, much faster than with arrays."""
     key = seed % 2**64
     for counter in (0, zlib.crc32(purpose.encode()), *counters):
         x = (key ^ int(counter)) + 0x9E3779B97F4A7C15 & _MASK
@@ -67,15 +67,15 @@ def random_key(seed: int, purpose: str, *counters: int) -> int:
 
 
 def signed(key: int) -> int:
-    """The 64 bits of a key as a signed number, for int64 tensors."""
+    """Reinterpret an unsigned 64-bit key as a signed integer, for int64 tensors."""
     return key - 2**64 if key >= 2**63 else key
 
 
 def seed_generators(key: int, device: torch.device | None = None) -> None:
-    """Seed Python's, NumPy's and torch's default generators (and the device's, if given) from a 64-bit key."""
+    """Seed the default generators of Python, NumPy, torch and, if given, the device from a 64-bit key."""
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
-    # torch.manual_seed would walk every device, which costs more than decoding a small image.
+    # torch.manual_seed loops over all devices, which costs more than decoding a small image.
     torch.default_generator.manual_seed(key)
     if device is not None and device.type == "cuda":
         torch.cuda.manual_seed(key)
@@ -84,21 +84,21 @@ def seed_generators(key: int, device: torch.device | None = None) -> None:
 
 
 class KeyedSampler(Sampler):
-    """Yields `(index, position, key)` for this rank's share of an epoch.
+    """Sampler of `(index, position, key)` for this rank's share of an epoch.
 
-    The epoch's global order is a permutation of the data (or, with repeated augmentation, of ceil(N / repeats) images,
-    each `repeats` times in a row, Hoffer et al. 2020) of the same length N as the data. Rank r gets positions r, r + R,
-    r + 2R, ..., so a global batch holds the same views for every number of ranks R.
+    The epoch's global order has the length N of the data. It is a permutation of the data or, with repeated
+    augmentation (Hoffer et al. 2020), of ceil(N / repeats) images that each appear `repeats` times in a row. Rank r of
+    R gets positions r, r + R, r + 2R, ..., so a global batch holds the same views for any number of ranks.
 
     Args:
         length: N, number of samples in the data set.
         seed: the run's seed.
         shuffle: False keeps the data's order.
-        repeats: views of each drawn image in an epoch; 1 is an ordinary epoch.
-        classes: class of each sample, to draw equally many of each class; None for the data's own distribution.
+        repeats: views per drawn image and epoch; 1 disables repeated augmentation.
+        classes: class of each sample, to draw all classes equally often; None to draw from the data as they are.
         rank, world_size: this process among all.
-        multiple: the order is cut to a multiple of this many positions; 1 keeps everything (ranks may then differ by
-            one sample, as an exact evaluation needs).
+        multiple: truncate the order to a multiple of this many positions; 1 keeps all, so ranks may differ by one
+            sample, which an exact evaluation needs.
     """
 
     def __init__(
@@ -117,35 +117,35 @@ class KeyedSampler(Sampler):
         self.rank, self.world_size = rank, world_size
         self.num_positions = length // multiple * multiple
         self.epoch, self.start = 0, 0
-        self.members: list[np.ndarray] = []  # samples of each class that has any
+        self.members: list[np.ndarray] = []  # sample indices of each non-empty class
         if classes is not None:
             _, counts = np.unique(classes, return_counts=True)
             self.members = np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1])
 
     @property
     def num_drawn(self) -> int:
-        """How many images an epoch draws, each for `repeats` views; with `classes`, some are the same image."""
+        """Images drawn per epoch, each for `repeats` views; with `classes` an image may be drawn more than once."""
         return -(-self.num_positions // self.repeats)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose order the next iteration yields, without the first `start` samples of this rank."""
+        """Select the epoch to iterate over and skip the first `start` samples of this rank."""
         self.epoch, self.start = epoch, start
 
     def _global_order(self) -> np.ndarray:
-        """Sample index at each position, [num_positions]."""
+        """Return the sample index at each position, [num_positions]."""
         if not self.shuffle:
             return np.arange(self.num_positions) // self.repeats
         length = self.num_drawn if self.members else self.length
-        # Sorting random keys, which all differ, is a permutation that no library version can change.
+        # Sorting distinct random keys gives a permutation that is the same in all library versions.
         order = np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(length)))[: self.num_drawn]
         if self.members:
             order = self._balanced()[order]
         return np.repeat(order, self.repeats)[: self.num_positions]
 
     def _balanced(self) -> np.ndarray:
-        """The epoch's samples: equally many of each class, or one fewer. Those of a small class come several times.
+        """Draw all classes equally often (up to one sample); return the sample indices of the epoch.
 
-        No sample comes again before every other of its class has come as often.
+        Samples of small classes repeat. None repeats again before all others of its class have appeared as often.
         """
         share = -(-self.num_drawn // len(self.members))
         columns = []
@@ -153,13 +153,13 @@ class KeyedSampler(Sampler):
             turn, index = np.divmod(np.arange(-(-share // len(members)) * len(members)), len(members))
             keys = random_keys(self.seed, "balance", self.epoch, turn, members[index])
             columns.append(members[index[np.lexsort((keys, turn))][:share]])
-        first = random_key(self.seed, "balance", self.epoch) % len(columns)  # the classes that get one fewer change
+        first = random_key(self.seed, "balance", self.epoch) % len(columns)  # rotates which classes get one sample less
         return np.stack(columns[first:] + columns[:first], axis=1).ravel()[: self.num_drawn]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         order = self._global_order()
         first, step = self.rank + self.start * self.world_size, self.world_size * CHUNK
-        for start in range(first, self.num_positions, step):  # a list of all would take gigabytes
+        for start in range(first, self.num_positions, step):  # in chunks: a whole epoch would take gigabytes
             positions = np.arange(start, min(start + step, self.num_positions), self.world_size)
             keys = random_keys(self.seed, "view", self.epoch, positions)
             yield from zip(order[positions].tolist(), positions.tolist(), keys.tolist(), strict=True)
