@@ -1,4 +1,4 @@
-"""One `train_one_epoch`, one `evaluate`, `fit`, and the `TrainState` that they move."""
+"""Training and evaluation: `fit`, `train_one_epoch`, `evaluate`, and the `TrainState` that they update."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ from utils import (
     reason,
 )
 
-FEW_IMAGES = 1000  # a model that starts from scratch learns little from fewer
+FEW_IMAGES = 1000  # below this many, a model trained from scratch learns little
 
 
 class Schedule(Protocol):
-    """A value that follows the number of optimizer updates made so far."""
+    """A value that depends on the number of optimizer updates made so far."""
 
     name: str
 
@@ -65,23 +65,24 @@ class Schedule(Protocol):
 
     @property
     def value(self) -> float:
-        """What it is now, for the log."""
+        """Current value, for the log."""
         ...
 
     @property
     def is_comparable(self) -> bool:
-        """Whether an accuracy measured now may be compared with those of later epochs."""
+        """True if an accuracy measured now is comparable to those of later epochs."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
 
 class LearningRate:
-    """The learning rate as a function of the number of updates: one of timm's schedulers.
+    """Learning-rate schedule: one of timm's schedulers, driven by the number of updates.
 
     Args:
-        scheduler: counts updates, or epochs.
-        updates_per_epoch: if it counts epochs, the updates in one. The rate then changes as if `scheduler.step(epoch)`
+        scheduler: steps per update, or per epoch.
+        updates_per_epoch: updates per epoch if the scheduler steps per epoch, else None. Such a schedule behaves like
+            `scheduler.step(epoch)` after each epoch: epoch 0 keeps the initial rate, epoch n has the value of n - 1.
             were called after each epoch: epoch 0 has the rate that the scheduler starts with, epoch n that of n - 1.
     """
 
@@ -98,7 +99,7 @@ class LearningRate:
 
     @property
     def value(self) -> float:
-        """The rate of the head: with --layer-decay, those of the layers below it are shares of it."""
+        """Learning rate of the head; with --layer-decay, lower layers have smaller rates."""
         return max(self.scheduler.optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))["lr"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,16 +114,16 @@ def build_lr_schedule(
     on_epochs: bool = False,
     **options: Any,
 ) -> LearningRate:
-    """Linear warm-up, then `options["sched"]`.
+    """Build linear warm-up followed by the schedule `options["sched"]`.
 
     Args:
-        updates_per_epoch: optimizer updates in an epoch.
+        updates_per_epoch: optimizer updates per epoch.
         epochs, warmup_epochs: lengths in epochs.
-        on_epochs: step it after every epoch; by default before every update.
-        options: further arguments of `timm.scheduler.create_scheduler_v2`.
+        on_epochs: step after every epoch instead of before every update.
+        options: more arguments of `timm.scheduler.create_scheduler_v2`.
 
     Raises:
-        UserError: for what timm refuses.
+        UserError: if timm rejects the arguments.
     """
     if 0 < epochs <= warmup_epochs:
         logger.warning(
@@ -147,7 +148,7 @@ def build_lr_schedule(
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """How learning rate and keep rate change. The fields are flags of main.py; see timm's `create_scheduler_v2`."""
+    """Options of the learning-rate and keep-rate schedules, all flags of main.py (see timm's `create_scheduler_v2`)."""
 
     epochs: int = 300
     sched: str = "cosine"
@@ -165,12 +166,12 @@ class ScheduleOptions:
     seed: int = 0
     shrink_start_epoch: int | None = None
     shrink_epochs: int | None = None
-    pretrained: bool = False  # this and the next: whether the first weights are good ones
+    pretrained: bool = False  # this and the next: True if the initial weights are trained
     finetune: str = ""
 
 
 def build_schedules(state: TrainState, updates_per_epoch: int, options: ScheduleOptions) -> list[Schedule]:
-    """Everything that follows the number of updates: the learning rate, and an EViT's keep rate."""
+    """Build all schedules: the learning rate and, for an EViT, the keep rate."""
     learning_rate = build_lr_schedule(
         state.optimizer,
         updates_per_epoch,
@@ -182,7 +183,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
         min_lr=options.min_lr,
         decay_epochs=options.decay_epochs,
         decay_milestones=sorted(options.decay_milestones or ()),
-        decay_rate=options.poly_power if options.sched == "poly" else options.decay_rate,  # one argument for both
+        decay_rate=options.poly_power if options.sched == "poly" else options.decay_rate,  # one argument in timm
         noise=options.lr_noise,
         noise_pct=options.lr_noise_pct,
         noise_std=options.lr_noise_std,
@@ -198,7 +199,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
     keep_rate = KeepRate(models, updates_per_epoch, start, options.shrink_epochs or 0)
     shrunk = keep_rate.shrunk(options.epochs * updates_per_epoch - 1)
     if shrunk < 1 and keep_rate.value < 1:
-        lowest = 1 - shrunk * (1 - keep_rate.value)  # now it is the final one
+        lowest = 1 - shrunk * (1 - keep_rate.value)  # keep_rate.value is still the final rate here
         logger.warning(
             "the run ends at keep rate %.3g, not at --base-keep-rate %.3g: --shrink-start-epoch %d and --shrink-epochs "
             "%d go beyond its %d epochs; lower them",
@@ -212,7 +213,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
 
 
 def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptions) -> None:
-    """Warn of rates that are each allowed but make no schedule together."""
+    """Warn if rates are valid one by one but make no sense together."""
     peak = max(learning_rate.scheduler.base_values)
     if options.min_lr > peak and "min_lr" in SCHEDULES[options.sched]:
         logger.warning(
@@ -237,7 +238,7 @@ def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptio
 
 
 def _warn_of_long_ema(ema: ModelEmaV3, updates: int) -> None:
-    """Warn of EMA weights that stay near the first weights of the run."""
+    """Warn if the EMA weights would stay close to the initial weights."""
     share = ema.decay ** (updates - 1)  # the first update copies the weights
     if share > 0.1 and not ema.use_warmup:
         logger.warning(
@@ -249,14 +250,14 @@ def _warn_of_long_ema(ema: ModelEmaV3, updates: int) -> None:
         )
 
 
-# Those with a fused implementation: one pass over the weights, and in fp16 no wait for the device.
+# Optimizers with a fused implementation: a single pass over the weights, and no GPU sync under fp16.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def build_optimizer(
     model: nn.Module, name: str, *, lr: float, betas: Sequence[float] | None = None, **options: Any
 ) -> torch.optim.Optimizer:
-    """timm's optimizer of that name, without weight decay on biases, norms and what the model exempts.
+    """Build timm's optimizer of that name, without weight decay on biases, norms and what the model exempts.
 
     Raises:
         UserError: a name that timm does not know, or options that the optimizer does not take.
@@ -292,9 +293,9 @@ def build_optimizer(
 
 
 def _orthogonalize_in_float32() -> None:
-    """Let timm's Muon compute its Newton-Schulz iteration in float32 in this process.
+    """Make timm's Muon compute its Newton-Schulz iteration in float32, for the whole process.
 
-    timm computes it in bf16, which takes a CPU without bf16 instructions about 50 times as long.
+    timm uses bf16, which is about 50 times slower on a CPU without bf16 instructions.
     """
     compute = muon.zeropower_via_newtonschulz
     if not isinstance(compute, functools.partial):
@@ -302,14 +303,14 @@ def _orthogonalize_in_float32() -> None:
 
 
 def _without_apex(name: str) -> str:
-    """`lookahead_fusedlamb` -> `lookahead_lamb`."""
+    """Drop the "fused" prefix of Apex: `lookahead_fusedlamb` -> `lookahead_lamb`."""
     return f"{name[:-9]}lamb" if name.lower().endswith("fusedlamb") else name
 
 
 def select_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """Autocast type for `auto`, `bf16`, `fp16` or `off`; None is float32.
+    """Return the autocast dtype for `auto`, `bf16`, `fp16` or `off`; None means float32.
 
-    `auto` is bf16 where the hardware computes in it, else fp16 on CUDA, else off (elsewhere bf16 is slower).
+    `auto` is bf16 if the hardware supports it, else fp16 on CUDA, else off (emulated bf16 is slower than float32).
     """
     if name == "auto":
         if device.type == "cuda":
@@ -325,16 +326,16 @@ def _cpu_computes_bf16() -> bool:
 
 
 def autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast for the module's device; None computes in float32."""
+    """Return an autocast context for the module's device; dtype None computes in float32."""
     return torch.autocast(next(module.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
 
 
 class Ema(ModelEmaV3):
-    """timm's EMA of a model's weights and buffers, which are listed once: listing them takes longer than the update.
+    """timm's EMA of weights and buffers, with the tensors listed only once, since listing takes longer than the update.
 
     Args:
-        model: on its device; its tensors may change, but not be replaced.
-        options: further arguments of `ModelEmaV3`.
+        model: on its device; its tensors may be updated in place, but not replaced.
+        options: more arguments of `ModelEmaV3`.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -344,10 +345,10 @@ class Ema(ModelEmaV3):
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._averaged = [[pair[side] for pair in pairs if pair[0].is_floating_point()] for side in (0, 1)]
         types = {tensor.dtype for tensors in self._averaged for tensor in tensors}
-        self._is_float32 = types <= {torch.float32}  # timm rounds bf16 stochastically
+        self._is_float32 = types <= {torch.float32}  # timm rounds bf16 EMA weights stochastically
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        if not self.foreach:  # kept on another device
+        if not self.foreach:  # the EMA is on another device
             return super().apply_update_(model, decay)
         for own, theirs in self._copied:
             own.copy_(theirs)
@@ -357,26 +358,25 @@ class Ema(ModelEmaV3):
 
 @dataclass
 class TrainState:
-    """All that a training step changes, and how it changes it.
+    """Everything that a training step updates, and the settings of the update.
 
     Attributes:
-        model: what the loop calls: the module itself, or DDP around it.
-        module: the module itself; its names carry no prefix.
+        model: called for training: the module itself, or DDP around it.
+        module: the module itself, whose parameter names have no prefix.
         optimizer: timm's or torch's.
-        amp_dtype: autocast type, or None for float32.
-        accum_steps: micro-batches in an update.
-        clip_grad: largest gradient norm, or None.
-        max_skipped_steps: how many updates per epoch may be skipped because their gradient is not finite; values above
-            0 add one sync per update.
-        ema: moving average of the module's weights, or None.
+        amp_dtype: autocast dtype, or None for float32.
+        accum_steps: micro-batches per update.
+        clip_grad: maximum gradient norm, or None.
+        max_skipped_steps: updates per epoch that may be skipped because of a non-finite gradient; values above 0 add
+            one GPU sync per update.
+        ema: EMA of the module's weights, or None.
         num_updates: optimizer updates made or skipped.
-        best_acc1: best top-1 accuracy so far, in per cent, of an EViT at its final keep rate; -1 if there is none.
-        best_epoch: the epoch that reached it; -1 if there is none.
-        epoch: the epoch to train next, or to resume.
-        totals: of a resumed epoch, what each rank's `StepLog` had collected.
-        opt: timm's name of the optimizer, or None if it is not known.
-        train_mode: whether layers are trained in training mode; else without dropout, stochastic depth and batch
-            statistics of their own.
+        best_acc1: best top-1 so far in percent (of an EViT: at its final keep rate); -1 if there is none.
+        best_epoch: epoch of `best_acc1`; -1 if there is none.
+        epoch: epoch to train next, or to resume.
+        totals: when resuming within an epoch, the sums that each rank's `StepLog` had collected.
+        opt: timm's name of the optimizer, or None if unknown.
+        train_mode: if False, layers train in evaluation mode: no dropout, no stochastic depth, fixed batch statistics.
     """
 
     model: nn.Module
@@ -406,7 +406,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def forward(self) -> Any:
-        """Around a training forward: autocast, and gradients exchanged only by the last micro-batch of an update."""
+        """Wrap a training forward: autocast, and no gradient all-reduce except in the last micro-batch of an update."""
         last = (self._micro_step + 1) % self.accum_steps == 0
         ddp = isinstance(self.model, DistributedDataParallel)
         with (
@@ -417,11 +417,11 @@ class TrainState:
 
     @property
     def is_within_update(self) -> bool:
-        """Whether micro-batches of an update are still to come."""
+        """True if the current update still needs more micro-batches."""
         return self._micro_step % self.accum_steps != 0
 
     def step(self, loss: torch.Tensor) -> torch.Tensor:
-        """Accumulate the gradient of `loss`; at the last micro-batch clip, update the weights and the EMA weights.
+        """Backpropagate `loss`; after the last micro-batch clip the gradient, update weights and EMA weights.
 
         Returns:
             The loss, or NaN if the update was skipped.
@@ -434,7 +434,7 @@ class TrainState:
         if self.clip_grad is not None or self.max_skipped_steps:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or math.inf)
-            # In fp16 the scaler handles an overflow.
+            # In fp16 the scaler handles overflows.
             is_skipped = self.max_skipped_steps > 0 and not self.scaler.is_enabled() and not bool(norm.isfinite())
         if not is_skipped:
             self.scaler.step(self.optimizer)
@@ -446,14 +446,14 @@ class TrainState:
         return torch.full_like(loss, math.nan) if is_skipped else loss
 
     def start_at(self, epoch: int, updates_per_epoch: int) -> None:
-        """Begin with this epoch as if the ones before it had been trained."""
+        """Start at this epoch as if all earlier epochs had been trained."""
         self.epoch, self.num_updates = epoch, epoch * updates_per_epoch
 
     def state_dict(self, schedules: Sequence[Schedule], progress: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors, numbers and strings.
+        """Return everything that a resumed run needs, as tensors, numbers and strings.
 
         Args:
-            progress: within an epoch, its `images` so far and the `totals` of each rank's `StepLog`.
+            progress: within an epoch, the number of `images` so far and the `totals` of each rank's `StepLog`.
         """
         return {
             "model": self.module.state_dict(),
@@ -472,10 +472,10 @@ class TrainState:
         """Resume from a checkpoint.
 
         Args:
-            checkpoint: what `state_dict` gave.
-            path: the file it is from, for error messages.
-            updates_per_epoch: optimizer updates in an epoch of this run.
-            images_per_update: images in one of them, over all ranks.
+            checkpoint: a result of `state_dict`.
+            path: its file, for error messages.
+            updates_per_epoch: optimizer updates per epoch of this run.
+            images_per_update: images per update over all ranks.
 
         Raises:
             UserError: if it is for another model or another optimizer, or holds weights only.
@@ -489,11 +489,11 @@ class TrainState:
             load_weights(self.ema.module, average or weights, "--resume", path)
         try:
             self._load_optimizer(checkpoint, path)
-            if checkpoint["scaler"]:  # empty from a run in another precision
+            if checkpoint["scaler"]:  # empty if the earlier run did not use fp16
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch, step = int(checkpoint["epoch"]), int(checkpoint["step"])
             self.best_acc1 = float(checkpoint["best_acc1"])
-            last = self.epoch - 1 if self.best_acc1 >= 0 else -1  # what older versions do not say
+            last = self.epoch - 1 if self.best_acc1 >= 0 else -1  # older versions do not store best_epoch
             self.best_epoch = int(checkpoint.get("best_epoch", last))
             progress = checkpoint.get("progress") or {"images": 0, "totals": []}
             images, self.totals = int(progress["images"]), list(progress["totals"])
@@ -502,7 +502,7 @@ class TrainState:
                 f"--resume {path}: has no training state that fits (optimizer, epoch, ...); start from its weights "
                 f"with --finetune, or pass the --opt and --train-scope it was trained with"
             ) from None
-        # Counters, not history, drive the schedules: with another batch size an epoch is still an epoch.
+        # Schedules depend on counters alone, so an epoch stays an epoch when the batch size changes.
         done, again = divmod(images, images_per_update)
         self.num_updates = self.epoch * updates_per_epoch + min(done, updates_per_epoch)
         if self.num_updates != step:
@@ -515,11 +515,11 @@ class TrainState:
             )
 
     def _load_optimizer(self, checkpoint: Mapping[str, Any], path: str) -> None:
-        """Load what the optimizer has collected of each weight; its options stay those of this run.
+        """Load the optimizer's state of each weight; options such as the weight decay stay those of this run.
 
         Raises:
-            UserError: if another optimizer wrote it.
-            LookupError, ValueError, TypeError, AttributeError: if it does not fit.
+            UserError: if the state is of another optimizer.
+            LookupError, ValueError, TypeError, AttributeError: if the state does not fit.
         """
         saved, written_by = checkpoint["optimizer"], flags_of(checkpoint).get("opt")
         if written_by and self.opt and _optimizer_of(written_by) != _optimizer_of(self.opt):
@@ -540,21 +540,21 @@ class TrainState:
         groups = list(zip(saved["param_groups"], own, strict=True))
         if not (written_by and self.opt) and any(_fixed(group) != _fixed(options) for group, options in groups):
             raise ValueError("the state of another optimizer")
-        # in force before loading, which depends on the implementation, fused or not
+        # set before loading: what is loaded depends on whether the optimizer is fused
         self.optimizer.load_state_dict(saved | {"param_groups": [group | options for group, options in groups]})
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How weights are updated. The fields are flags of main.py."""
+    """Options of the weight update. The fields are flags of main.py."""
 
     opt: str = "adamw"  # timm's name of the optimizer
     opt_eps: float = 1e-8
     opt_betas: Sequence[float] | None = None
     momentum: float = 0.9
     weight_decay: float = 0.05
-    lr: float = 5e-4  # peak learning rate, before scaling
-    layer_decay: float | None = None  # factor of the rate for each layer below the head, see timm's `layer_decay`
+    lr: float = 5e-4  # peak learning rate before scaling
+    layer_decay: float | None = None  # factor of the rate for each layer below the head, as in timm
     lr_scaling: str = "linear"  # multiply by (effective batch / 512), by its root ("sqrt"), or by 1 ("none")
     accum_steps: int = 1  # this and the next two: see `TrainState`
     clip_grad: float | None = None
@@ -567,7 +567,7 @@ class OptimizerOptions:
     train_mode: bool = True  # see `TrainState`
 
     def scaled_lr(self, effective_batch: int) -> float:
-        """Peak learning rate for this many images per update."""
+        """Return the peak learning rate for this many images per update."""
         scale = effective_batch / 512
         return self.lr * {"linear": scale, "sqrt": scale**0.5, "none": 1}[self.lr_scaling]
 
@@ -581,17 +581,17 @@ def build_state(
     amp_dtype: torch.dtype | None,
     world: World,
 ) -> TrainState:
-    """Optimizer, precision, EMA, compilation and DDP around a model.
+    """Build the optimizer, mixed precision, EMA, compilation and DDP around a model.
 
     Args:
         model: on its device.
-        trained: the model, or the part of it that is trained.
-        images_per_batch: over all ranks.
-        input_shape: of one input of `trained`.
-        amp_dtype: autocast type, or None for float32.
+        trained: the part of the model to train, or the whole model.
+        images_per_batch: batch size over all ranks.
+        input_shape: shape of one input of `trained`.
+        amp_dtype: autocast dtype, or None for float32.
 
     Raises:
-        UserError: for an optimizer that cannot be built, or a batch of one image that is too small for the model.
+        UserError: if the optimizer cannot be built, or if the model cannot train on a batch of one image.
     """
     effective_batch = images_per_batch * options.accum_steps
     lr = options.scaled_lr(effective_batch)
@@ -604,13 +604,13 @@ def build_state(
         device = torch.device("cpu") if options.model_ema_force_cpu else None
         ema = Ema(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
     if options.compile:
-        # An EViT is compiled anew at each step of its keep rate, for training and for evaluation; after 8 times torch
-        # would silently compile no more.
+        # torch recompiles an EViT at each step of its keep rate, for training and for evaluation. By default it
+        # silently stops compiling after 8 times.
         torch._dynamo.config.cache_size_limit = 4 * (SHRINK_STEPS + 1)
-        # A keep rate that has changed would become a symbol, which checkpointing and DDP cannot take.
+        # Otherwise a changed keep rate becomes a symbolic float, which checkpointing and DDP do not support.
         torch._dynamo.config.specialize_float = True
         if getattr(model, "grad_checkpointing", False):
-            torch._dynamo.config.optimize_ddp = False  # which older versions refuse to do with checkpointing
+            torch._dynamo.config.optimize_ddp = False  # older versions of torch support it only without checkpointing
         model.compile(dynamic=False)  # in place, so that parameter names keep no prefix
     if images_per_batch == world.size:
         check_one_image(trained, torch.zeros(1, *input_shape, device=world.device))
@@ -633,30 +633,30 @@ def build_state(
     )
 
 
-# Of an optimizer's groups: what is counted there; what flags decide; what the schedule or the implementation decides.
+# Options of an optimizer's parameter groups: counters; flags of main.py; set by schedule or implementation.
 _COUNTED = {"params", "param_names", "step", "lookahead_step"}
 _FLAGS = {
     "weight_decay": "--weight-decay",
     "momentum": "--momentum",
     "eps": "--opt-eps",
-    "lr_scale": "--layer-decay",  # divides the weights into other groups
+    "lr_scale": "--layer-decay",  # splits the weights into more groups
     **dict.fromkeys(("betas", "beta1", "betas_1d"), "--opt-betas"),
 }
 _FREE = {*_COUNTED, *_FLAGS, "lr", "initial_lr", "max_lr_snapshot", "fused", "foreach"}
 
 
 def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that tell optimizers apart."""
+    """Return the options of a group that identify the kind of optimizer."""
     return {name: value for name, value in group.items() if name not in _FREE}
 
 
 def _optimizer_of(name: str) -> tuple[bool, str]:
-    """Whether Lookahead is around an optimizer of timm's, and which it is: `nesterov` is `sgd`."""
+    """Return whether an optimizer is wrapped in Lookahead, and timm's name of the inner one (`nesterov` is `sgd`)."""
     *prefix, base = _without_apex(name.lower()).split("_")
     has_lookahead = prefix[:1] == ["lookahead"]
     try:
         return has_lookahead, get_optimizer_info(base).name
-    except ValueError:  # of another version of timm
+    except ValueError:  # a name of another timm version
         return has_lookahead, base
 
 
@@ -674,14 +674,14 @@ def train_one_epoch(
     """Train on every batch of `loader` once.
 
     Args:
-        loader: the epoch's batches on the device, from `log.first_step` on.
-        schedules: all are set to the number of updates made before each step.
-        log: takes every step's loss, terms and schedule values.
-        after_update: is called where the run may be saved and stopped.
-        seed, rank: with the epoch and the step they seed dropout and stochastic depth.
+        loader: the epoch's batches on the device, starting at `log.first_step`.
+        schedules: set to the number of updates before each step.
+        log: receives the loss, loss terms and schedule values of each step.
+        after_update: called where the run may be saved and stopped.
+        seed, rank: seed dropout and stochastic depth, together with the epoch and the step.
 
     Returns:
-        Mean over steps of all that was logged, and `images_per_second`.
+        Mean over steps of all logged values, and `images_per_second`.
 
     Raises:
         RunError: on all ranks, if the loss is not finite.
@@ -711,19 +711,19 @@ def evaluate(
     autocast: contextlib.AbstractContextManager,
     is_over: Callable[[], int] = lambda: 0,
 ) -> dict[str, float]:
-    """Exact loss and accuracies over all images of all ranks: sums over samples, nothing padded or averaged twice.
+    """Compute the exact loss and accuracies over all images of all ranks (sums over samples, no padding).
 
     Args:
-        model: the bare module, whose forward involves no other process.
+        model: the module itself, not DDP.
         loader: this rank's share of the images, on the device.
-        autocast: the precision to use.
-        is_over: called before each batch; True if the results are no longer wanted.
+        autocast: context that sets the precision.
+        is_over: called before each batch; a true value ends the evaluation early.
 
     Returns:
-        `loss` (cross-entropy), `acc1` and `acc5` (per cent; top-k of k classes if there are fewer than 5), `images`.
+        `loss` (cross-entropy), `acc1` and `acc5` (percent; with k < 5 classes top-k), `images`.
 
     Raises:
-        RunError: on all ranks, if logits are not finite, or a `DeviceLoader` yields fewer images than it promises.
+        RunError: on all ranks, if logits are not finite, or if a `DeviceLoader` yields too few images.
     """
     model.eval()
     device, size = next(model.parameters()).device, 0
@@ -748,7 +748,7 @@ def evaluate(
 
 
 def _logits(model: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
-    """Logits [B, C]. A compiled model gets smaller batches filled up to `size`: it would be compiled again for them."""
+    """Compute logits [B, C]. For a compiled model, pad smaller batches to `size`, which avoids recompilation."""
     if len(images) == size or model._compiled_call_impl is None:
         return model(images)
     filling = images.new_zeros(size - len(images), *images.shape[1:])
@@ -756,12 +756,12 @@ def _logits(model: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _compare_number(images: int, promised: int, is_over: Callable[[], int]) -> None:
-    """Compare the images evaluated on all ranks with those that the data have, 0 if that is not known.
+    """Compare the images evaluated on all ranks with the number that the data state (0 if unknown).
 
     Raises:
-        RunError: on all ranks, if some are missing and no rank has ended early.
+        RunError: on all ranks, if images are missing and no rank has ended early.
     """
-    if not sys.stderr.isatty():  # where an epoch has one line
+    if not sys.stderr.isatty():  # on a terminal the epoch table says enough
         logger.info("evaluated %d images", images)
     if images < max(promised, 1) and not any(agree(is_over())):
         raise RunError(
@@ -773,13 +773,13 @@ def _compare_number(images: int, promised: int, is_over: Callable[[], int]) -> N
 
 
 def settle_buckets(model: DistributedDataParallel, example: torch.Tensor) -> None:
-    """Let DDP order its gradient buckets now, by a step whose gradient is dropped.
+    """Make DDP fix the order of its gradient buckets now, with a step whose gradient is dropped.
 
-    It would do so after the first step of the process. Sums over three or more ranks depend on that order, so a resumed
-    run would differ in bits from one that was never stopped.
+    DDP otherwise does so after the first step of a process. With three or more ranks, sums depend on that order, so a
+    resumed run would not be bitwise identical to an uninterrupted one.
 
     Args:
-        example: an input of two images or more (of one, gradients would have another layout in memory).
+        example: input batch of at least two images (with one, gradients have another memory layout).
     """
     with _buffers_kept(model), torch.compiler.set_stance("force_eager"):
         outputs = model(example)
@@ -788,13 +788,13 @@ def settle_buckets(model: DistributedDataParallel, example: torch.Tensor) -> Non
 
 
 def check_one_image(model: nn.Module, example: torch.Tensor) -> None:
-    """Make sure that a model can be trained on one image at a time, before training starts.
+    """Check before training that a model can train on one image at a time.
 
     Args:
-        example: an input of one image.
+        example: input batch of one image.
 
     Raises:
-        UserError: if batch normalization would see one value per channel.
+        UserError: if batch normalization would get a single value per channel.
     """
     try:
         with torch.no_grad(), _buffers_kept(model), torch.compiler.set_stance("force_eager"):
@@ -808,7 +808,7 @@ def check_one_image(model: nn.Module, example: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Training mode for a forward pass that leaves no trace in the batch statistics."""
+    """Switch to training mode for a forward pass and restore the batch statistics afterwards."""
     set_train_mode(model)
     statistics = [buffer.clone() for buffer in model.buffers()]
     yield
@@ -818,7 +818,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def modules_of(state: TrainState) -> dict[str, nn.Module]:
-    """The model and its EMA, if there is one, by their prefix in the log."""
+    """Return the model and, if there is one, its EMA, by their prefix in the log."""
     return {"test_": state.module} | ({"test_ema_": state.ema.module} if state.ema is not None else {})
 
 
@@ -828,10 +828,10 @@ def evaluate_all(
     amp_dtype: torch.dtype | None,
     is_over: Callable[[], int] = lambda: 0,
 ) -> Iterator[dict[str, float]]:
-    """`evaluate` one module after the other; their results with prefixed names, such as `test_acc1`.
+    """Evaluate one module after the other; yield results with prefixed names, such as `test_acc1`.
 
     Args:
-        modules: prefix and module, see `modules_of`.
+        modules: (prefix, module) pairs, see `modules_of`.
         is_over: see `evaluate`.
     """
     for prefix, module in modules:
@@ -844,10 +844,10 @@ def describe(stats: dict[str, float]) -> str:
 
 
 def _close_epoch(state: TrainState, world: World) -> None:
-    """Make sure that the weights are worth keeping and that all ranks hold the same."""
+    """Check that the weights are finite, and give all ranks the batch statistics of rank 0."""
     _require_finite(state)
     if world.size > 1:
-        # Each rank gathers batch statistics; those of rank 0 count, as in DDP and in a checkpoint within the epoch.
+        # Each rank has its own batch statistics. Rank 0's count, as in DDP and in checkpoints within the epoch.
         for module in modules_of(state).values():
             distribute_bn(module, world.size, reduce=False)
 
@@ -857,10 +857,10 @@ class Output:
     """Where a run is recorded; only rank 0 writes.
 
     Attributes:
-        folder: of the checkpoints and log.txt, or None for nowhere.
-        writer: for TensorBoard, on rank 0, or None.
-        about: what else a checkpoint holds: the run's flags and data, as JSON values.
-        lock: on rank 0, the file that keeps other runs out of the folder while it is open, or None.
+        folder: for checkpoints and log.txt; None to write nothing.
+        writer: TensorBoard writer on rank 0, or None.
+        about: more entries for checkpoints: the run's flags and data, as JSON values.
+        lock: open lock file that keeps other runs out of the folder, on rank 0, or None.
     """
 
     folder: Path | None = None
@@ -869,7 +869,7 @@ class Output:
     lock: TextIO | None = None
 
     def close(self) -> None:
-        """Close the files; another run may have the folder then."""
+        """Close the files, which unlocks the folder for other runs."""
         for file in (self.writer, self.lock):
             if file is not None:
                 file.close()
@@ -877,16 +877,16 @@ class Output:
 
 @dataclass
 class Saver:
-    """What is saved of a run, and when: before and after each evaluation, every few minutes, and when it is to stop.
+    """Writer of checkpoints: before and after each evaluation, every few minutes, and on a stop signal.
 
-    All ranks must call it alike. Rank 0 writes, in a thread, so that no rank waits for the disk. A checkpoint is on the
-    disk once `finish` has returned; the next checkpoint and `close` call it.
+    All ranks must call the methods in the same order. Rank 0 writes in a thread, so that no rank waits for the disk. A
+    checkpoint is on disk once `finish` has returned; the next checkpoint and `close` call it.
 
     Attributes:
-        stop: the signals that end the run.
+        stop: stop signals received so far.
         output: where to save.
-        minutes: between two checkpoints within an epoch, or None.
-        broken: unreadable images so far, or None.
+        minutes: time between two checkpoints within an epoch, or None.
+        broken: unreadable images found so far, or None.
     """
 
     state: TrainState
@@ -902,20 +902,20 @@ class Saver:
     _writing: Future | None = field(default=None, init=False)
 
     def check(self, log: StepLog) -> None:
-        """Between two updates: save if it is time to; save and stop if any rank has been told to.
+        """Save if it is time; save and stop if any rank got a stop signal. Call it between two updates.
 
-        Several ranks do so one update later, so that none waits for the others.
+        With several ranks the action comes one update later, so that no rank waits for the others.
 
         Raises:
-            Preempted: on all ranks, after the checkpoint is on the disk.
+            Preempted: on all ranks, after the checkpoint is on disk.
         """
         due = self.world.is_main and self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         if due:
-            self.saved_at = time.monotonic()  # or the next call would ask for a second one
+            self.saved_at = time.monotonic()  # otherwise the next call would save again
         self._act(log, *self.poll(self.stop.received, due))
 
     def check_now(self, log: StepLog) -> None:
-        """Save and stop if any rank has been told to. Waits for all ranks."""
+        """Save and stop if any rank got a stop signal; waits for all ranks."""
         self._act(log, *agree(self.stop.received), 0.0)
 
     def _act(self, log: StepLog, signal: float, due: float) -> None:
@@ -925,7 +925,7 @@ class Saver:
             self.save(log)
         if signal:
             self.finish()
-            barrier()  # a launcher may end all as soon as one has ended
+            barrier()  # some launchers kill all ranks once one has exited
             raise Preempted(int(signal), self._kept(log))
 
     def _kept(self, log: StepLog) -> str:
@@ -934,9 +934,9 @@ class Saver:
         return f"epoch {self.state.epoch}, step {log.step} is saved; resume with --resume auto"
 
     def rescue(self, log: StepLog) -> str:
-        """Save the last update although no batch comes, and say what is kept.
+        """Save the last update while the loader is stuck, and return a message that says what was saved.
 
-        Other ranks may be stuck, so the log's means are those of this rank.
+        Other ranks may be stuck too, so the logged means are those of this rank.
         """
         if not self.world.is_main:
             return "only rank 0 saves"
@@ -949,10 +949,10 @@ class Saver:
         return self._kept(log)
 
     def save(self, log: StepLog | None = None, is_best: bool = False) -> None:
-        """Begin to write a checkpoint, within an epoch whose `log` is given, or after one.
+        """Start to write a checkpoint: with `log` within an epoch, without it after an epoch.
 
         Raises:
-            RunError: if a loss or the weights are not finite, or the disk took no more of the one before.
+            RunError: if a loss or a weight is not finite, or if writing the previous checkpoint failed.
         """
         progress = None
         if log is not None:
@@ -978,22 +978,22 @@ class Saver:
             save_checkpoint(checkpoint, folder, is_best)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            RunError: if the disk took no more.
+            RunError: if writing it failed.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """`finish`, and end the thread."""
+        """Call `finish` and end the thread."""
         self._writer.shutdown()
         self.finish()
 
     def end_epoch(self, record: dict[str, float]) -> None:
-        """Log a finished epoch and save. An accuracy at a keep rate that is not the final one is never the best."""
+        """Log a finished epoch and save; `best.pth` is only written at the final keep rate."""
         epoch, state = self.state.epoch, self.state
         is_comparable = all(schedule.is_comparable for schedule in self.schedules)
         is_best = is_comparable and record.get("test_acc1", -1.0) > state.best_acc1
@@ -1003,12 +1003,12 @@ class Saver:
         if self.output.writer is not None:
             self.output.writer.add_epoch(record, state.num_updates * state.accum_steps)
         if self.world.is_main and self.output.folder is not None:
-            append_log(self.output.folder, record)  # first: a resumed run drops the lines of epochs that it repeats
+            append_log(self.output.folder, record)  # first: resuming drops lines of repeated epochs
         self.save(is_best=is_best)
 
 
 def _require_finite(state: TrainState) -> None:
-    # The loss of the last step says nothing of the weights that this step left behind.
+    # The last loss was computed before the last update, so check the weights themselves.
     if not all(bool(weight.isfinite().all()) for weight in state.module.parameters()):
         raise RunError(
             f"the weights are not finite in epoch {state.epoch}; try a lower --lr, --clip-grad 1, or --amp off"
@@ -1016,17 +1016,17 @@ def _require_finite(state: TrainState) -> None:
 
 
 def _position(state: TrainState, loader: EpochLoader, schedules: Sequence[Schedule], view_epoch: int) -> int:
-    """Turn loader and schedules to the epoch, or to where a resumed run continues in it; return the first step."""
+    """Move loader and schedules to the start of the epoch, or to the resumed step; return the first step."""
     first = (state.num_updates - state.epoch * loader.updates_per_epoch) * state.accum_steps
     loader.set_epoch(view_epoch, first)
     if first:
-        for schedule in schedules:  # as the last step has left them: the epoch may have no step left
+        for schedule in schedules:  # the last step has set these values; the epoch may have no step left
             schedule.step_update(state.num_updates - 1)
     return first
 
 
 def _totals(state: TrainState, rank: int, first: int) -> dict[str, float]:
-    """What this rank had logged of a resumed epoch; of a run of fewer processes, what they had on average."""
+    """Return the sums that this rank had logged in a resumed epoch (if ranks were added, the mean)."""
     totals, state.totals = state.totals, []
     if not first or not totals:
         return {}
@@ -1036,8 +1036,8 @@ def _totals(state: TrainState, rank: int, first: int) -> dict[str, float]:
 
 
 def _described(state: TrainState, trained: dict[str, float], schedules: Sequence[Schedule]) -> dict[str, float]:
-    """An epoch's number and means for log.txt, with the published names."""
-    # Other schedules than the published train_lr go by their own name and with the value that is evaluated.
+    """Return an epoch's record for log.txt, with the names of the original implementation."""
+    # Only train_lr has an original name. Other schedules keep their own name and the value used in the evaluation.
     values = {schedule.name: schedule.value for schedule in schedules if schedule.name != "lr"}
     plain = ("images_per_second", "skipped_steps")
     named = {name if name in plain else f"train_{name}": v for name, v in trained.items() if name not in values}
@@ -1047,20 +1047,20 @@ def _described(state: TrainState, trained: dict[str, float], schedules: Sequence
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How long a run takes, and when it is logged, evaluated and saved. The fields are flags of main.py."""
+    """Options of a run's length, logging, evaluation and saving. The fields are flags of main.py."""
 
     epochs: int = 300
     seed: int = 0
-    log_interval: int = 50  # steps between two log lines and two checks for a non-finite loss
+    log_interval: int = 50  # steps between log lines, and between checks for a non-finite loss
     eval_interval: int = 1  # epochs between two evaluations; the last epoch is always evaluated
-    augmentation_epochs: int | None = None  # after this many epochs the same views come again; None for never
-    early_stop: int | None = None  # end after this many epochs without a better accuracy; None for never
-    checkpoint_minutes: float | None = None  # between two checkpoints within an epoch
-    stop_timeout: float = 60  # seconds that a stop signal waits for the update in progress
+    augmentation_epochs: int | None = None  # repeat the views after this many epochs; None: never
+    early_stop: int | None = None  # stop after this many epochs without a better accuracy; None: never
+    checkpoint_minutes: float | None = None  # time between two checkpoints within an epoch
+    stop_timeout: float = 60  # seconds to wait for the current update after a stop signal
 
     @property
     def view_epochs(self) -> int:
-        """Epochs with different views."""
+        """Number of epochs with different views."""
         return min(self.epochs, self.augmentation_epochs or self.epochs)
 
 
@@ -1074,10 +1074,10 @@ def fit(
     world: World,
     output: Output,
 ) -> None:
-    """Train from where `state` is to the last epoch: one line of log.txt, one evaluation and a checkpoint per epoch.
+    """Train from the epoch of `state` to the last one; after each epoch evaluate, write a line of log.txt and save.
 
     Raises:
-        Preempted: on all ranks, if any was sent one of the `StopSignals`; the run is saved.
+        Preempted: on all ranks, after any of them got one of the `StopSignals`; the run is saved.
         RunError: on all ranks, if the loss or the weights are not finite, or the disk is full.
     """
     start, broken = time.time(), train_loader.broken
@@ -1100,9 +1100,9 @@ def fit(
             _close_epoch(state, world)
             record = _described(state, trained, schedules)
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
-                saver.save(log)  # an evaluation can fail
+                saver.save(log)  # because the evaluation can fail
                 tested = _test(state, val_loader, stop)
-                saver.check_now(log)  # before anything believes an evaluation that was cut short
+                saver.check_now(log)  # before anything uses the results of an aborted evaluation
                 record |= tested
             if broken is not None:
                 record["broken_images"] = broken.report()
@@ -1124,13 +1124,13 @@ def rehearse(
     options: RunOptions,
     world: World,
 ) -> None:
-    """Make two updates at the start of an epoch, evaluate one batch, save nothing, and log what the run would take."""
+    """Make two updates, evaluate one batch, save nothing, and log how long the run would take."""
     state.start_at(state.epoch, train_loader.updates_per_epoch)  # a resumed epoch may have no updates left
     first, ends = _position(state, train_loader, schedules, state.epoch % options.view_epochs), [time.perf_counter()]
     log = _step_log(state, train_loader, options, None, first, {})
 
     def note_time(log: StepLog) -> None:
-        log.report()  # waits for the device
+        log.report()  # syncs with the device
         ends.append(time.perf_counter())
 
     with contextlib.closing(train_loader), contextlib.closing(val_loader):
@@ -1163,7 +1163,7 @@ def rehearse(
 
 
 def _columns(state: TrainState) -> list[str]:
-    """What else than top-1 is worth a column: top-5 of 5 classes is always 100 %."""
+    """Return the optional columns of the epoch table; top-5 of five classes is always 100 %."""
     is_worth_it = {"top-5": getattr(state.module, "num_classes", 6) > 5, "EMA": state.ema is not None}
     return [name for name, is_worth in is_worth_it.items() if is_worth]
 
@@ -1189,7 +1189,7 @@ def _step_log(
 
 
 def _with_pictures(loader: EpochLoader, state: TrainState, output: Output) -> Iterator[Batch]:
-    """The same batches; a few images of a run's first batch go to the writer, as the model sees them."""
+    """Yield the same batches; write a few images of a run's first batch to TensorBoard, as the model sees them."""
     is_first = state.num_updates == 0 and output.writer is not None
     for batch in loader:
         if is_first and batch.images.ndim == 4:
@@ -1201,7 +1201,7 @@ def _with_pictures(loader: EpochLoader, state: TrainState, output: Output) -> It
 
 
 def _is_early_end(state: TrainState, options: RunOptions) -> bool:
-    """Whether --early-stop ends the run: its last epochs have not been better than an earlier one."""
+    """Return True if --early-stop ends the run: no better top-1 in the last epochs."""
     if options.early_stop is None or state.best_epoch < 0 or state.totals:
         return False
     waited = state.epoch - 1 - state.best_epoch
@@ -1211,7 +1211,7 @@ def _is_early_end(state: TrainState, options: RunOptions) -> bool:
 
 
 def _test(state: TrainState, loader: Iterable[Batch], stop: StopSignals) -> dict[str, float]:
-    """Losses and accuracies of the model and of its EMA, for log.txt."""
+    """Evaluate the model and its EMA; return losses and accuracies for log.txt."""
     modules, stats = modules_of(state).items(), {}
     for each in evaluate_all(modules, loader, state.amp_dtype, lambda: stop.received):
         stats |= {name: value for name, value in each.items() if not name.endswith("_images")}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
-# Importing torch takes seconds. A stop signal that comes meanwhile ends the process like any later one.
+# Importing torch takes seconds. A stop signal during the imports exits with the same status as a later one.
 if __name__ == "__main__":
     for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        if signal.getsignal(_number) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(_number) != signal.SIG_IGN:  # ignored under nohup
             signal.signal(_number, lambda *_: os._exit(75))
 
 import argparse
@@ -54,7 +54,7 @@ from utils import Preempted, UserError, World, escaped, logger
 
 
 def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
-    """The flags with the file that `--resume` means: what `auto` finds, or the one before a damaged one."""
+    """Return the flags with `--resume` replaced by an existing file: `auto` and damaged checkpoints are resolved."""
     if not args.resume or args.eval:
         return args
     path = checkpoints.find_checkpoint(args.resume, args.output_dir, world.is_main)
@@ -67,14 +67,14 @@ def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Run:
-    """What the modes of a run share.
+    """The parts of a run that all modes share.
 
     Attributes:
-        train, val: the data.
-        model: on its device, with its first weights.
-        views, loading: options of the views and of the loaders.
-        val_loader: the validation images.
-        amp_dtype: autocast type, or None for float32.
+        train, val: training and validation data.
+        model: on its device, with its initial weights.
+        views, loading: options of the augmentation and of the loaders.
+        val_loader: loader of the validation images.
+        amp_dtype: autocast dtype, or None for float32.
     """
 
     args: argparse.Namespace
@@ -89,28 +89,28 @@ class Run:
 
     @functools.cached_property
     def teacher_hash(self) -> str | None:
-        """SHA-256 of the teacher's file, read once; None if there is none."""
+        """SHA-256 of the teacher's file, read once; None without a file."""
         path = self.args.teacher_path
         return checkpoints.file_hash(path, "--teacher-path") if path else None
 
     @property
     def normalization(self) -> Normalization:
-        """Mean and standard deviation of the model's images."""
+        """Mean and standard deviation of the model's input images."""
         return models.normalization(self.model)
 
     @property
     def autocast(self) -> torch.autocast:
-        """The run's precision."""
+        """Autocast context of the run's precision."""
         return engine.autocast(self.model, self.amp_dtype)
 
     @property
     def view_epochs(self) -> range:
-        """The epochs of different views that the run sees, or precomputes."""
+        """Epochs with different views that the run trains on or precomputes."""
         return self.args.precompute_epochs or range(fill(engine.RunOptions, self.args).view_epochs)
 
 
 def build_run(args: argparse.Namespace, world: World) -> Run:
-    """Read the data, compare their classes with those of the files that the flags name, and build the model.
+    """Read the data, compare its classes with those of the files named by flags, and build the model.
 
     Raises:
         UserError: see `datasets.build_sources`, `compare_file` and `models.build_model`.
@@ -129,12 +129,12 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
 
 
 def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) -> Data:
-    """Compare the classes of the file that a flag names with those of the data; returns the validation data.
+    """Compare the classes of a flag's file with those of the data; return the validation data.
 
-    If they are evaluated and have only some of the file's classes, they get the file's class indices.
+    With --eval, data that have only some of the file's classes are renumbered to the file's class indices.
 
     Raises:
-        UserError: if a class index means another class there.
+        UserError: if a class index means different classes in file and data.
     """
     path = getattr(args, name)
     about, what = checkpoints.read_checkpoint(path, spelled(name), mmap=True), f"{spelled(name)} {path}"
@@ -148,7 +148,7 @@ def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) ->
 
 
 def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
-    """The training batches, and what is trained on them: the model, or its head on the features of the rest."""
+    """Build the training batches and return them with the trained module: the model, or its head on cached features."""
     mixup = fill(loaders.MixupOptions, run.args)
     if run.args.cache_features:
         source, head = cache_features(run)
@@ -158,16 +158,16 @@ def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
 
 
 def cache_features(run: Run) -> tuple[sources.Source, torch.nn.Linear]:
-    """The inputs of the classification layer as a source, and the layer."""
+    """Return the classification layer and, as a source, its inputs for all training images."""
     head = models.linear_head(run.model, run.args.model)
     return loaders.feature_source(run.train, run.model, run.views, run.loading, run.world, run.autocast), head
 
 
 def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], torch.Tensor] | None:
-    """The teacher that the flags name: none, a model, or the cache of its predictions.
+    """Build the teacher that the flags name: None, a model, or its cached predictions.
 
     Raises:
-        UserError: if the teacher cannot be built, or the cache is of another run.
+        UserError: if the teacher cannot be built, or if the cache belongs to another run.
     """
     args, world, options = run.args, run.world, fill(teachers.TeacherOptions, run.args)
     if args.distillation_type == "none":
@@ -194,7 +194,7 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
 
 
 def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
-    """What a checkpoint says of its run: the flags, what else its bits depend on, and what its classes are."""
+    """Describe the run for its checkpoints: flags, other settings that results depend on, and class names."""
     indexed, device = isinstance(run.train, sources.Source), run.world.device
     name = f"{device.type} ({torch.get_num_threads()})"
     return {
@@ -238,18 +238,18 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
 
 
 def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, about: dict[str, Any]) -> None:
-    """Resume where `--resume` was written, and say what keeps the run from being bitwise identical.
+    """Resume from the checkpoint `--resume`; warn if the run is no longer bitwise identical.
 
     Args:
-        about: what `describe_run` says of this run.
+        about: result of `describe_run` for this run.
 
     Raises:
-        UserError: if the checkpoint is for another model or another optimizer, or holds weights only.
+        UserError: if the checkpoint is of another model or optimizer, or holds weights only.
     """
-    args, is_first = run.args, run.world.local_rank == 0  # of its machine, which compares the checksums
+    args, is_first = run.args, run.world.local_rank == 0  # first process of its machine, which verifies the checksums
     checkpoint = checkpoints.read_checkpoint(args.resume, "--resume", mmap=not is_first)
     checkpoint = checkpoints.as_ours(checkpoint, state.module, state.optimizer, args.resume, loader.updates_per_epoch)
-    compared = vars(parse_args([])).keys() - FREE_ON_RESUME  # a job's flags are in args as well
+    compared = vars(parse_args([])).keys() - FREE_ON_RESUME  # a submitit job has more flags in `args`
     changes = checkpoints.changes(checkpoint, about, compared)
     trained = checkpoints.flags_of(checkpoint)
     if "model" in trained:
@@ -275,16 +275,16 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
 def open_output(
     args: argparse.Namespace, state: engine.TrainState, about: dict[str, Any], images_per_epoch: int, world: World
 ) -> engine.Output:
-    """Where the run is recorded: the output folder and, on rank 0, a TensorBoard writer.
+    """Open the output folder and, on rank 0, a TensorBoard writer.
 
     Raises:
-        UserError: if the folder cannot be written, holds another run that would be lost, or one is writing there.
+        UserError: if the folder cannot be written, is in use, or holds another run that would be lost.
     """
     if not args.output_dir:
         return engine.Output(about=about)
     folder = Path(args.output_dir)
     checkpoints.check_folder(folder, args.resume, args.overwrite)
-    utils.barrier()  # all have looked before anyone writes
+    utils.barrier()  # all ranks must have checked before one writes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not world.is_main:
@@ -295,7 +295,7 @@ def open_output(
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         step = state.num_updates * state.accum_steps
         writer = utils.TensorBoard(folder / "tensorboard", step, config, args.log_wandb)
-        if not state.totals:  # the last epoch's values stand at the next step, from where viewers drop everything
+        if not state.totals:  # viewers drop values from `next_step` on, and the last epoch's are at that step
             for record in utils.read_log(folder)[-1:]:
                 writer.add_epoch(record, step)
         return engine.Output(folder, writer, about, lock)
@@ -307,7 +307,7 @@ def open_output(
 
 
 def evaluate_only(run: Run) -> None:
-    """`--eval`: the weights, and their EMA if the checkpoint has one."""
+    """Evaluate the model's weights and, if the checkpoint has them, its EMA weights (`--eval`)."""
     path, weights = run.args.resume, {"test_": None}
     if path:
         checkpoint = checkpoints.read_checkpoint(path, "--resume")
@@ -329,9 +329,9 @@ def evaluate_only(run: Run) -> None:
 
 
 def precompute_only(run: Run, loader: loaders.EpochLoader, teacher: teachers.CachedTeacher) -> None:
-    """`--precompute-teacher`: cache the predictions for every view that has none yet, and train nothing.
+    """Cache the teacher's predictions for all views without one, and train nothing (`--precompute-teacher`).
 
-    Ranks do not wait for each other: each resumes where it stopped.
+    Ranks do not wait for each other. Each resumes where it stopped.
     """
     group = max(1, (run.args.precompute_batch_size or 0) // run.args.batch_size)
     progress = utils.Progress("teacher", loader.num_positions * len(run.view_epochs), "image")
@@ -371,14 +371,14 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
 
 
 def main(args: argparse.Namespace) -> None:
-    """One run, from flags to the last checkpoint. Flags are read, never changed.
+    """Run one command, from flags to the last checkpoint. Flags are read, never changed.
 
     Raises:
-        UserError: before training starts, if the flags or files are wrong.
+        UserError: before training starts, if flags or files are wrong.
         RunError: during training, on all ranks.
     """
     check_flags(args)
-    utils.set_up_kernels(args.deterministic)  # first: NCCL reads its settings when processes meet
+    utils.set_up_kernels(args.deterministic)  # first, because NCCL reads these settings when processes connect
     world = utils.init_distributed(args.device)
     utils.set_up_logging(world)
     args = settle_resume(args, world)
@@ -398,9 +398,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    """`main` with a command's exit statuses.
+    """Run `main` and exit with a status.
 
-    0 done, 1 an error during the run, 2 a mistake in the flags or files, 75 stopped by a signal and saved.
+    0: done; 1: an error during the run; 2: wrong flags or files; 75: stopped by a signal, after saving.
     """
     args = None
     utils.open_standard_error()
@@ -426,7 +426,7 @@ def cli(argv: Sequence[str] | None = None) -> None:
 
 
 def _what_is_kept(args: argparse.Namespace | None) -> str:
-    """What an ended run has left in its folder, as the end of a message; '' where this process does not know."""
+    """Describe what an ended run has saved, as the end of a message; '' if this process does not know."""
     if args is None or args.eval or args.precompute_teacher or os.environ.get("RANK", "0") != "0":
         return ""
     if args.output_dir and checkpoints.holds_checkpoint(Path(args.output_dir)):
@@ -435,10 +435,10 @@ def _what_is_kept(args: argparse.Namespace | None) -> str:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    with contextlib.suppress(OSError):  # a terminal that is gone
+    with contextlib.suppress(OSError):  # the terminal may be gone
         print(escaped(message), file=sys.stderr, flush=True)
     utils.kill_workers()
-    # A rank that fails must not wait at exit for the others, nor they for it.
+    # At exit, a failed rank must not wait for the others, nor they for it.
     if utils.is_distributed():
         os._exit(status)
     sys.exit(status)

@@ -19,7 +19,7 @@ REPOSITORY = str(Path(__file__).resolve().parent)
 
 
 def get_parser() -> flags.Parser:
-    """The flags of main.py and those of a job."""
+    """Build the parser: the flags of main.py and those of a job."""
     parser = flags.get_parser(prog="run_with_submitit.py")
     parser.set_defaults(output_dir="")
     add = parser.add_argument_group("job (its logs, and by default its output, go to JOB_DIR/<job id>)").add_argument
@@ -55,9 +55,9 @@ def get_parser() -> flags.Parser:
 
 
 class Job:
-    """One process of the job; submitit calls it on every task.
+    """One process of the job, called by submitit on every task.
 
-    The slow imports are inside the methods: submitit handles no signal while it unpickles the job.
+    Slow imports are inside the methods, because submitit handles no signals while it unpickles the job.
     """
 
     def __init__(self, args: argparse.Namespace, restarted: bool = False) -> None:
@@ -70,19 +70,19 @@ class Job:
 
         environment = submitit.JobEnvironment()
         if environment.cluster == "slurm":
-            # A task that lost its peers to a preemption leaves an error behind, not to be taken for this attempt's.
+            # Remove the error that an earlier, preempted attempt of this task may have left.
             environment.paths.result_pickle.unlink(missing_ok=True)
-        os.environ.pop("MASTER_PORT", None)  # one inherited from an outer job may be taken
+        os.environ.pop("MASTER_PORT", None)  # a port inherited from an outer job may be in use
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if environment.cluster != "slurm":
-            os.environ["MASTER_ADDR"] = "127.0.0.1"  # the name of a single machine need not resolve
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # a machine's own name may not resolve
         try:
             main.main(self._args_of(environment.job_id))
         except utils.Preempted as stopped:
             print(f"rank {environment.global_rank}: {utils.escaped(str(stopped))}", file=sys.stderr, flush=True)
-            if stopped.signal in (signal.SIGTERM, signal.SIGINT):  # the job is canceled, or requeued by others
+            if stopped.signal in (signal.SIGTERM, signal.SIGINT):  # the job was canceled, or the cluster requeues it
                 sys.exit(75)
-            # submitit's own handler, which was put aside during the run: its first task asks for the requeue.
+            # Call submitit's own handler, which was replaced during the run. On the first task it requeues the job.
             signal.raise_signal(stopped.signal)
 
     def _args_of(self, job_id: str) -> argparse.Namespace:
@@ -96,25 +96,25 @@ class Job:
         return argparse.Namespace(**{**vars(self.args), **changes})
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit is to run when SLURM takes the machines away and gives them back."""
+        """Return what submitit runs after a preemption or timeout: the same job, resumed."""
         return submitit.helpers.DelayedSubmission(Job(self.args, restarted=True))
 
-    __submitit_checkpoint__ = checkpoint  # the name in submitit's newer documentation
+    __submitit_checkpoint__ = checkpoint  # name in newer submitit documentation
 
 
 def submit(args: argparse.Namespace) -> submitit.Job:
-    """Hand the job to SLURM, or start it here.
+    """Submit the job to SLURM, or start it on this machine.
 
     Raises:
-        UserError: contradicting flags, or no SLURM.
+        UserError: if flags contradict each other, or SLURM is missing.
     """
     flags.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
     if args.cluster != "slurm" and args.nodes != 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
-    for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # they become lines of a script
+    for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # written into a shell script
         if not (getattr(args, name) or "").isprintable():
             raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
-    # A relative folder would be another folder on another machine.
+    # A relative path may mean another folder on another machine.
     args = argparse.Namespace(**{**vars(args), "job_dir": str(Path(args.job_dir).resolve())})
     Path(args.job_dir).mkdir(parents=True, exist_ok=True)
     try:
@@ -132,7 +132,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
         cpus_per_task=args.cpus_per_task,
         timeout_min=args.timeout,
         slurm_signal_delay_s=args.signal_delay,
-        slurm_srun_args=["--kill-on-bad-exit=1"],  # a task that fails must not leave the others waiting
+        slurm_srun_args=["--kill-on-bad-exit=1"],  # one failed task ends the others, which would wait for it
         **({"mem_gb": args.mem_gb} if args.mem_gb else {}),
         **{f"slurm_{name}": value for name, value in slurm.items() if value},
     )
@@ -140,7 +140,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    """Submit; wait for the end only where the job runs on this machine."""
+    """Submit the job; on this machine, wait until it ends."""
     try:
         args = flags.parse_command(argv, get_parser())
         job = submit(args)
@@ -157,7 +157,7 @@ def cli(argv: list[str] | None = None) -> None:
         sys.exit(1)
     finally:
         with contextlib.suppress(OSError):
-            (Path(args.job_dir) / "%j").rmdir()  # submitit's local executor creates the pattern as well
+            (Path(args.job_dir) / "%j").rmdir()  # submitit's local executor also creates a folder with the literal name
 
 
 if __name__ == "__main__":
