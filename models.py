@@ -1,4 +1,4 @@
-"""Building models by timm's names, loading pretrained and fine-tuning weights, partial training."""
+"""Models: building them by timm's names, loading and fine-tuning weights, freezing parts."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def create_model(
     pretrained: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """`timm.create_model` with the errors of our users: unknown names, options the model lacks, no network.
+    """Build a timm model, with one-line errors for unknown names, wrong options and a missing network.
 
     Args:
-        name: any model of timm's.
+        name: any timm model name.
         flag: the flag that named the model, for error messages.
-        num_classes: None for as many as timm's weights have.
-        input_size: (height, width) in pixels; passed to models that are built for one size.
+        num_classes: None for the number of classes of timm's weights.
+        input_size: (height, width) in pixels; used by models that are built for a fixed size.
         pretrained: download timm's weights.
         options: keyword arguments of the model; those that are None are skipped.
 
     Raises:
-        UserError
+        UserError: if timm has no such model, cannot build it with these options, or cannot load its weights.
     """
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         near = _near(name.split(".")[0], timm.list_models())
@@ -60,9 +60,9 @@ def create_model(
         return _create_sized(create, input_size, options) if takes_size is None else create(**options)
     except UserError:
         raise
-    except Exception as error:  # a folder's config.json, of local-dir:, can be anything
+    except Exception as error:  # a config.json (local-dir:) can contain anything
         why = reason(error)
-        if pretrained and not isinstance(error, (TypeError, AssertionError)):  # which speak of the options
+        if pretrained and not isinstance(error, (TypeError, AssertionError)):  # those are errors of the options
             raise UserError(
                 f"{flag} {name}: pretrained weights cannot be loaded ({why}); check the network, or pass a local file"
             ) from error
@@ -72,14 +72,14 @@ def create_model(
 
 
 def _near(name: str, names: Sequence[str]) -> list[str]:
-    """Up to three names for a wrong one: those that it is the start of, else those of similar spelling."""
+    """Suggest up to three names for a wrong one: names that start with it, else names spelled similarly."""
     longer = [each for each in names if each.startswith(name) and name]
     longer.sort(key=lambda each: (not timm.is_model_pretrained(each), len(each)))
     return longer[:3] or difflib.get_close_matches(name, names, n=3)
 
 
 def _takes_size(name: str) -> bool | None:
-    """Whether a model is built for one image size. None if only building it tells: its config is not timm's."""
+    """Return True if a model is built for a fixed image size; None if unknown, because its config is not timm's."""
     config, architecture = timm.get_pretrained_cfg(name), name.split(".")[0]
     if config is not None and config.fixed_input_size:
         return True
@@ -90,7 +90,7 @@ def _takes_size(name: str) -> bool | None:
 def _create_sized(
     create: Callable[..., nn.Module], input_size: tuple[int, int], options: Mapping[str, Any]
 ) -> nn.Module:
-    """Build a model of that image size, or of none if it takes none."""
+    """Build a model for this image size, or without a size if the model takes none."""
     try:
         return create(**{"img_size": input_size} | dict(options))
     except TypeError as error:
@@ -100,9 +100,9 @@ def _create_sized(
 
 
 def _check_published(name: str, flag: str, options: Mapping[str, Any]) -> None:
-    """Refuse a model without weights, and options that add or remove tensors.
+    """Refuse pretrained weights for a model that has none, and for options that change its tensors.
 
-    For other classes, timm loads a part of its weights silently.
+    Otherwise timm would silently load only part of the weights.
     """
     if ":" not in name and timm.get_pretrained_cfg(name) is None:
         raise UserError(f"{flag} {name}: has no pretrained weights; drop {flag.replace('model', 'pretrained')}")
@@ -118,7 +118,7 @@ def _check_published(name: str, flag: str, options: Mapping[str, Any]) -> None:
 
 
 def _as_flag(option: str, value: Any, model_flag: str) -> str:
-    """How the user says `option=value`, for error messages."""
+    """Return the user's spelling of `option=value`, for error messages."""
     if option == "img_size":
         return f"--input-size {' '.join(map(str, value))}"
     flags = {"drop_rate": "--drop", "drop_path_rate": "--drop-path", "patch_size": "--patch-size"}
@@ -128,38 +128,37 @@ def _as_flag(option: str, value: Any, model_flag: str) -> str:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model to train, and from which weights. The fields are flags of main.py."""
+    """Options of the model and its initial weights. The fields are flags of main.py."""
 
-    model: str = "deit_base_patch16_224"  # any model name of timm
+    model: str = "deit_base_patch16_224"  # any timm model name
     input_size: tuple[int, int] = (224, 224)  # height and width in pixels
     patch_size: int | None = None  # patch edge in pixels, for models that have one
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)  # more keyword arguments of timm's model
-    drop: float = 0.0  # dropout rate; zeros are not passed on, for models without it
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)  # more keyword arguments of the timm model
+    drop: float = 0.0  # dropout rate; 0 is not passed on, since some models have no dropout
     drop_path: float = 0.1  # stochastic-depth rate, likewise
     grad_checkpointing: bool = False
     pretrained: bool = False  # start from timm's weights
     finetune: str = ""  # start from the weights of this checkpoint
-    head_init_scale: float | None = None  # factor of a new head's weights
+    head_init_scale: float | None = None  # factor for the initial weights of a new head
     train_scope: str = "all"  # see `freeze`
     base_keep_rate: float | Sequence[float] | None = None  # this and the next two: see `models_evit.reduce_tokens`
     drop_loc: Sequence[int] | None = None
     fuse_token: bool | None = None
-    seed: int = 0  # of the initial weights
+    seed: int = 0  # for the initial weights
 
 
 def build_model(
     options: ModelOptions, num_classes: int | None, distilled: bool = False, eval_only: bool = False
 ) -> nn.Module:
-    """Build the model to train with its first weights, on the CPU.
+    """Build the model on the CPU, with its initial, pretrained or fine-tuning weights.
 
     Args:
-        num_classes: None for as many as timm's weights have.
+        num_classes: None for the number of classes of timm's weights.
         distilled: in training mode the model returns the pair (class logits, distillation logits).
-        eval_only: no dropout, and refuse weights that leave a tensor, such as the head for other classes, as it was
-            initialized.
+        eval_only: disable dropout, and refuse weights that leave any tensor, such as the head, untrained.
 
     Raises:
-        UserError: unknown model or option, no distillation head where one is needed, or weights of another model.
+        UserError: for an unknown model or option, a missing distillation head, or weights of another model.
     """
     seed_generators(random_key(options.seed, "weights"))
     name = options.model
@@ -170,7 +169,7 @@ def build_model(
         num_classes=num_classes,
         input_size=options.input_size,
         pretrained=options.pretrained,
-        drop_rate=None if eval_only else options.drop or None,  # not every model has them
+        drop_rate=None if eval_only else options.drop or None,  # not every model has these options
         drop_path_rate=None if eval_only else options.drop_path or None,
         **{"patch_size": options.patch_size}
         | {key: value for key, value in tokens.items() if value is not None}
@@ -209,10 +208,10 @@ def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, rep
     """Initialize new classification layers.
 
     Args:
-        heads: their names.
-        scale: factor of their weights, as timm's --head-init-scale; None for 1.
-        replaced: whether the rest of the model is pretrained. Some models start their heads with large weights, which
-            disturb the rest in a short fine-tuning: such a head starts as DeiT's does.
+        heads: names of the layers.
+        scale: factor for their weights, as timm's --head-init-scale; None for 1.
+        replaced: True if the rest of the model is pretrained. Some models initialize heads with large weights, which
+            would disturb a short fine-tuning; such a head is initialized as in DeiT.
     """
     if scale is not None and not heads:
         logger.warning("--head-init-scale has no effect: the head comes with the weights")
@@ -227,19 +226,19 @@ def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, rep
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model to a device, in channels-last order."""
-    # Convolutions with weights in channels-last order run several times faster on CPUs and on GPUs in mixed precision.
+    """Move a model to a device, in channels-last memory format."""
+    # Convolutions run several times faster in this format, on CPUs and on GPUs with mixed precision.
     return model.to(device, memory_format=torch.channels_last)
 
 
 def try_out(
     model: nn.Module, flag: str, input_size: tuple[int, int], size_flag: str = "--input-size", may_cut: bool = False
 ) -> None:
-    """Run the model on one image, so that a size it cannot take is found before training starts.
+    """Run the model on one image, to find an impossible image size before training starts.
 
     Args:
-        flag: names the model in an error, `size_flag` its size.
-        may_cut: warn, instead of refusing it, of a size that is no multiple of the patch.
+        flag, size_flag: flags that name the model and its size, for error messages.
+        may_cut: if the size is not a multiple of the patch size, warn instead of raising.
     """
     _check_patches(model, flag, input_size, size_flag, may_cut)
     try:
@@ -257,21 +256,21 @@ def try_out(
 
 @torch.no_grad()
 def count_macs(model: nn.Module, input_size: tuple[int, int]) -> int | None:
-    """Multiply-accumulates of one image of that (height, width), evaluated; None if torch cannot say."""
+    """Return the multiply-accumulates of one (height, width) image, or None if torch cannot count them."""
     image, training = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device), model.training
-    # Fused attention on a CPU is not counted; as plain matrix products it is.
+    # torch does not count fused attention on a CPU, so use plain matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:
             model.eval()(image)
-        except Exception:  # of an operation that torch cannot count: no reason to end a run
+        except Exception:  # an operation that torch cannot count; do not end the run
             return None
         finally:
             model.train(training)
-    return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two operations
+    return counter.get_total_flops() // 2  # a multiply-accumulate counts as two operations
 
 
 def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int], size_flag: str, may_cut: bool) -> None:
-    """Refuse a size that is no multiple of the patch: timm's patch embedding would ignore the rest of each image."""
+    """Refuse sizes that are not a multiple of the patch size, where timm would ignore the rest of each image."""
     for embed in model.children():
         conv = getattr(embed, "proj", None)
         is_patches = hasattr(embed, "patch_size") and isinstance(conv, nn.Conv2d) and conv.in_channels == 3
@@ -289,19 +288,19 @@ def _check_patches(model: nn.Module, flag: str, input_size: tuple[int, int], siz
 
 
 def pretrained_config(model: nn.Module) -> Mapping[str, Any]:
-    """timm's description of a model's weights and images; {} if it was built without `build_model_with_cfg`."""
+    """Return timm's config of a model's weights and images; {} if it was built without `build_model_with_cfg`."""
     return getattr(model, "pretrained_cfg", None) or {}
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The per-channel (mean, std) that the model expects of images scaled to [0, 1]; ImageNet's if it does not say."""
+    """Return the per-channel (mean, std) for images scaled to [0, 1]; ImageNet's if the model states none."""
     config = pretrained_config(model)
     return tuple(config.get("mean") or IMAGENET_DEFAULT_MEAN), tuple(config.get("std") or IMAGENET_DEFAULT_STD)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
-# How a model may differ from the weights that it loads, in the words of `LoadReport`.
+# Differences to allow between a model and the weights that it loads; the names are fields of `LoadReport`.
 EVALUATION = ("resized",)
 COMPLETE = ("resized", "dropped")
 FINETUNING = ("resized", "dropped", "missing")
@@ -309,14 +308,14 @@ FINETUNING = ("resized", "dropped", "missing")
 
 @dataclass
 class LoadReport:
-    """What became of each tensor when weights were fitted to a model, by name."""
+    """The tensor names by what happened to them when weights were fitted to a model."""
 
     kept: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # position embeddings
-    dropped: list[str] = field(default_factory=list)  # heads and distillation token of the file
-    missing: list[str] = field(default_factory=list)  # heads and distillation token of the model
-    ignored: list[str] = field(default_factory=list)  # not of a classifier: a decoder, a projection head, a loss
-    misfits: list[str] = field(default_factory=list)  # any other difference: the weights are of another model
+    dropped: list[str] = field(default_factory=list)  # heads and distillation token that only the file has
+    missing: list[str] = field(default_factory=list)  # heads and distillation token that only the model has
+    ignored: list[str] = field(default_factory=list)  # no part of a classifier, e.g. a decoder
+    misfits: list[str] = field(default_factory=list)  # any other difference, which means another model
 
     def __str__(self) -> str:
         return (
@@ -330,9 +329,9 @@ def _listed(names: list[str], most: int = 6) -> str:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classification layers, e.g. `("head", "head_dist")`; () if the model does not say.
+    """Return the names of the classification layers, e.g. `("head", "head_dist")`; () if unknown.
 
-    They are those of its pretrained config, else those of `get_classifier()` and its submodules.
+    They come from the pretrained config, else from `get_classifier()` and its submodules.
     """
     names = pretrained_config(model).get("classifier") or ()
     if names:
@@ -355,16 +354,16 @@ def load_weights(
     allowed: Collection[str] = (),
     size: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """Load weights by name, all or nothing, and say in the log what differs.
+    """Load weights by name, all or none, and log the differences.
 
     Args:
-        weights: as `weights_of` gives them; if anything is allowed, also in a layout that timm translates.
-        flag, path: where they are from, for messages.
-        allowed: how they may differ from the model's, such as `FINETUNING`.
-        size: (height, width) in pixels of the images that they were trained with, if that is known.
+        weights: result of `weights_of`. If `allowed` is not empty, other layouts that timm can translate work as well.
+        flag, path: flag and file of the weights, for messages.
+        allowed: differences to accept, such as `FINETUNING`.
+        size: (height, width) in pixels of the training images, if known.
 
     Raises:
-        UserError: if they differ in any other way, or a tensor is not finite.
+        UserError: if there are other differences, or a tensor is not finite.
     """
     source, outside = unwrapped(weights, set(model.state_dict()), flag, path)
     fitted, report = fit_state_dict(source, model, size)
@@ -392,7 +391,7 @@ def load_weights(
 
 
 def _remedy(flag: str, report: LoadReport, allowed: Collection[str]) -> str:
-    """What the user can do about weights that differ; `--finetune` only where it would take them."""
+    """Suggest what to do about weights that differ; suggest `--finetune` only where it accepts them."""
     if flag == "--resume":
         may_finetune = not report.misfits and not allowed
         return "pass the model, data set and input size it is from" + (", or --finetune it" if may_finetune else "")
@@ -408,15 +407,15 @@ def _remedy(flag: str, report: LoadReport, allowed: Collection[str]) -> str:
 def fit_state_dict(
     weights: Mapping[str, torch.Tensor], model: nn.Module, size: tuple[int, int] | None = None
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """Fit weights to a model by name: resize the position embedding, find what differs.
+    """Fit weights to a model by name: resize the position embedding and report differences.
 
     Args:
-        weights: named tensors with the official DeiT or timm names.
-        model: the model that is to load them.
-        size: (height, width) in pixels of the images that the weights were trained with, if that is known.
+        weights: tensors named as in DeiT's official code or timm.
+        model: the model that will load them.
+        size: (height, width) in pixels of the training images, if known.
 
     Returns:
-        The tensors to load, and what became of each.
+        The tensors to load, and the report.
     """
     fitted, report, target = {}, LoadReport(), model.state_dict()
     heads = (*classifier_names(model), "head")
@@ -448,16 +447,16 @@ def _fit_pos_embed(
     model: nn.Module,
     size: tuple[int, int] | None,
 ) -> torch.Tensor:
-    """Position embedding [1, prefix + h·w, D] -> [1, prefix' + h'·w', D] for the model's grid and prefix tokens.
+    """Resize a position embedding [1, prefix + h·w, D] to [1, prefix' + h'·w', D], the model's prefix and grid.
 
-    A distillation token that only the model has keeps the row it was initialized with.
+    A distillation token that only the model has keeps its initial embedding.
     """
     current = model.pos_embed
     has_grid = hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size")
     if not has_grid or pos_embed.ndim != 3 or pos_embed.shape[-1] != current.shape[-1]:
-        return pos_embed  # taken as it is, or of another model: the caller says so
+        return pos_embed  # unchanged: it fits as it is, or the caller reports another model
     grid = tuple(model.patch_embed.grid_size)
-    embeds_prefix = not getattr(model, "no_embed_class", False)  # and CaiT embeds no class token either
+    embeds_prefix = not getattr(model, "no_embed_class", False)  # nor does CaiT embed a class token
     embeds_prefix &= current.shape[1] == model.num_prefix_tokens + math.prod(grid)
     new_prefix = model.num_prefix_tokens if embeds_prefix else 0
     old_prefix = 0
@@ -479,7 +478,7 @@ def _fit_pos_embed(
 def _grid_of(
     num_patches: int, weights: Mapping[str, torch.Tensor], size: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Rows and columns of the patches: by the size of the images, else a square if it can be one, else unknown."""
+    """Return (rows, columns) of patches: from the image size, else a square if possible, else None."""
     patch = weights.get("patch_embed.proj.weight")
     if size is not None and patch is not None and patch.ndim == 4 and patch.numel():
         grid = size[0] // patch.shape[2], size[1] // patch.shape[3]
@@ -490,7 +489,7 @@ def _grid_of(
 
 
 def load_finetune_weights(model: nn.Module, path: str, allowed: Collection[str] = FINETUNING) -> LoadReport:
-    """Load `--finetune` weights into a model, see `load_weights`."""
+    """Load `--finetune` weights into a model (see `load_weights`)."""
     checkpoint = read_checkpoint(path, "--finetune")
     weights = weights_of(checkpoint, "--finetune", path)
     return load_weights(model, weights, "--finetune", path, allowed, trained_size(checkpoint))
@@ -500,16 +499,16 @@ MODEL_FLAGS = ("model", "patch_size", "model_kwargs", "drop_loc", "fuse_token")
 
 
 def refuse_another_model(flags: Mapping[str, Any], trained: Mapping[str, Any], what: str, prefix: str = "--") -> None:
-    """Make sure that a model computes the function that a checkpoint's weights were trained for.
+    """Check that a model computes the function that a checkpoint's weights were trained for.
 
-    Other settings, such as the number of heads, may fit every tensor and still compute something else. A plain model's
-    weights may become those of the EViT of its size.
+    Some settings, such as the number of heads, change the function but no tensor shape. Weights of a plain model are
+    accepted for the EViT of the same size.
 
     Args:
-        flags: `MODEL_FLAGS`, by name.
-        trained: the same of the run that wrote the checkpoint, as far as they are known; "model" must be.
+        flags: `MODEL_FLAGS` of this run, by name.
+        trained: the same flags of the checkpoint's run, as far as known; "model" is required.
         what: flag and file, for the error message.
-        prefix: of the flags' names, likewise.
+        prefix: prefix of flag names in the error message.
 
     Raises:
         UserError: naming the first flag that differs.
@@ -526,7 +525,7 @@ def refuse_another_model(flags: Mapping[str, Any], trained: Mapping[str, Any], w
 
 
 def _setting(name: str, value: Any) -> Any:
-    """A flag's value as JSON has it, with its default, and without what matters in training only."""
+    """Return a flag's value as JSON, with its default and without settings that matter in training only."""
     if value is None:
         value = {"drop_loc": models_evit.DROP_LOC, "fuse_token": True, "model_kwargs": {}}.get(name)
     if name == "model_kwargs" and isinstance(value, Mapping):
@@ -535,7 +534,7 @@ def _setting(name: str, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A flag's value as the user would write it."""
+    """Format a flag's value as the user would write it."""
     if isinstance(value, dict):
         return " ".join(f"{key}={each}" for key, each in value.items()) or "(none)"
     if value is None:
@@ -544,10 +543,10 @@ def _shown(value: Any) -> str:
 
 
 def linear_head(model: nn.Module, name: str) -> nn.Linear:
-    """The classification layer of a model whose logits are this layer's of `forward_head(..., pre_logits=True)`.
+    """Return the classification layer, which maps `forward_head(..., pre_logits=True)` to the logits.
 
     Raises:
-        UserError: if it has no such layer.
+        UserError: if the model has no such layer.
     """
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(head, nn.Linear):
@@ -559,14 +558,14 @@ def linear_head(model: nn.Module, name: str) -> nn.Linear:
 
 
 def freeze(model: nn.Module, scope: str) -> None:
-    """Leave only a part of the model trainable.
+    """Freeze all parameters outside of `scope`.
 
     Args:
         scope: "all"; "head": the classification layers; "attn": the attention layers, the position embedding and the
             classification layers (Touvron et al. 2022, "Three things everyone should know about ViTs", section 4).
 
     Raises:
-        UserError: the model has no such layers, or does not say which they are.
+        UserError: if the model has no such layers, or does not name them.
     """
     if scope == "all":
         return
@@ -584,13 +583,13 @@ def freeze(model: nn.Module, scope: str) -> None:
 
 
 def set_eval_layers(model: nn.Module) -> None:
-    """Evaluation mode, so no dropout; only a model that is distilled stays in training mode itself, for both heads."""
+    """Switch to evaluation mode; a distilled model keeps its own training flag, so that it returns both heads."""
     model.eval()
     model.training = bool(getattr(model, "distilled_training", False))
 
 
 def set_train_mode(module: nn.Module) -> None:
-    """Training mode, except for parts whose parameters are all frozen: their batch statistics stay as they are."""
+    """Switch to training mode, except for fully frozen parts, whose batch statistics must not change."""
     parameters = list(module.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         module.eval()

@@ -1,10 +1,10 @@
-"""EViT as a transformer block, its keep-rate schedule, and the published model names that timm lacks.
+"""EViT: the transformer block, its keep-rate schedule, and published model names that timm lacks.
 
-EViT (Liang et al. 2022, arXiv 2202.07800) drops, in a few layers, the patches that the class token attends to least.
-Here that is a block of timm's `VisionTransformer` (`block_fn=EViTBlock`): it adds no parameters, so weights of the
-plain model fit, and prefix tokens (class, distillation, registers) survive by construction.
+EViT (Liang et al. 2022, arXiv 2202.07800) drops the patches that the class token attends to least, in a few layers.
+Here it is a block of timm's `VisionTransformer` (`block_fn=EViTBlock`). It adds no parameters, so weights of the plain
+model fit. It never drops prefix tokens (class, distillation, registers).
 
-`PUBLISHED` registers the names of the original implementations (DeiT III, parallel blocks, CaiT, ResMLP) on timm's
+`PUBLISHED` registers the names of the original implementations (DeiT III, parallel blocks, CaiT, ResMLP) for timm's
 models.
 """
 
@@ -22,48 +22,48 @@ from timm.models import deit, model_entrypoint, register_model
 from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock
 from torch import nn
 
-KEEP_RATE, DROP_LOC = 0.7, (3, 6, 9)  # the paper's
-SHRINK_STEPS = 10  # the paper's keep rate changes with every update, for which a compiled model would be compiled anew
+KEEP_RATE, DROP_LOC = 0.7, (3, 6, 9)  # defaults of the paper
+SHRINK_STEPS = 10  # the paper changes the keep rate at every update; a compiled model would be recompiled each time
 
 
 def keep_attentive(patches: torch.Tensor, attentiveness: torch.Tensor, num_keep: int, fuse: bool) -> torch.Tensor:
-    """Keep the most attended patches; fuse the others into one (EViT section 3.2, equations 4 and 5).
+    """Keep the most attended patches; optionally fuse the others into one (EViT section 3.2, equations 4 and 5).
 
     Args:
         patches: [B, N, D].
-        attentiveness: [B, N], how much the class token attends to each patch.
-        num_keep: n, how many to keep.
-        fuse: append Σ aᵢ xᵢ over the dropped patches, with the weights as they are.
+        attentiveness: [B, N], attention from the class token to each patch.
+        num_keep: n, number of patches to keep.
+        fuse: append Σ aᵢ xᵢ over the dropped patches, with unnormalized weights.
 
     Returns:
-        [B, n, D], or [B, n + 1, D] if fused; the kept patches in falling order of attentiveness.
+        [B, n, D], or [B, n + 1, D] if fused; kept patches are sorted by decreasing attentiveness.
     """
     kept = attentiveness.topk(num_keep, dim=1).indices  # (B, n)
     reduced = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
     if not fuse:
         return reduced
-    weights = attentiveness.scatter(1, kept, 0.0)  # (B, N), zero for the kept: the others need no index
+    weights = attentiveness.scatter(1, kept, 0.0)  # (B, N), zero for kept patches, so the others need no index
     fused = (patches * weights[..., None]).sum(dim=1, keepdim=True)  # (B, 1, D)
     return torch.cat([reduced, fused.to(reduced.dtype)], dim=1)
 
 
 class KeepAttentive(nn.Module):
-    """`keep_attentive` as a module without state, so that a forward hook can follow which patches a layer keeps."""
+    """`keep_attentive` as a module, so that a forward hook can record which patches a layer keeps."""
 
     def forward(self, patches: torch.Tensor, attentiveness: torch.Tensor, num_keep: int, fuse: bool) -> torch.Tensor:
         return keep_attentive(patches, attentiveness, num_keep, fuse)
 
 
 class EViTAttention(Attention):
-    """timm's attention, which can also tell how much the class tokens attend to each patch."""
+    """timm's attention that can also return how much the class tokens attend to each patch."""
 
     def forward_with_attentiveness(
         self, x: torch.Tensor, num_prefix_tokens: int, num_class_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B, N, D] -> attention output [B, N, D], attentiveness [B, N - num_prefix_tokens].
+        """Compute attention of x [B, N, D]: output [B, N, D], attentiveness [B, N - num_prefix_tokens].
 
-        The attentiveness is the mean over heads and over the first `num_class_tokens` rows of the attention matrix.
-        Only these rows are computed; the N×N matrix never exists.
+        Attentiveness is the mean over heads and over the first `num_class_tokens` rows of the attention matrix. Only
+        these rows are computed; the full N×N matrix is never built.
         """
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -81,24 +81,25 @@ class EViTAttention(Attention):
 class EViTBlock(Block):
     """A timm block that keeps ceil(keep_rate · N) of its N patches between attention and MLP.
 
-    With a keep rate of 1 it is timm's block. A fused token of an earlier layer counts as a patch, as in the original
+    With keep rate 1 it equals timm's block. A fused token of an earlier layer counts as a patch, as in the original
+    implementation. `reduce_tokens` sets the attributes below.
     implementation. `reduce_tokens` sets the attributes below.
     """
 
     keep_rate: float = 1.0
     fuse_token: bool = True
     num_prefix_tokens: int = 1
-    num_class_tokens: int = 1  # class and distillation token: the first of the prefix
+    num_class_tokens: int = 1  # class and distillation token, the first prefix tokens
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"attn_layer": EViTAttention})
         self.keep = KeepAttentive()
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """x [B, prefix + N, D] -> [B, prefix + n (+ 1 if fused), D] with n = ceil(keep_rate · N).
+        """Compute x [B, prefix + N, D] -> [B, prefix + n (+ 1 if fused), D] with n = ceil(keep_rate · N).
 
         Raises:
-            NotImplementedError: for a masked attention, whose mask would not fit the tokens that are left.
+            NotImplementedError: for an attention mask, which would not fit the remaining tokens.
         """
         if attn_mask is not None or is_causal:
             raise NotImplementedError("EViT drops tokens; an attention mask has no meaning for what is left")
@@ -115,17 +116,17 @@ class EViTBlock(Block):
 
 
 def is_evit(name: str) -> bool:
-    """Whether this is one of the models registered here, by its name."""
+    """Return True if this is the name of an EViT model registered here."""
     return name.partition(".")[0] in PLAIN
 
 
 def plain_name(name: str) -> str:
-    """The model whose weights an EViT takes; of any other model, its own name."""
+    """Return the name of the plain model whose weights an EViT takes; other names are returned unchanged."""
     return PLAIN.get(name.partition(".")[0], name)
 
 
 def evit_blocks(model: nn.Module) -> list[EViTBlock]:
-    """The model's EViT blocks in order, whether or not they reduce."""
+    """Return the model's EViT blocks in order, including those that keep all patches."""
     return [module for module in model.modules() if isinstance(module, EViTBlock)]
 
 
@@ -135,16 +136,16 @@ def reduce_tokens(
     drop_loc: Sequence[int] = DROP_LOC,
     fuse_token: bool = True,
 ) -> nn.Module:
-    """Choose where and how much a model of EViT blocks reduces; returns the model.
+    """Set where and how much a model of EViT blocks reduces tokens; return the model.
 
     Args:
         model: any plain timm ViT built with `block_fn=EViTBlock`.
-        keep_rate: share of the patches to keep, in (0, 1]; one for all layers, or one for each of `drop_loc`.
-        drop_loc: the layers, counted from 0.
-        fuse_token: fuse what is dropped into one token.
+        keep_rate: share of patches to keep, in (0, 1]; one for all layers, or one per layer of `drop_loc`.
+        drop_loc: indices of the reducing layers, from 0.
+        fuse_token: fuse the dropped patches into one token.
 
     Raises:
-        ValueError: no EViT blocks, no class token, layers that are not there, or rates that do not fit.
+        ValueError: if there are no EViT blocks, no class token, no such layers, or the rates do not fit.
     """
     blocks = evit_blocks(model)
     if not blocks:
@@ -168,15 +169,15 @@ def reduce_tokens(
 
 
 class KeepRate:
-    """The keep rate as a function of the number of updates (EViT section 4.1): 1, then a cosine, then its final value.
+    """Keep-rate schedule over the number of updates (EViT section 4.1): 1, then a cosine, then the final rate.
 
-    It moves in `steps` equal steps, so that a compiled model meets a bounded number of token counts.
+    It changes in `steps` equal steps, so that a compiled model sees a limited number of token counts.
 
     Args:
-        models: models of EViT blocks, set up by `reduce_tokens` with their final rates; all follow the schedule.
-        updates_per_epoch: optimizer updates in an epoch.
+        models: models of EViT blocks, set to their final rates by `reduce_tokens`; all follow the schedule.
+        updates_per_epoch: optimizer updates per epoch.
         start_epoch: epochs at rate 1.
-        epochs: epochs of the cosine; 0 for the final rate at once.
+        epochs: epochs of the cosine; 0 to switch to the final rate at once.
         steps: number of steps in the cosine.
     """
 
@@ -193,10 +194,10 @@ class KeepRate:
         self.blocks = [(block, block.keep_rate) for model in models for block in evit_blocks(model)]
         self.start, self.length = start_epoch * updates_per_epoch, epochs * updates_per_epoch
         self.steps = steps
-        self.last: float | None = None  # how far on the way the blocks are
+        self.last: float | None = None  # current progress of the blocks from rate 1 to the final rate
 
     def shrunk(self, num_updates: int) -> float:
-        """How far on the way from 1 to the final rate, in [0, 1]."""
+        """Return the progress from rate 1 to the final rate, in [0, 1]."""
         if num_updates >= self.start + self.length:
             return 1.0
         if num_updates < self.start:
@@ -214,12 +215,12 @@ class KeepRate:
 
     @property
     def value(self) -> float:
-        """The lowest rate of any layer."""
+        """Lowest rate of any layer."""
         return min(block.keep_rate for block, _ in self.blocks)
 
     @property
     def is_comparable(self) -> bool:
-        """Whether every layer has its final rate: with others, the model computes another function."""
+        """True if every layer has its final rate; at other rates the model computes another function."""
         return all(block.keep_rate == final for block, final in self.blocks)
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,7 +234,7 @@ PLAIN: dict[str, str] = {}  # registered name -> timm's name of the model withou
 
 
 def _register_evit(name: str, base: str, default_rate: float = KEEP_RATE, **defaults: Any) -> None:
-    """Register `name` with timm as timm's `base` with EViT blocks; weights and pretrained ones are those of `base`."""
+    """Register `name` with timm as timm's `base` with EViT blocks; it takes the weights of `base`."""
     default_cfgs[name] = copy.deepcopy(deit.default_cfgs[base])
     PLAIN[name] = base
 
@@ -255,9 +256,10 @@ def _register_evit(name: str, base: str, default_rate: float = KEEP_RATE, **defa
 
 
 def _register_published(name: str, base: str, options: dict[str, Any], has_weights: bool) -> None:
-    """Register `name` with timm as timm's `base` with other defaults; the weights of `base` are its own, or not.
+    """Register `name` with timm as timm's `base` with other defaults; `has_weights` means the same pretrained weights.
 
-    The models on timm's `deit3_*` drop all their blocks at the same rate, as published. (timm's rate rises linearly.)
+    Models based on timm's `deit3_*` use one stochastic-depth rate for all blocks, as published (timm's rate increases
+    with depth).
     """
     build = model_entrypoint(base)
     configs = sys.modules[build.__module__].default_cfgs[base]
@@ -283,7 +285,7 @@ for _size in ("tiny", "small", "base"):
     _register_evit(f"evit_{_size}_distilled_patch16_224", f"deit_{_size}_distilled_patch16_224")
     _register_evit(f"deit_{_size}_patch16_shrink_base", f"deit_{_size}_patch16_224")
 
-# youweiliang/evit evit.py: what follows deit_small_patch16_, image size, keep rate
+# youweiliang/evit evit.py: rest of the name after deit_small_patch16_, image size, keep rate
 for _name, _pixels, _rate in (
     ("224_shrink_base", 224, 0.7),
     ("224_shrink", 224, 0.7),
@@ -294,9 +296,9 @@ for _name, _pixels, _rate in (
 ):
     _register_evit(f"deit_small_patch16_{_name}", "deit_small_patch16_224", _rate, img_size=_pixels)
 
-_SCALED = {"init_values": 1e-4}  # LayerScale, 1e-6 in timm
+_SCALED = {"init_values": 1e-4}  # LayerScale; 1e-6 in timm
 _PLAIN, _PARALLEL = {"init_values": None}, {"block_fn": ParallelThingsBlock}
-# facebookresearch/deit models_v2.py, cait_models.py, resmlp_models.py: timm's model, other defaults
+# facebookresearch/deit models_v2.py, cait_models.py, resmlp_models.py: timm's model with other defaults
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "deit_small_patch16_LS": ("deit3_small_patch16_224", _SCALED),
     "deit_medium_patch16_LS": ("deit3_medium_patch16_224", _SCALED),
@@ -318,7 +320,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "resmlp_36": ("resmlp_36_224", {}),
     "resmlpB_24": ("resmlp_big_24_224", {}),
 }
-# likewise, of which no weights were published ("Three things everyone should know about ViTs", Touvron et al. 2022)
+# likewise, without published weights ("Three things everyone should know about ViTs", Touvron et al. 2022)
 UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "deit_tiny_patch16_LS": ("deit3_small_patch16_224", _SCALED | {"embed_dim": 192, "num_heads": 3}),
     "deit_small_patch16_36": ("deit3_small_patch16_224", _PLAIN | {"depth": 36}),

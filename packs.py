@@ -1,13 +1,13 @@
-"""Packed data sets: all images in a few large files, reduced once, so that reading one costs next to nothing.
+"""Packed data sets: all images, already resized, in a few large files that are fast to read.
 
 `tools/pack_dataset.py` writes such a folder, `--data-set PACKED` reads it:
 
-    pack.json         format version, kind of record, sizes, checksums; written last: without it there is no pack
-    train_index.npy   a row of `INDEX` for each image: where its record is, what it shows, its checksum
+    pack.json         format version, kind of records, sizes, checksums; written last: without it, a pack is unfinished
+    train_index.npy   one row of `INDEX` per image: position and length of its record, size, class, checksum
     train_00000.bin   the records, one after the other
     val_...           likewise
 
-A record of kind uint8 is the pixels, [height, width, RGB], row by row; one of kind jpeg is a JPEG file.
+A uint8 record holds the pixels, [height, width, RGB], row by row. A jpeg record is a JPEG file.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ INDEX = np.dtype(
     ]
 )
 MOST_CLASSES = 2**20
-ROWS = 2**20  # of the index, to check at once
-LARGEST_SIDE = 65535  # pixels; a JPEG has no larger one
-LARGEST_AREA = 2 * Image.MAX_IMAGE_PIXELS  # Pillow decodes nothing larger
+ROWS = 2**20  # index rows to check at once
+LARGEST_SIDE = 65535  # pixels; the limit of JPEG
+LARGEST_AREA = 2 * Image.MAX_IMAGE_PIXELS  # the limit of Pillow
 
 
 def _broken(flag: str, folder: Path, what: str) -> UserError:
@@ -48,10 +48,10 @@ def _broken(flag: str, folder: Path, what: str) -> UserError:
 
 
 def read_about(folder: Path, flag: str = "--data-path") -> dict[str, Any]:
-    """What pack.json says; `flag` is the one that named the folder.
+    """Return the content of pack.json; `flag` named the folder.
 
     Raises:
-        UserError: if there is no such file, or none that this version reads.
+        UserError: if the file is missing, or not of a version that can be read.
     """
     try:
         about = read_json(folder / PACK)
@@ -68,16 +68,16 @@ def read_about(folder: Path, flag: str = "--data-path") -> dict[str, Any]:
 
 
 def _damaged(flag: str, folder: Path, name: str, error: Exception) -> UserError:
-    """The error of a file's content: a KeyError names what is missing, a ValueError says what is wrong."""
+    """Build the error for a file's content: a KeyError names what is missing, a ValueError says what is wrong."""
     said = f"has no {error}" if isinstance(error, KeyError) else str(error)
     return _broken(flag, folder, f"{name} is damaged ({said})")
 
 
 def _count(values: Mapping[str, Any], name: str, low: int = 0, high: int = 2**32 - 1) -> int:
-    """A whole number in pack.json.
+    """Return a whole number of pack.json.
 
     Raises:
-        LookupError, TypeError, ValueError: if it is missing, or none from `low` to `high`.
+        LookupError, TypeError, ValueError: if it is missing, or not a number from `low` to `high`.
     """
     value = values[name] if isinstance(values, dict) else None
     if type(value) is not int or not low <= value <= high:
@@ -86,10 +86,10 @@ def _count(values: Mapping[str, Any], name: str, low: int = 0, high: int = 2**32
 
 
 def _stated_names(about: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """The names of the classes; () if pack.json has none, as in earlier versions and for data without names.
+    """Return the class names; () if pack.json has none (older versions, data without names).
 
     Raises:
-        ValueError: if they are no names, or not one for each class.
+        ValueError: if they are not strings, or not one per class.
     """
     names = about.get("class_names") or []
     if type(names) is not list or len(names) not in (0, num_classes) or not all(type(name) is str for name in names):
@@ -100,25 +100,25 @@ def _stated_names(about: Mapping[str, Any], num_classes: int) -> tuple[str, ...]
 class PackImages:
     """The images of one split of a pack.
 
-    The shards are opened when first read, by each process for itself; a pickle holds only the folder's name, so that
-    it is small and other processes open the pack anew. A record is read in one request: page faults of a memory map
-    would ask a network file system for a few pages at a time.
+    Each process opens the shards when it first reads them. A pickle holds only the folder name and the split, so it is
+    small, and other processes open the pack themselves. A record is read in one request, because page faults of a
+    memory map would make a network file system read a few pages at a time.
 
     Attributes:
         kind: "uint8" or "jpeg".
         targets: class indices, int64 [N].
         shapes: height, width and 3 of each image, int64 [N, 3].
         num_classes: number of classes.
-        class_names: their names, or () if the packed data did not say.
-        index: rows of `INDEX`, [N], mapped into memory.
+        class_names: class names, or () if the packed data had none.
+        index: rows of `INDEX`, [N], memory-mapped.
 
     Raises:
-        UserError: if a file is missing, truncated, damaged (as far as that shows without reading the shards) or of
-            another version.
+        UserError: if a file is missing, truncated, of another version, or damaged (as far as the files other than the
+            shards show it).
     """
 
     def __init__(self, folder: str | Path, split: str, flag: str = "--data-path") -> None:
-        """Args: split: "train" or "val"; flag: the one that named the folder, for error messages."""
+        """Args: split: "train" or "val"; flag: the flag that named the folder, for error messages."""
         self.folder, self.split = Path(folder), split
         about = read_about(self.folder, flag)
         try:
@@ -138,17 +138,17 @@ class PackImages:
         self._files: dict[int, io.FileIO] = {}
 
     def _check_shards(self, shards: Any, flag: str) -> list[dict[str, Any]]:
-        """The shards that pack.json states, which must be there.
+        """Return the shards stated in pack.json, after checking that the files exist.
 
         Raises:
-            LookupError, TypeError, ValueError: if it states none, or one of another name than the writer's.
-            UserError: if a file is not there, or of another length.
+            LookupError, TypeError, ValueError: if no shards are stated, or one has an unexpected name.
+            UserError: if a file is missing or has another length.
         """
         if type(shards) is not list or not shards:
             raise ValueError("has no shards")
         for number, shard in enumerate(shards):
             name = f"{self.split}_{number:05d}.bin"
-            if shard["name"] != name:  # it could lead out of the folder
+            if shard["name"] != name:  # a path could lead out of the folder
                 raise ValueError(f"shard {number} is named {reprlib.repr(shard['name'])}")
             stated, _ = _count(shard, "bytes", 1, 2**63 - 1), _count(shard, "crc32")
             try:
@@ -174,10 +174,10 @@ class PackImages:
         return index
 
     def _check_rows(self, rows: np.ndarray, first: int) -> None:
-        """Make sure that these rows of the index, from number `first`, are images within a shard and of a class.
+        """Check that these rows of the index, starting at row `first`, describe images within a shard and of a class.
 
         Raises:
-            ValueError: naming the first that is not.
+            ValueError: naming the first row that does not.
         """
         shard, offset, length, height, width, target, _ = (rows[name].astype(np.uint64) for name in INDEX.names)
         ends = np.array([shard["bytes"] for shard in self.shards], np.uint64)
@@ -201,16 +201,16 @@ class PackImages:
         return len(self.index)
 
     def shard(self, number: int) -> io.FileIO:
-        """An open shard."""
+        """Return the open file of a shard."""
         if number not in self._files:
             self._files[number] = open(self.folder / self.shards[number]["name"], "rb", buffering=0)  # noqa: SIM115
         return self._files[number]
 
     def record(self, index: int) -> np.ndarray:
-        """The bytes of an image as they are stored, read-only uint8 [length].
+        """Return the stored bytes of an image, read-only uint8 [length].
 
         Raises:
-            ImageError: if the file has become shorter.
+            ImageError: if the shard is too short.
         """
         number, offset, length, *_ = self.index[index].item()
         content = os.pread(self.shard(number).fileno(), length, offset)
@@ -219,15 +219,15 @@ class PackImages:
         return np.frombuffer(content, np.uint8)
 
     def __getitem__(self, index: int) -> Image.Image:
-        """The RGB image.
+        """Return the RGB image.
 
         Raises:
-            ImageError: if the record is not all there, or that of a jpeg is damaged.
+            ImageError: if the record is incomplete, or a jpeg record is damaged.
         """
         if self.kind == "uint8":
             return Image.fromarray(self.array(index))
         record = self.record(index)
-        # Most damage would only change colors; this costs a hundredth of decoding.
+        # Most damage would only change colors. The checksum costs a hundredth of decoding.
         if zlib.crc32(record) != self.index["crc32"][index]:
             raise ImageError("wrong checksum")
         image, (height, width, _) = open_rgb(io.BytesIO(record)), self.shapes[index]
@@ -236,28 +236,28 @@ class PackImages:
         return image
 
     def array(self, index: int) -> np.ndarray:
-        """The pixels, uint8 [height, width, 3], read-only.
+        """Return the pixels, uint8 [height, width, 3], read-only.
 
         Raises:
-            ImageError: if the record is not all there, or that of a jpeg is damaged. Pixels are not looked at; `verify`
-                does.
+            ImageError: if the record is incomplete, or a jpeg record is damaged. Only `verify` compares the
+                checksums of uint8 records.
         """
         if self.kind == "jpeg":
             return np.asarray(self[index])
         return self.record(index).reshape(self.shapes[index])
 
     def describe(self, index: int) -> str:
-        """What to call this image in an error message."""
+        """Return the name of this image for error messages."""
         number, offset, *_ = self.index[index].item()
         return f"number {index} of {self.split} in {self.folder} (byte {offset} of {self.shards[number]['name']})"
 
     def file_names(self, order: np.ndarray) -> bytes:
-        """What identifies the images in order: checksums of what they show, for a pack has no file names."""
+        """Return the checksums of the images in order, which identify them: a pack has no file names."""
         return self.index["crc32"][order].tobytes()
 
 
 def _checksum(file: io.FileIO) -> int:
-    """CRC-32 of a whole file."""
+    """Return the CRC-32 of a whole file."""
     file.seek(0)
     checksum = 0
     while content := file.read(2**22):
@@ -266,15 +266,15 @@ def _checksum(file: io.FileIO) -> int:
 
 
 def verify(folder: Path, flag: str = "--data-path", most: int = 10) -> list[str]:
-    """Read a whole pack; the names of its first damaged records, at most `most`. An intact pack has none.
+    """Read a whole pack and return the names of its damaged records, at most `most`; [] if it is intact.
 
     Raises:
-        UserError: if it cannot be opened.
+        UserError: if the pack cannot be opened.
     """
     damaged: list[str] = []
     for split in SPLITS:
         images = PackImages(folder, split, flag)
-        bar = tqdm(images.shards, split, unit="shard", disable=None)  # None: off unless on a terminal
+        bar = tqdm(images.shards, split, unit="shard", disable=None)  # disable=None: a bar only on a terminal
         for number, shard in enumerate(bar):
             if _checksum(images.shard(number)) == shard["crc32"]:
                 continue

@@ -1,11 +1,11 @@
-"""Teachers: building and freezing them, and the cache of their predictions for every view of a run.
+"""Teachers: building frozen teachers, and caching their predictions for all views of a run.
 
-The views of a run are a function of its flags, Mixup and CutMix included, so a prediction that was computed once stays
-valid. Each rank writes its own files only. A finished file has its checksum in its name:
+The views of a run, including Mixup and CutMix, depend only on its flags, so cached predictions stay valid. Each rank
+writes its own files. The name of a finished file contains its checksum:
 
-    fingerprint.json                          what shaped the views and the predictions
-    epoch_0007_rank1of4.part.npy              being written; rows whose bits are all ones are still missing
-    epoch_0007_rank1of4.crc1a2b3c4d.npy       complete
+        fingerprint.json                          what the views and predictions depend on
+        epoch_0007_rank1of4.part.npy              unfinished; a row whose bits are all ones is missing
+        epoch_0007_rank1of4.crc1a2b3c4d.npy       finished
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ FLAG = "--teacher-cache"
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """The teacher and the cache of its predictions. The fields are flags of main.py."""
+    """Options of the teacher and of the cache of its predictions. The fields are flags of main.py."""
 
-    teacher_model: str = "regnety_160"  # any model name of timm
+    teacher_model: str = "regnety_160"  # any timm model name
     teacher_model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     teacher_path: str = ""  # its checkpoint
     teacher_pretrained: bool = False  # or timm's weights
     teacher_cache: str = ""  # folder of the cached predictions
     teacher_cache_topk: int = 50  # probabilities to cache per view, for soft distillation
     distillation_type: str = "none"  # "hard" or "soft"
-    input_size: tuple[int, int] = (224, 224)  # height and width in pixels of the student's views
-    teacher_input_size: tuple[int, int] | None = None  # to which they are resized for the teacher
+    input_size: tuple[int, int] = (224, 224)  # height and width of the student's views in pixels
+    teacher_input_size: tuple[int, int] | None = None  # size to resize them to for the teacher
     compile: bool = False  # compile the model
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels of what the teacher sees."""
+        """Height and width of the teacher's input in pixels."""
         return self.teacher_input_size or self.input_size
 
 
 def build_teacher(
     options: TeacherOptions, num_classes: int, student_normalization: Normalization, device: torch.device
 ) -> FrozenTeacher:
-    """The frozen teacher on the device, for batches of this (mean, std).
+    """Build the frozen teacher on the device, for batches in the student's normalization.
 
     Raises:
         UserError: see `load_teacher`.
@@ -74,10 +74,10 @@ def build_teacher(
 
 
 def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
-    """Build a teacher with its weights.
+    """Build a teacher with its weights, on the CPU.
 
     Raises:
-        UserError: unknown model, no weights, or weights that do not fit the model or have another number of classes.
+        UserError: for an unknown model, missing weights, or weights of another model or number of classes.
     """
     name, path, pretrained = options.teacher_model, options.teacher_path, options.teacher_pretrained
     if not path and not pretrained:
@@ -108,10 +108,10 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
 
 
 def _check_teacher_model(trained: Mapping[str, Any], options: TeacherOptions) -> None:
-    """Refuse a model whose settings are not those of the run that wrote the checkpoint."""
+    """Refuse a teacher model whose settings differ from those of the checkpoint's run."""
     if "model" not in trained:
         return
-    also = ("patch_size", "drop_loc", "fuse_token")  # flags of their own there, keyword arguments here
+    also = ("patch_size", "drop_loc", "fuse_token")  # flags of main.py, but keyword arguments of a teacher
     kwargs = trained.get("model_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise UserError(
@@ -125,12 +125,12 @@ def _check_teacher_model(trained: Mapping[str, Any], options: TeacherOptions) ->
 
 
 class FrozenTeacher:
-    """Logits of a frozen model for the images that the student sees.
+    """A frozen model that computes logits [B, C] for the student's batches.
 
     Args:
-        model: takes images [B, 3, H, W] in its own normalization, gives logits [B, C].
-        normalization, student_normalization: (mean, std) per channel, of the model and of the batches.
-        size: (H, W) to which batches of another size are resized, bicubic like the views; None leaves them as they are.
+        model: maps images [B, 3, H, W] in its own normalization to logits [B, C].
+        normalization, student_normalization: per-channel (mean, std) of the model and of the batches.
+        size: (H, W) to resize batches to, bicubically like the views; None to leave them as they are.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class FrozenTeacher:
             torch.tensor(list(values), dtype=torch.float32, device=device).view(1, -1, 1, 1)
             for values in (*normalization, *student_normalization)
         )
-        # ((x · student_std + student_mean) - mean) / std as one multiplication and one addition
+        # ((x · student_std + student_mean) - mean) / std as one multiply and one add
         self.scale, self.shift = student_std / std, (student_mean - mean) / std
 
     @torch.no_grad()
@@ -161,44 +161,44 @@ class FrozenTeacher:
 
 
 def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device, for which nobody waits: of page-locked memory, if it is a GPU."""
+    """Copy to the device without a sync, on a GPU from pinned memory."""
     tensor = torch.from_numpy(values)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Labels:
-    """The arg-max class, two bytes a view: all that hard distillation asks for."""
+    """Codec of arg-max classes for hard distillation, two bytes per view."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.dtype = np.dtype([("label", "<u2")])
 
     def encode(self, logits: torch.Tensor) -> np.ndarray:
-        """logits [B, C] -> records [B]."""
+        """Convert logits [B, C] to records [B]."""
         rows = np.empty(len(logits), self.dtype)
         rows["label"] = logits.argmax(dim=1).cpu().numpy()
         return rows
 
     def decode(self, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-        """Records [B] -> [B, C] with a one at the class: logits with the same arg-max."""
+        """Convert records [B] to one-hot logits [B, C], which have the same arg-max."""
         labels = _sent(rows["label"].astype(np.int64), device)
         return F.one_hot(labels, self.num_classes).float()
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Which records, bool [B], were never written."""
+        """Return which records were never written, bool [B]."""
         return rows["label"] == 0xFFFF
 
     def impossible(self, rows: np.ndarray) -> np.ndarray:
-        """Which records, bool [B], `encode` never makes; missing ones are not among them."""
+        """Return which records `encode` can never produce, bool [B]; missing records are excluded."""
         return (rows["label"] >= self.num_classes) & ~self.missing(rows)
 
 
 class LogProbabilities:
-    """The k largest log-probabilities as float16; what is left of the mass is spread evenly over the other classes.
+    """Codec of the k largest log-probabilities in float16; the other classes share the remaining mass evenly.
 
     Args:
         num_classes: C.
-        topk: k; C stores all of them, in order and without their classes.
+        topk: k; with k = C, all are stored in class order, without class indices.
     """
 
     def __init__(self, num_classes: int, topk: int) -> None:
@@ -207,8 +207,8 @@ class LogProbabilities:
         self.dtype = np.dtype([*fields, ("values", "<f2", (self.topk,))])
 
     def encode(self, logits: torch.Tensor) -> np.ndarray:
-        """logits [B, C] -> records [B]."""
-        values = F.log_softmax(logits.float(), dim=1).clamp(min=-60000)  # float16 ends at -65504
+        """Convert logits [B, C] to records [B]."""
+        values = F.log_softmax(logits.float(), dim=1).clamp(min=-60000)  # the lowest float16 is -65504
         rows = np.empty(len(logits), self.dtype)
         if self.topk < self.num_classes:
             values, classes = values.topk(self.topk, dim=1)
@@ -217,7 +217,7 @@ class LogProbabilities:
         return rows
 
     def decode(self, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-        """Records [B] -> log-probabilities [B, C], which serve as logits at any temperature."""
+        """Convert records [B] to log-probabilities [B, C], which serve as logits at any temperature."""
         values = _sent(rows["values"].astype(np.float32), device)
         if self.topk == self.num_classes:
             return values
@@ -226,12 +226,12 @@ class LogProbabilities:
         return rest.log().repeat(1, self.num_classes).scatter(1, classes, values)
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Which records, bool [B], were not written to the end."""
+        """Return which records were not fully written, bool [B]."""
         unwritten = np.isnan(rows["values"]).any(axis=1)
         return unwritten | (rows["classes"] == 0xFFFF).any(axis=1) if "classes" in rows.dtype.names else unwritten
 
     def impossible(self, rows: np.ndarray) -> np.ndarray:
-        """Which records, bool [B], `encode` never makes; missing ones are not among them."""
+        """Return which records `encode` can never produce, bool [B]; missing records are excluded."""
         wrong = (rows["values"] > 0).any(axis=1) | (rows["values"] == -np.inf).any(axis=1)
         if "classes" in rows.dtype.names:
             wrong |= (rows["classes"] >= self.num_classes).any(axis=1)
@@ -242,11 +242,11 @@ class LogProbabilities:
 
 
 def _lock(path: Path, flags: int) -> TextIO:
-    """Open a file, made if there is none, and lock it until it is closed, if its file system has locks.
+    """Open a file, creating it if needed, and lock it until it is closed, if the file system supports locks.
 
     Raises:
-        BlockingIOError: with LOCK_NB, if another process holds it.
-        OSError: if it cannot be written, or is no regular file.
+        BlockingIOError: with LOCK_NB, if another process holds the lock.
+        OSError: if the file cannot be written, or is not a regular file.
     """
     if path.exists():
         regular_file(path)
@@ -261,11 +261,11 @@ def _lock(path: Path, flags: int) -> TextIO:
 
 
 class TeacherCache:
-    """Predictions by (epoch, position) for one rank, whose positions are rank, rank + world_size, ...
+    """Cache files of one rank: predictions by (epoch, position), for positions rank, rank + world_size, ...
 
     Args:
         codec: `Labels` or `LogProbabilities`.
-        num_positions: N, the views of an epoch over all ranks.
+        num_positions: N, views per epoch over all ranks.
         rank, world_size: this process among all.
     """
 
@@ -274,26 +274,26 @@ class TeacherCache:
     ) -> None:
         self.folder, self.codec = folder, codec
         self.num_positions, self.rank, self.world_size = num_positions, rank, world_size
-        self.epoch = -1  # the one that is open
-        self.files: dict[int, np.ndarray] = {}  # its records by the rank that wrote them
-        self.writers = world_size  # number of these ranks
-        self.left = 0  # views of this rank that are still missing
+        self.epoch = -1  # the open epoch
+        self.files: dict[int, np.ndarray] = {}  # records of the open epoch, by the rank that wrote them
+        self.writers = world_size  # number of ranks that wrote them
+        self.left = 0  # views of this rank without a prediction
         self.lock: Any = None
 
     @property
     def views_of_rank(self) -> int:
-        """How many views of an epoch are this rank's."""
+        """This rank's views per epoch."""
         return len(range(self.rank, self.num_positions, self.world_size))
 
     def is_whole(self, epoch: int) -> bool:
-        """Whether all ranks of some run have finished this epoch."""
+        """Return True if the files of all ranks (of this or another run) are finished for this epoch."""
         return bool(self._finished(epoch))
 
     def check_space(self, epochs: int) -> int:
-        """Bytes that this many more epochs take, over all ranks.
+        """Return the bytes that this many more epochs need, over all ranks.
 
         Raises:
-            UserError: if the disk has less.
+            UserError: if the disk has less free space.
         """
         needed = epochs * self.num_positions * self.codec.dtype.itemsize
         remedy = "lower --teacher-cache-topk, or set --augmentation-epochs"
@@ -301,7 +301,7 @@ class TeacherCache:
         return needed
 
     def _finished(self, epoch: int) -> list[Path]:
-        """The finished files of an epoch by rank, if there is one of each rank."""
+        """Return the finished files of an epoch in order of rank, or [] if those of a rank are missing."""
         found: dict[int, dict[int, Path]] = {}
         for path in sorted(self.folder.glob(f"epoch_{epoch:04d}_rank*of*.crc*.npy")):
             numbers = re.search(r"_rank(\d+)of(\d+)\.crc", path.name)
@@ -313,7 +313,7 @@ class TeacherCache:
         return [found[writers][rank] for rank in range(writers)]
 
     def open(self, epoch: int) -> None:
-        """Turn to an epoch: for reading if it is finished, else for adding to it.
+        """Switch to an epoch: for reading if it is finished, else for adding predictions.
 
         Raises:
             RunError: if a file is damaged, the disk is full, or another run is writing this epoch.
@@ -332,7 +332,7 @@ class TeacherCache:
         self.epoch = epoch
 
     def close(self) -> None:
-        """Let go of the open epoch."""
+        """Close the open epoch."""
         self.epoch, self.files, self.left = -1, {}, 0
         if self.lock is not None:
             self.lock.close()
@@ -360,15 +360,15 @@ class TeacherCache:
             raise RunError(f"{FLAG}: {path} is damaged ({said}); delete it and precompute its epoch again") from None
 
     def _resume(self, epoch: int) -> np.ndarray:
-        """This rank's unfinished file, made if there is none. Its lock is held as long as it is open."""
+        """Open this rank's unfinished file, creating it if needed; lock it while it is open."""
         path = self.folder / f"{self._stem(epoch)}.part.npy"
         try:
             self.lock = _lock(path.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists():
-                # Written out in full: a file with holes would end the process when the disk is full.
+                # Written in full: writing to a sparse memory-mapped file kills the process when the disk is full.
                 rows = np.empty(self.views_of_rank, self.codec.dtype)
                 rows.view(np.uint8)[:] = 0xFF
-                path.with_suffix(".new.npy").unlink(missing_ok=True)  # of a killed run
+                path.with_suffix(".new.npy").unlink(missing_ok=True)  # left by a killed run
                 np.save(path.with_suffix(".new.npy"), rows)
                 path.with_suffix(".new.npy").replace(path)
         except BlockingIOError:
@@ -382,13 +382,13 @@ class TeacherCache:
         return rows
 
     def next_missing(self) -> int:
-        """How many of this rank's views, in its order, come before the first that is missing in the open epoch."""
+        """Return how many of this rank's views precede the first one without a prediction in the open epoch."""
         if not self.left:
             return self.views_of_rank
         return int(self.codec.missing(self.files[self.rank]).argmax())
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """Records [B] at positions [B] of the open epoch."""
+        """Return the records [B] at positions [B] of the open epoch."""
         rows = np.empty(len(positions), self.codec.dtype)
         for writer in np.unique(positions % self.writers):
             chosen = positions % self.writers == writer
@@ -396,7 +396,7 @@ class TeacherCache:
         return rows
 
     def write(self, positions: np.ndarray, rows: np.ndarray) -> None:
-        """Add records [B] at this rank's positions [B]; the last one that is missing finishes the file."""
+        """Store records [B] at this rank's positions [B]; finish the file once no view is missing."""
         own, indices = self.files[self.rank], positions // self.world_size
         self.left -= int(self.codec.missing(own[indices]).sum())
         own[indices] = rows
@@ -411,9 +411,9 @@ class CachedTeacher:
     """Cached predictions; missing ones are computed by the live teacher and added.
 
     Args:
-        cache: the files.
-        epoch: returns the epoch whose views the batches are.
-        live: the teacher, or None if all predictions are there.
+        cache: the cache files.
+        epoch: returns the epoch of the current views.
+        live: the teacher, or None if no prediction is missing.
     """
 
     def __init__(
@@ -422,10 +422,10 @@ class CachedTeacher:
         self.cache, self.epoch, self.live = cache, epoch, live
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, C] with the arg-max (hard) or the probabilities (soft) of the teacher.
+        """Return logits [B, C] with the teacher's arg-max (hard) or probabilities (soft).
 
         Raises:
-            RunError: if a prediction is missing and there is no teacher, or it is NaN, or a file is damaged.
+            RunError: if a prediction is missing and there is no teacher, a prediction is NaN, or a file is damaged.
         """
         self.cache.open(self.epoch())
         positions, codec = batch.positions.numpy(), self.cache.codec
@@ -437,7 +437,7 @@ class CachedTeacher:
                 )
             logits = self.live(batch)
             rows = codec.encode(logits)
-            # In a file, NaN (of infinite logits as well) would look like a missing prediction.
+            # In a file, NaN (which infinite logits lead to as well) would look like a missing prediction.
             if logits.isnan().any() or codec.missing(rows).any():
                 raise RunError(f"the teacher's logits in epoch {self.epoch()} are not finite; try --amp off")
             self.cache.write(positions, rows)
@@ -448,11 +448,11 @@ class CachedTeacher:
 
 
 class ViewStream(Protocol):
-    """The training loader, as far as a cache depends on it."""
+    """The properties of a training loader that a cache depends on."""
 
     epoch: int
     num_positions: int  # views in an epoch, over all ranks
-    augmentation: Mapping[str, str]  # where views are made, and by which versions
+    augmentation: Mapping[str, str]  # where views are made, and by which package versions
 
 
 def build_cached_teacher(
@@ -463,10 +463,10 @@ def build_cached_teacher(
     student_normalization: Normalization,
     world: World,
 ) -> CachedTeacher:
-    """The cached predictions of these epochs; the model itself only if predictions are missing.
+    """Build the cached teacher for these epochs; load the live teacher only if predictions are missing.
 
     Raises:
-        UserError: if the disk is too small, or predictions are missing and there is no teacher.
+        UserError: if the disk is too small, or if predictions are missing and there is no teacher.
     """
     if num_classes >= 2**16:
         raise UserError(f"{FLAG}: holds classes below {2**16 - 1}, the data have {num_classes}; drop it")
@@ -497,11 +497,11 @@ def fingerprint(
     precision: torch.dtype | None,
     world: World,
 ) -> dict[str, Any]:
-    """All that shapes the views of a run and a teacher's predictions for them; None for what is not known here.
+    """Return everything that a run's views and the teacher's predictions depend on; None for unknown values.
 
     Args:
-        flags: those that shape them, by name.
-        teacher_hash: of the teacher's file, "timm" for timm's weights.
+        flags: the flags among it, by name.
+        teacher_hash: SHA-256 of the teacher's file, or "timm" for timm's weights.
     """
     flags = dict(flags)
     topk, batch_size = flags.pop("teacher_cache_topk"), flags.pop("batch_size")
@@ -510,7 +510,7 @@ def fingerprint(
         "views": views.num_positions,
         "labels": label_checksum,
         "normalization": student_normalization,
-        "batch_size": batch_size if mixes else 0,  # this and the next decide what is mixed with what
+        "batch_size": batch_size if mixes else 0,  # with Mixup, these two decide which images are mixed
         "processes": world.size if mixes else 0,
         "teacher_weights": teacher_hash,
         "precision": str(precision),
@@ -520,16 +520,16 @@ def fingerprint(
 
 
 def _shared_fingerprint(folder: Path, own: bytes) -> dict[str, Any]:
-    """What a cache's fingerprint says. Of many processes that find none, one stores its own for all.
+    """Return a cache's stored fingerprint; if there is none, store `own` (one of many processes does).
 
     Raises:
-        UserError: if it cannot be read or written, or is none.
+        UserError: if the file cannot be read or written, or is not a fingerprint.
     """
     path = folder / "fingerprint.json"
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            # `write_first` needs hard links, which some file systems lack; others lack locks.
+            # `write_first` needs hard links, a lock does not. A file system may lack either one.
             with _lock(folder / "fingerprint.lock", fcntl.LOCK_EX):
                 write_first(path, own)
         found = read_json(path)
@@ -547,26 +547,26 @@ def _shared_fingerprint(folder: Path, own: bytes) -> dict[str, Any]:
 def check_fingerprint(
     folder: Path, fingerprint: Mapping[str, Any], classes: Classes, allow_mismatch: bool = False
 ) -> None:
-    """Make sure that a cache belongs to these views and this teacher; a new cache stores the fingerprint.
+    """Check that a cache belongs to these views and this teacher; a new cache stores the fingerprint.
 
-    A value of None is not known, and not compared.
+    Values of None are unknown and not compared.
 
     Args:
-        classes: the data.
-        allow_mismatch: warn of class names that differ.
+        classes: class names of the data.
+        allow_mismatch: warn instead of raising if class names differ.
 
     Raises:
-        UserError: naming the fields that differ, or the first class whose name does.
+        UserError: naming the fields that differ, or the first class whose name differs.
     """
     content = {**fingerprint, "class_names": list(classes.class_names)}
     found = _shared_fingerprint(folder, (json.dumps(content, indent=1) + "\n").encode())
     known = {"class_names": found.pop("class_names", [])}
     compare_classes(known, {"train": classes}, f"{FLAG} {folder}", allow_mismatch)
-    ours = json.loads(json.dumps(fingerprint))  # tuples become lists, as they did in the file
+    ours = json.loads(json.dumps(fingerprint))  # converts tuples to lists, as in the file
     differing = [
         f"{name} ({reprlib.repr(found.get(name))} there, {reprlib.repr(ours.get(name))} here)"
         for name in {**found, **ours}
-        # flags that are newer than the cache are missing there: they had no effect
+        # Flags newer than the cache are missing there. They had no effect.
         if ours.get(name) is not None and (found.get(name) or None) != (ours.get(name) or None)
     ]
     if differing:
