@@ -1,4 +1,4 @@
-"""Every flag of a run: the parser, what each flag shapes, and the checks of how flags go together."""
+"""All flags of a run: the parser, what each flag affects, and checks of flags that depend on each other."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from augment import PADDING, SMALL_IMAGE
 from checkpoints import flags_of, read_checkpoint, split_address
 from utils import UserError, escaped, is_utf8, regular_file
 
-MOST_WORDS, MOST_RECIPES = 10_000, 100  # of a command line
+MOST_WORDS, MOST_RECIPES = 10_000, 100  # limits of a command line
 LONGEST_RECIPE = 2**16  # bytes
 
 
-# Flags that exclude each other: one that is typed replaces the other in a recipe.
+# Mutually exclusive flags: a typed flag replaces the other one in a recipe.
 ALTERNATIVES = (("--pretrained", "--finetune"), ("--teacher-pretrained", "--teacher-path"))
 EXAMPLES = """Train and evaluate data-efficient image transformers.
 
@@ -38,7 +38,7 @@ evaluate       python main.py --eval --resume output/best.pth
 
 
 class _Help(argparse.HelpFormatter):
-    """Keeps the lines of descriptions, and names the defaults that say something."""
+    """Help formatter that keeps line breaks in descriptions and shows defaults that are informative."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
@@ -52,7 +52,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, underscored spellings of every flag, and @recipes that have comments."""
+    """argparse with one-line errors, underscores as an alternative spelling of flags, and @recipes with comments."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
@@ -62,13 +62,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def _expanded(self, words: Sequence[str]) -> list[str]:
-        """The words, hyphenated; each `@file` is replaced by its own words, also within a recipe."""
+        """Hyphenate flags and replace each `@file` by the words in that file, recursively."""
         typed = {_hyphenated(word).partition("=")[0] for word in words}
         pairs = [*ALTERNATIVES, *((new, old) for old, new in ALTERNATIVES)]
         replaced = {old for old, new in pairs if new in typed and old not in typed}
         found: list[str] = []
         recipes = 0
-        pending = [(word, ()) for word in reversed(words)]  # with the recipes that each is in
+        pending = [(word, ()) for word in reversed(words)]  # (word, recipes that contain it)
         while pending:
             word, within = pending.pop()
             if not word.startswith("@"):
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
                 if not (within and flag in replaced):
                     found.append(word)
                 elif not equals and pending and not pending[-1][0].startswith("-"):
-                    pending.pop()  # its value
+                    pending.pop()  # the value of that flag
                 continue
             path, recipes = os.path.realpath(word[1:]), recipes + 1
             if path in within:
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _words_of(self, path: str) -> list[str]:
-        """The words of a recipe, line by line."""
+        """Return the words of a recipe, line by line."""
         words: list[str] = []
         try:
             if regular_file(path).stat().st_size > LONGEST_RECIPE:
@@ -115,13 +115,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _hyphenated(word: str) -> str:
-    """`--data_path=a_b` -> `--data-path=a_b`."""
+    """Spell a flag with hyphens: `--data_path=a_b` -> `--data-path=a_b`."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
 
 
 def in_range(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a number from `low` (itself excluded if `open_low`) to `high`."""
+    """Return an argparse type for numbers from `low` (excluded if `open_low`) to `high`."""
 
     def parse(text: str) -> Any:
         try:
@@ -141,22 +141,22 @@ def in_range(kind: type, low: float, high: float = float("inf"), open_low: bool 
 
 
 def path_name(text: str) -> str:
-    """An argparse type: a path that can be looked for, with a name of ours below it; or an address."""
+    """Check a path argument (an argparse type): it can be looked up, and file names fit below it. URLs pass."""
     try:
         if "://" not in text:
             os.stat(os.path.join(text, "x" * 64))
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except OSError as error:  # too long, a loop of links, a folder that may not be entered
+    except OSError as error:  # too long, a loop of links, a folder without permission
         raise argparse.ArgumentTypeError(f"{text[:80]}: {error.strerror}; name another path") from None
     return text
 
 
 class _ModelKwargs(argparse.Action):
-    """`embed_dim=96 depth=6` -> {"embed_dim": 96, "depth": 6}; values are Python literals, never evaluated, or text."""
+    """Parser of `embed_dim=96 depth=6` into {"embed_dim": 96, "depth": 6}; values are Python literals or text."""
 
     TAKEN = frozenset(("name", "flag", "input_size", "num_classes", "pretrained", "checkpoint_path"))
-    LONGEST = 2000  # characters of a value
+    LONGEST = 2000  # maximum characters of a value
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         wrong = next((value for value in values if "=" not in value), None)
@@ -169,7 +169,7 @@ class _ModelKwargs(argparse.Action):
         setattr(namespace, self.dest, found)
 
     def _literal(self, key: str, text: str) -> Any:
-        if len(text) > self.LONGEST:  # on much longer ones, Python's parser has ended the process
+        if len(text) > self.LONGEST:  # Python's parser has crashed on much longer values
             raise argparse.ArgumentError(self, f"the value of {key[:80]!r} is longer than {self.LONGEST} characters")
         try:
             return ast.literal_eval(text)
@@ -183,28 +183,28 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# What each flag shapes. A flag may stand in several rows; tests/test_flags.py checks that each stands in at least one.
+# What each flag affects. A flag may be in several rows; tests/test_flags.py checks that each is in at least one.
 SHAPES = {
-    # the function that a checkpoint's weights compute
+    # the function that the model computes with a checkpoint's weights
     "model": _names("model patch_size model_kwargs drop_loc fuse_token"),
-    # likewise, but may be changed on purpose when it is evaluated
+    # likewise, but an evaluation may change them on purpose
     "adjustable": _names("input_size base_keep_rate"),
     # which tokens an EViT drops, and when
     "tokens": _names("base_keep_rate drop_loc fuse_token shrink_start_epoch shrink_epochs"),
-    # the images and classes that a checkpoint is evaluated on
+    # the evaluation data
     "evaluation": _names("""
         data_set data_path inat_category inat_numbering train_split val_split val_fraction upright image_column
         label_column num_classes eval_crop_ratio
     """),
-    # the training views; the batch size only with Mixup
+    # the training views; the batch size with Mixup only
     "views": _names("""
         data_set image_column train_fraction val_fraction upright class_balanced seed input_size repeated_aug hflip
         color_jitter aa src train_interpolation
         reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode batch_size
     """),
-    # a teacher's predictions for these views, as they are cached
+    # the teacher's predictions for these views, as they are cached
     "teacher": _names("distillation_type teacher_model teacher_model_kwargs teacher_input_size teacher_cache_topk"),
-    # the updates: loss, optimizer, schedules, and what is trained
+    # the updates: loss, optimizer, schedules, trained parameters
     "updates": _names("""
         batch_size accum_steps epochs opt opt_eps opt_betas momentum weight_decay clip_grad lr lr_scaling
         sched sched_on_epochs warmup_epochs warmup_lr min_lr decay_epochs decay_milestones decay_rate poly_power
@@ -213,14 +213,14 @@ SHAPES = {
         model_ema_decay model_ema_warmup model_ema_force_cpu augmentation_epochs skip_broken_images
         max_skipped_steps compile compile_augment deterministic train_mode
     """),
-    # nothing that a resumed run would not check by itself: free to change on resume
+    # free to change on resume (a resumed run checks by itself what matters)
     "nothing": _names("""
         output_dir overwrite resume finetune pretrained head_init_scale early_stop dry_run log_wandb eval
         eval_interval log_interval num_workers pin_mem device amp augment checkpoint_minutes data_path ram_cache
         teacher_cache teacher_path teacher_pretrained precompute_batch_size precompute_teacher precompute_epochs
         allow_class_mismatch stop_timeout start_epoch nb_classes
     """),
-    # accepted so that original command lines work, without effect; or refused, with the tool that does it
+    # from original command lines: no effect, or an error that names the tool to use
     "original": _names("""
         dist_eval distributed world_size dist_url local_rank cooldown_epochs patience_epochs resplit n_visualization
         test_speed only_test_speed visualize_mask
@@ -228,7 +228,7 @@ SHAPES = {
 }
 FREE_ON_RESUME = {*SHAPES["nothing"], *SHAPES["original"]}
 TRAINED = (*SHAPES["model"], *SHAPES["adjustable"], *SHAPES["evaluation"])  # what an evaluation takes from a checkpoint
-# With these, every training image has one view, that of the evaluation, and one forward pass.
+# With these values, each training image needs one forward pass, on its evaluation view.
 ONE_VIEW = {
     "aa": "none",
     "color_jitter": 0,
@@ -244,7 +244,7 @@ ONE_VIEW = {
     "drop_path": 0,
 }
 
-# timm's schedules that can follow updates, each with those of its flags that act in it
+# timm schedules that can step per update, and the flags that affect each
 SCHEDULES = {
     "cosine": ("min_lr",),
     "step": ("decay_epochs", "decay_rate"),
@@ -285,7 +285,7 @@ def _optimizer_has(option: str) -> Callable[[argparse.Namespace], bool]:
     return has
 
 
-# Flags of a training run that act in some runs only: whether they do, and what it takes.
+# Flags that have an effect in some runs only: (flags, condition, what they need).
 ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("mixup_prob mixup_mode", lambda args: args.mixup > 0 or _cuts(args), "--mixup or --cutmix"),
     ("mixup_switch_prob", lambda args: args.mixup > 0 and _cuts(args), "both --mixup and --cutmix"),
@@ -314,10 +314,10 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("distillation_tau distillation_scale teacher_cache_topk", _distills("soft"), "--distillation-type soft"),
 ]
 
-# Flags of one number, or height and width.
+# Flags that take one number, or height and width.
 _SIZES = ("input_size", "teacher_input_size")
 
-# Arguments of timm's models that fetch or read files.
+# Arguments of timm models that download or read files.
 _FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 _COUNT, _NATURAL = in_range(int, 1), in_range(int, 0)
@@ -412,12 +412,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _layers(text: str) -> list[int]:
-    """`3,6,9` or `(3, 6, 9)` -> [3, 6, 9]."""
+    """Parse `3,6,9` or `(3, 6, 9)` into [3, 6, 9]."""
     return [_NATURAL(layer) for layer in text.strip("()[] ").split(",") if layer.strip()]
 
 
 def keep_rates(text: str) -> float | list[float]:
-    """`0.7` -> 0.7, `0.7,0.7,0.5` -> [0.7, 0.7, 0.5]."""
+    """Parse `0.7` into 0.7, and `0.7,0.7,0.5` into [0.7, 0.7, 0.5]."""
     rates = [_SHARE(rate) for rate in text.strip("()[] ").split(",") if rate.strip()]
     return rates[0] if len(rates) == 1 else rates
 
@@ -438,7 +438,7 @@ def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `datasets.DataOptions`, and --eval-crop-ratio."""
+    """Add the flags of `datasets.DataOptions`, and --eval-crop-ratio."""
     add = parser.add_argument_group("data").add_argument
     add("--data-set", default="IMNET", help=datasets.KNOWN_NAMES)
     add("--data-path", type=path_name, help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
@@ -516,8 +516,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _schedule(text: str) -> str:
-    """An argparse type: a name in `SCHEDULES`."""
-    if text == "plateau":  # the original implementation gives it no metric, so it fails after the first epoch
+    """Check that a name is in `SCHEDULES` (an argparse type)."""
+    if text == "plateau":  # the original implementation fails after the first epoch, because it passes no metric
         raise argparse.ArgumentTypeError("plateau follows a metric; use --sched step, or --early-stop N to end a run")
     if text not in SCHEDULES:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is unknown; use one of {', '.join(SCHEDULES)}")
@@ -597,9 +597,9 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only command lines of the original implementations have; `_check_original` refuses some of it."""
+    """Add flags that exist for original command lines only; `_check_original` refuses some of them."""
     add = parser.add_argument_group("flags of the original command lines").add_argument
-    same = {"default": argparse.SUPPRESS}  # the default is that of the flag itself
+    same = {"default": argparse.SUPPRESS}  # keep the default of the flag itself
     add("--batch", dest="batch_size", type=_COUNT, **same, help="same as --batch-size")
     add("--dr", dest="decay_rate", type=_POSITIVE, **same, help="same as --decay-rate")
     add("--eval-gap", dest="eval_interval", type=_COUNT, **same, help="same as --eval-interval")
@@ -617,7 +617,7 @@ def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _epoch_range(text: str) -> range:
-    """`0:30` -> range(0, 30)."""
+    """Parse `0:30` into range(0, 30)."""
     first, _, end = text.partition(":")
     epochs = range(_NATURAL(first), _NATURAL(end))
     if not epochs:
@@ -626,7 +626,7 @@ def _epoch_range(text: str) -> range:
 
 
 def get_parser(**options: Any) -> Parser:
-    """The flags of a run; `options` go to `argparse.ArgumentParser`."""
+    """Build the parser of a run's flags; `options` go to `argparse.ArgumentParser`."""
     options = {"prog": "main.py", "usage": "%(prog)s [@RECIPE] [flags]", "description": EXAMPLES} | options
     parser = Parser(**options)
     _add_run_arguments(parser)
@@ -641,7 +641,7 @@ def get_parser(**options: Any) -> Parser:
 
 
 def spelled(name: str) -> str:
-    """`drop_path` -> `--drop-path`."""
+    """Spell a name as a flag: `drop_path` -> `--drop-path`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -649,9 +649,9 @@ Options = TypeVar("Options")
 
 
 def fill(kind: type[Options], args: argparse.Namespace) -> Options:
-    """An option dataclass, whose fields are names of flags, with their values.
+    """Fill an options dataclass, whose fields are named like flags, with the values of the flags.
 
-    One number for a size stands for a square: `--input-size 224` becomes (224, 224).
+    A size of one number means a square: `--input-size 224` becomes (224, 224).
     """
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
     for name in _SIZES:
@@ -661,17 +661,17 @@ def fill(kind: type[Options], args: argparse.Namespace) -> Options:
 
 
 def shaping(args: argparse.Namespace, *rows: str) -> dict[str, Any]:
-    """The flags of these rows of `SHAPES`, by name."""
+    """Return the flags in these rows of `SHAPES`, by name."""
     return {name: getattr(args, name) for row in rows for name in SHAPES[row]}
 
 
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of a run; by default those of this process."""
+    """Parse the flags of a run; by default those of this process."""
     return get_parser().parse_args(words)
 
 
 def parse_command(words: Sequence[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
-    """`parse_args`; with `--eval --resume FILE`, model and data are those of FILE, unless `words` say otherwise.
+    """Parse flags; with `--eval --resume FILE`, take model and data from FILE unless `words` set them.
 
     Raises:
         UserError: if the file cannot be read, or a flag contradicts it.
@@ -686,10 +686,10 @@ def parse_command(words: Sequence[str] | None = None, parser: Parser | None = No
 def parse_trained(
     parser: Parser, words: Sequence[str] | None, checkpoint: Mapping[str, Any], path: str
 ) -> argparse.Namespace:
-    """Flags in which model and data are those of a checkpoint, unless `words` say otherwise.
+    """Parse flags, taking model and data from a checkpoint unless `words` set them.
 
     Raises:
-        UserError: if `words` contradict what the checkpoint says of its model, or it names a model to be fetched.
+        UserError: if `words` contradict the checkpoint's model, or if the checkpoint names a model to download.
     """
     unset = object()
     given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))))
@@ -697,7 +697,7 @@ def parse_trained(
     saved = {name: value for name, value in flags_of(checkpoint).items() if value is not None}
     _refuse_to_fetch(saved, given, path)
     kept = TRAINED
-    if given.get("data_set", saved.get("data_set")) != saved.get("data_set"):  # other data: all that is said of them
+    if given.get("data_set", saved.get("data_set")) != saved.get("data_set"):  # other data: drop all flags of the old
         kept = [name for name in kept if name not in SHAPES["evaluation"] or name == "eval_crop_ratio"]
     as_words = [word for name in kept if name in saved for word in _words(name, saved[name], path)]
     trained = parser.parse_args(as_words)
@@ -708,7 +708,7 @@ def parse_trained(
 
 
 def _refuse_to_fetch(saved: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint that chooses what is downloaded, or for `wds/` a command that is run: that is the user's."""
+    """Refuse a checkpoint that chooses what is downloaded or, with `wds/`, which command runs; the user must do so."""
     data_set = str(saved.get("data_set"))
     if data_set.startswith(datasets.SCHEMES) and not data_set.startswith("torch/") and "data_set" not in given:
         raise UserError(
@@ -724,7 +724,7 @@ def _refuse_to_fetch(saved: Mapping[str, Any], given: Mapping[str, Any], path: s
 
 
 def _words(name: str, value: Any, path: str) -> list[str]:
-    """How a user gives a flag the value that it has in a checkpoint."""
+    """Format a flag with its value in a checkpoint as command-line words."""
     if isinstance(value, bool):
         return [spelled(name) if value else f"--no-{spelled(name)[2:]}"]
     if isinstance(value, Mapping):
@@ -736,18 +736,18 @@ def _words(name: str, value: Any, path: str) -> list[str]:
         raise UserError(f"--resume {path}: its --model-kwargs are a {type(value).__name__}; give another file")
     if name == "model" and (":" in str(value) or "/" in str(value)):
         raise UserError(f"--resume {path}: names a model to fetch ({value}), which a checkpoint may not choose")
-    if name in _SIZES:  # one number in the original implementation's checkpoints
-        sizes = value[-2:] if isinstance(value, (list, tuple)) else [value]  # in timm, channels come first
+    if name in _SIZES:  # one number in checkpoints of the original implementation
+        sizes = value[-2:] if isinstance(value, (list, tuple)) else [value]  # (C, H, W) in timm
         return [spelled(name), *(str(size) for size in sizes if isinstance(size, int))]
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return [f"{spelled(name)}={text}"]
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other.
+    """Check that flags do not contradict each other.
 
     Raises:
-        UserError
+        UserError: naming the first contradiction.
     """
     _check_original(args)
     automatic = args.resume == "auto"
@@ -759,7 +759,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if not is_utf8(args.output_dir):
         raise UserError(f"--output-dir {args.output_dir}: is not UTF-8, which TensorBoard needs; name another folder")
     starts = [flag for flag in ("resume", "finetune", "pretrained") if getattr(args, flag)]
-    if automatic:  # the other weights are for a run that has nothing to resume yet
+    if automatic:  # other weights may be given for a run that has nothing to resume yet
         starts.remove("resume")
     if len(starts) > 1:
         raise UserError(f"--{starts[0]} and --{starts[1]} both say where the weights come from; pass one of them")
@@ -800,7 +800,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that do not fit together, and too many of them."""
+    """Refuse numbers that do not fit together or are too many."""
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
         raise UserError(
@@ -814,7 +814,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _check_sizes(args: argparse.Namespace) -> None:
-    """Refuse image sizes and crops that do not go together."""
+    """Refuse image sizes and crops that do not fit together."""
     for name in _SIZES:
         size = getattr(args, name) or ()
         if len(size) > 2:
@@ -827,7 +827,7 @@ def _check_sizes(args: argparse.Namespace) -> None:
 
 
 def _check_original(args: argparse.Namespace) -> None:
-    """Refuse, before anything is read or submitted, what a tool does, and addresses without a hash."""
+    """Refuse flags that a tool replaces, and URLs without a hash, before anything is read or submitted."""
     values, defaults = vars(args), vars(parse_args([]))
     if args.test_speed or args.only_test_speed:
         tool = ["speed_test", "--models", args.model, "--input-size", str(args.input_size[0])]
@@ -848,7 +848,7 @@ def _refuse_for_a_tool(flag: str, words: Sequence[str]) -> NoReturn:
 
 
 def without_effect(args: argparse.Namespace) -> list[str]:
-    """The flags that a training run does not use though they differ from their defaults, each in a sentence."""
+    """Return a sentence for each flag that was changed from its default but has no effect in a training run."""
     defaults = parse_args([])
     return [
         f"{spelled(name)} has no effect: it needs {needed}"
@@ -859,7 +859,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
 
 
 def _check_features(args: argparse.Namespace) -> None:
-    """`--cache-features` leaves no room for what changes the images or the frozen part."""
+    """Refuse flags that change images or frozen parts of the model together with `--cache-features`."""
     if args.train_scope != "head" or args.distillation_type != "none":
         raise UserError(
             "--cache-features: needs --train-scope head and no distillation; change those flags, or drop it"
@@ -870,7 +870,7 @@ def _check_features(args: argparse.Namespace) -> None:
 
 
 def _turned_off(name: str, value: Any) -> str:
-    """How the user gives a flag the value that turns it off."""
+    """Format the flag with the value that turns it off."""
     if value is None:
         return f"no {spelled(name)}"
     return f"--no-{spelled(name)[2:]}" if value is False else f"{spelled(name)} {value}"

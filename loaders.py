@@ -1,6 +1,6 @@
-"""From a source to batches on the device: data-loader workers, views on the host or on the device, Mixup.
+"""Loaders: from a source to batches on the device, with workers, views on the host or the device, and Mixup.
 
-`KeyedImages` seeds every generator from the sample's key before it touches the sample: a view depends on nothing else.
+`KeyedImages` seeds all generators with the sample's key before it reads the sample, so a view depends on its key only.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ from sources import (
 )
 from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, logger
 
-MOST_PADDING = 4  # area of the padded buffer, relative to that of the mean image
-MOST_WORKERS = 10  # by default, of those that only read stored images
-MOST_SOCKET_NAME = 107 if sys.platform == "linux" else 103  # characters, of an AF_UNIX socket
+MOST_PADDING = 4  # maximum area of the padded buffer, relative to the mean image area
+MOST_WORKERS = 10  # default maximum of workers that only read stored images
+MOST_SOCKET_NAME = 107 if sys.platform == "linux" else 103  # length limit of an AF_UNIX socket name
 
-View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module  # on the host, or for batches on the device
+View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module  # on the host, or a module for batches on the device
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are made. The fields are flags of main.py."""
+    """Options of the loaders. The fields are flags of main.py."""
 
     batch_size: int = 64  # images per process and forward pass
     accum_steps: int = 1  # forward passes per update
-    repeated_aug: bool = True  # three views of each of a third of the images per epoch
-    class_balanced: bool = False  # draw equally many images of each class
-    num_workers: int | None = None  # data-loader workers per rank; None: its CPUs, see `num_workers`
-    pin_mem: bool = True  # page-locked batches on CUDA
+    repeated_aug: bool = True  # each epoch draws a third of the images, with three views each
+    class_balanced: bool = False  # draw all classes equally often
+    num_workers: int | None = None  # data-loader workers per rank; None: number of its CPUs, see `num_workers`
+    pin_mem: bool = True  # pinned memory on CUDA
     seed: int = 0
-    cosub: bool = False  # each batch holds its images twice
+    cosub: bool = False  # a batch holds each of its images twice
     augment: str = "auto"  # where views are made: "host", "device" or "auto"
     compile_augment: bool = True  # compile the augmentation on a GPU
 
 
 @dataclass(frozen=True)
 class MixupOptions:
-    """Mixup and CutMix. The fields are flags of main.py; see `timm.data.Mixup`."""
+    """Options of Mixup and CutMix. The fields are flags of main.py; see `timm.data.Mixup`."""
 
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -80,7 +80,7 @@ class MixupOptions:
 
 
 class KeyedImages(Dataset):
-    """Views of a source's images; takes the `(index, position, key)` of `KeyedSampler`."""
+    """Data set of a source's views, indexed by the `(index, position, key)` of `KeyedSampler`."""
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self.source, self.transform = source, transform
@@ -96,13 +96,13 @@ class KeyedImages(Dataset):
 
 
 class PaddedImages(Dataset):
-    """Batches of stored images, each at the top left of a buffer that has the size of the largest.
+    """Data set of batches of stored images, each at the top left of a buffer of the largest image's size.
 
-    Takes lists of the `(index, position, key)` of `KeyedSampler`.
+    It is indexed by lists of the `(index, position, key)` of `KeyedSampler`.
     """
 
     def __init__(self, source: Source) -> None:
-        """Args: source: images in memory or packed, whose `shapes` are known."""
+        """Args: source: images in memory or packed, which have `shapes`."""
         self.source, self.size = source, padded_size(source)
 
     def __len__(self) -> int:
@@ -121,15 +121,15 @@ class PaddedImages(Dataset):
 
 
 def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
-    """Zeros of uint8; in a data-loader worker in shared memory, through which they go without another copy."""
+    """Allocate zeros of uint8; in a data-loader worker in shared memory, to send them without another copy."""
     if get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's collate does; the system clears it
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's collate does; new shared memory is zero
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class DeviceImages(Dataset):
-    """`PaddedImages` that live on the device: a batch is selected there."""
+    """`PaddedImages` kept on the device, where batches are selected."""
 
     def __init__(self, images: PaddedImages, device: torch.device) -> None:
         batch = images.__getitems__([(index, index, 0) for index in range(len(images))])
@@ -147,18 +147,18 @@ class DeviceImages(Dataset):
 
 
 def _positions_and_keys(samples: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    _, positions, keys = zip(*samples, strict=True)  # lists become arrays faster than tensors
+    _, positions, keys = zip(*samples, strict=True)  # faster than from lists to tensors
     return torch.from_numpy(np.array(positions)), torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
 
 
 def padded_size(source: Source) -> tuple[int, int]:
-    """Height and width that hold every image of a source in memory or packed."""
+    """Return the (height, width) that holds every image of a source in memory or packed."""
     height, width = source.images.shapes[source.order, :2].max(axis=0).tolist()
     return height, width
 
 
 def can_pad(source: Data) -> bool:
-    """Whether images can be augmented on the device: in memory or packed, and of similar sizes."""
+    """Return True if images can be augmented on the device: in memory or packed, and of similar sizes."""
     if not isinstance(source, Source) or not hasattr(source.images, "shapes"):
         return False
     areas = source.images.shapes[source.order, :2].prod(axis=1)
@@ -166,14 +166,14 @@ def can_pad(source: Data) -> bool:
 
 
 def augments_on_device(source: Data, where: str, views: ViewOptions, device: torch.device) -> bool:
-    """Decide whether this source's images become views in batches on the device.
+    """Decide whether this source's images are augmented in batches on the device.
 
     Args:
-        where: `--augment`: "auto", "host" or "device"; "auto" is the device if it is a GPU and supports it all.
-        views: `--aa` and `--src`.
+        where: `--augment`: "auto", "host" or "device"; "auto" uses a GPU if it supports all of the augmentation.
+        views: for `--aa` and `--src`.
 
     Raises:
-        UserError: if "device" is not possible.
+        UserError: if "device" is impossible.
     """
     if where == "auto":
         return device.type == "cuda" and can_pad(source) and is_supported(views.aa, views.src)
@@ -190,13 +190,13 @@ def augments_on_device(source: Data, where: str, views: ViewOptions, device: tor
 
 @dataclass
 class DeviceLoader:
-    """Batches on the device: copied once, and made into views there if `view` is a module.
+    """Loader of batches on the device, which also makes the views there if `view` is a module.
 
     Attributes:
         loader: this rank's batches on the host.
-        device: where the batches go.
-        view: called with a batch's images, sizes and keys; None if the workers have made the views.
-        num_images: images of all ranks, each once; 0 if a stream does not say.
+        device: device of the batches.
+        view: called with a batch's images, sizes and keys; None if the workers make the views.
+        num_images: number of images over all ranks; 0 if a stream does not state it.
     """
 
     loader: DataLoader
@@ -215,9 +215,9 @@ class DeviceLoader:
 
     @property
     def augmentation(self) -> dict[str, str]:
-        """Where views are made, and the versions of the packages that make them.
+        """Where views are made ("host", "device" or "device, compiled"), and the package versions that matter.
 
-        "host", "device", or "device, compiled" (compiled views differ in rounding).
+        Compiled views differ in rounding.
         """
         if self.view is None:
             where, code = "host", ("timm", "torchvision", "pillow")
@@ -228,29 +228,29 @@ class DeviceLoader:
         return {"where": where} | {name: version(name) for name in code}
 
     def close(self) -> None:
-        """End the workers, which may ignore SIGTERM."""
+        """End the workers, even those that are stuck or ignore SIGTERM."""
         processes = getattr(self.loader, "_iterator", None)  # of a DataLoader with persistent workers
         if processes is not None:
             processes._shutdown_workers()
             for worker in processes._workers:
-                worker.kill()  # one that is stuck
+                worker.kill()  # even if stuck
             self.loader._iterator = None
 
 
 @dataclass(kw_only=True)
 class EpochLoader(DeviceLoader):
-    """Training batches, mixed, of one epoch after the other; `set_epoch` must precede each iteration.
+    """Loader of training batches with Mixup; call `set_epoch` before each iteration.
 
     Attributes:
-        counter: yields this epoch's samples.
+        counter: the sampler or stream that yields an epoch's samples.
         num_batches: batches per epoch and rank.
-        images_per_batch: images in one batch over all ranks.
-        updates_per_epoch: optimizer updates in an epoch.
+        images_per_batch: images per batch over all ranks.
+        updates_per_epoch: optimizer updates per epoch.
         mixup_fn: timm's Mixup, or None.
         cosub: a batch holds its images twice, once for each submodel of `losses.CosubLoss`, and its targets once.
-        seed, rank: seed Mixup, with the epoch and the step.
-        broken: unreadable images so far, or None if none are tolerated.
-        epoch, first_step: the epoch to iterate over, and the step to begin with.
+        seed, rank: seed Mixup, together with the epoch and the step.
+        broken: unreadable images found so far, or None if none are tolerated.
+        epoch, first_step: the epoch to iterate over, and its first step.
     """
 
     counter: KeyedSampler | StreamingImages | None
@@ -267,21 +267,21 @@ class EpochLoader(DeviceLoader):
 
     @property
     def images_per_update(self) -> int:
-        """Images in an optimizer update, over all ranks."""
+        """Images per optimizer update over all ranks."""
         return self.images_per_batch * self.num_batches // self.updates_per_epoch
 
     @property
     def num_positions(self) -> int:
-        """Views in an epoch, over all ranks."""
+        """Views per epoch over all ranks."""
         return self.images_per_batch * self.num_batches
 
     @property
     def is_stream(self) -> bool:
-        """Whether the samples have no index."""
+        """True if samples have no index."""
         return isinstance(self.counter, StreamingImages)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Turn to an epoch, without reading the batches before `first_step` (which a stream cannot skip)."""
+        """Select an epoch; skip the batches before `first_step` without reading them (impossible for a stream)."""
         self.epoch, self.first_step = epoch, first_step
         if self.is_stream:
             self.counter.set_epoch(epoch)
@@ -317,10 +317,10 @@ def build_train_loader(
     options: LoaderOptions,
     world: World,
 ) -> EpochLoader:
-    """Batches of augmented views, [batch_size, 3, H, W] on each rank, in whole optimizer updates.
+    """Build the loader of augmented views, [batch_size, 3, H, W] per rank, in whole optimizer updates.
 
     Raises:
-        UserError: if the data do not fill one update, or cannot be augmented where `options` say.
+        UserError: if the data are too few for one update, or `options` ask for an impossible augmentation.
     """
     view: View
     if augments_on_device(source, options.augment, views, world.device):
@@ -334,10 +334,10 @@ def build_train_loader(
 def build_epoch_loader(
     source: Data, view: View, mixup: MixupOptions, options: LoaderOptions, world: World
 ) -> EpochLoader:
-    """Batches of any views, in whole optimizer updates.
+    """Build a loader of any views, in whole optimizer updates.
 
     Raises:
-        UserError: if the data do not fill one update, or a batch cannot be mixed.
+        UserError: if the data are too few for one update, or a batch cannot be mixed.
     """
     per_update = options.batch_size * options.accum_steps * world.size
     if len(source) < per_update:
@@ -392,10 +392,10 @@ def build_val_loader(
     options: LoaderOptions,
     world: World,
 ) -> DeviceLoader:
-    """Each image exactly once over all ranks: ranks may differ by one image, nothing is padded.
+    """Build the loader of the validation images: each exactly once over all ranks, without padding.
 
     Raises:
-        UserError: if the data cannot be augmented where `options` say.
+        UserError: if `options` ask for an impossible augmentation.
     """
     view: View
     if augments_on_device(source, options.augment, views, world.device):
@@ -420,9 +420,9 @@ def feature_source(
     world: World,
     autocast: contextlib.AbstractContextManager,
 ) -> Source:
-    """The inputs of the classification layer, as a source of [D] vectors. The images have their evaluation views.
+    """Compute the inputs of the classification layer for the evaluation view of each image, as a source of [D] vectors.
 
-    Every process computes them all.
+    Every process computes all of them.
 
     Raises:
         UserError: if the data are a stream.
@@ -444,10 +444,10 @@ def feature_source(
 
 
 def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Module | None:
-    """The view's module on its device, or None if the workers make the views."""
+    """Move the view's module to its device and compile it; None if the workers make the views."""
     if not isinstance(view, torch.nn.Module):
         return None
-    # A CPU is faster without compilation: it skips what a sample does not need.
+    # A CPU is faster without compilation, because eager code skips operations that no sample needs.
     if options.compile_augment and world.device.type == "cuda":
         if _can_compile():
             view.compile()
@@ -457,25 +457,25 @@ def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Mod
 
 
 def _can_compile() -> bool:
-    """Whether this machine has what torch.compile needs for a GPU."""
+    """Return True if this machine has what torch.compile needs for a GPU."""
     has_compiler = bool(os.environ.get("CC")) or any(map(shutil.which, ("cc", "gcc", "clang")))
     return has_compiler and importlib.util.find_spec("triton") is not None
 
 
 def _view_loader(source: Source, view: View, sampler: KeyedSampler, options: LoaderOptions, world: World) -> DataLoader:
-    """Views, or stored images if `view` makes the views on the device."""
+    """Build the host loader of views or, if `view` works on the device, of stored images."""
     on_device = isinstance(view, torch.nn.Module)
     workers = num_workers(options, world, on_device)
     if not on_device:
         return _host_loader(KeyedImages(source, view), sampler, workers, options, world)
     images = PaddedImages(source)
-    if isinstance(source.images, MemoryImages):  # nothing to read, nothing to copy: no workers
+    if isinstance(source.images, MemoryImages):  # nothing to read or copy, so no workers
         return _host_loader(DeviceImages(images, world.device), sampler, 0, options, world, pin=False)
     return _host_loader(images, sampler, workers, options, world)
 
 
 def _stream_loader(source: StreamingImages, view: View, options: LoaderOptions, world: World) -> DataLoader:
-    """A stream's views: timm deals its shards out among ranks and workers."""
+    """Build the host loader of a stream; timm distributes its shards over ranks and workers."""
     source.transform, source.seed, source.rank, source.world_size = view, options.seed, world.rank, world.size
     reader = source.dataset.reader
     reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
@@ -488,14 +488,14 @@ def _stream_loader(source: StreamingImages, view: View, options: LoaderOptions, 
 
 
 def num_workers(options: LoaderOptions, world: World, on_device: bool = False) -> int:
-    """Data-loader workers of this rank; `on_device` says that they only read what becomes views on the device."""
+    """Return the number of workers of this rank; with `on_device` they only read stored images."""
     cpus = max(1, available_cpus() // world.local_size)
     default = min(MOST_WORKERS, cpus) if on_device else cpus
     return default if options.num_workers is None else options.num_workers
 
 
 def _workers_with_shards(reader: Any, workers: int, world: World) -> int:
-    """No more workers than WebDataset has shards for: one without a shard would end the epoch early."""
+    """Limit workers to the number of WebDataset shards; a worker without a shard would end the epoch early."""
     if not isinstance(reader, ReaderWds):
         return workers
     shards = len(reader.split_info.filenames)
@@ -508,10 +508,10 @@ def _workers_with_shards(reader: Any, workers: int, world: World) -> int:
 
 
 def _check_temporary_folder() -> None:
-    """Make sure that workers can hand batches over: through sockets in the folder of temporary files.
+    """Check that workers can send batches through sockets in the temporary folder.
 
     Raises:
-        UserError: if its name is too long for a socket's. The workers would fail, and the main process wait for them.
+        UserError: if the folder's name is too long. Workers would fail, and the main process would wait forever.
     """
     folder = tempfile.gettempdir()
     room = MOST_SOCKET_NAME - len("/pymp-12345678/listener-12345678")
@@ -548,7 +548,7 @@ def _host_loader(
 
 
 def collate(samples: list[Batch] | Batch) -> Batch:
-    """A batch of single samples; one that was read as a whole stays as it is."""
+    """Collate single samples; return a batch that was read as a whole unchanged."""
     if isinstance(samples, Batch):
         return samples
     fields = zip(Batch._fields, zip(*samples, strict=True), strict=True)
@@ -556,9 +556,9 @@ def collate(samples: list[Batch] | Batch) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """All but the positions; what is there already is not copied."""
+    """Copy a batch to the device, except for its positions, which stay on the CPU."""
     moved = {
-        name: value.to(device, non_blocking=device.type == "cuda")  # a copy to the host would not have arrived
+        name: value.to(device, non_blocking=device.type == "cuda")  # copies to the host need a sync
         for name, value in batch._asdict().items()
         if value is not None and name != "positions"
     }
@@ -567,15 +567,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @functools.cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of copies to a GPU: the allocator keeps the memory of each stream apart, also of a dead one."""
+    """Return the one copy stream of a GPU; each new stream would keep memory of its own, even after its end."""
     return torch.cuda.Stream(device)
 
 
 def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches of `loader`, on the device.
+    """Yield the batches of `loader` on the device.
 
-    On CUDA they are copied on a stream of their own. The loop has its steps queued by the time it asks for the next
-    batch, so that its copy runs while the device computes; no batch is read before it is needed.
+    On CUDA, a separate stream copies them. The loop queues the work of a step before it asks for the next batch, so the
+    copy runs while the device computes. No batch is read before it is needed.
     """
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in loader)
@@ -587,15 +587,15 @@ def copied_ahead(loader: Iterable[Batch], device: torch.device) -> Iterator[Batc
         computes.wait_stream(copies)
         for tensor in (batch.images, batch.targets, batch.sizes, batch.keys):
             if tensor is not None:
-                tensor.record_stream(computes)  # its memory is not to be used again before this stream is done with it
+                tensor.record_stream(computes)  # keep its memory until this stream is done with it
         yield batch
 
 
 def build_mixup(options: MixupOptions, num_classes: int, batch_size: int) -> Mixup | None:
-    """timm's Mixup/CutMix, or None when both are off. Label smoothing belongs to the criterion.
+    """Build timm's Mixup/CutMix, or None if both are off; the criterion does the label smoothing.
 
     Raises:
-        UserError: if the batch cannot be split into pairs.
+        UserError: if the batch size does not allow pairs.
     """
     if options.mixup <= 0 and options.cutmix <= 0 and options.cutmix_minmax is None:
         return None

@@ -1,4 +1,4 @@
-"""Distributed set-up, checkpoint files, meters and logging."""
+"""Utilities: distributed set-up, signals, files, logging and progress."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 logger = logging.getLogger("deit")
-LAUNCHERS = "torchrun, srun and run_with_submitit.py"  # set RANK, WORLD_SIZE, ...
-PATIENCE = datetime.timedelta(days=7)  # of waits in which one process may be hours ahead
+LAUNCHERS = "torchrun, srun and run_with_submitit.py"  # they set RANK, WORLD_SIZE, ...
+PATIENCE = datetime.timedelta(days=7)  # for waits in which one process may be hours ahead
 JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # for all processes of a run to start; torch's default
 
 
@@ -42,18 +42,18 @@ _groups: dict[str, dist.ProcessGroup] = {}
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that names the flag or file and the remedy; exit status 2."""
+    """A mistake of the user. The message is one line that names the flag or file and the remedy; exit status 2."""
 
 
 class RunError(Exception):
-    """An error during a run, such as a NaN or a broken image: one line; exit status 1."""
+    """An error during a run, such as a NaN or a broken image. The message is one line; exit status 1."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has; exit status 75 (EX_TEMPFAIL: try again later).
+    """The run stopped because of a signal; exit status 75 (EX_TEMPFAIL: try again later).
 
     Attributes:
-        signal: the number of the signal that asked.
+        signal: number of that signal.
     """
 
     def __init__(self, number: int, what_is_kept: str) -> None:
@@ -62,10 +62,10 @@ class Preempted(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A stop signal that came when there was nothing to save. Not an `Exception`, which code may take for a failure.
+    """A stop signal while there was nothing to save; not an `Exception`, which other code might catch as a failure.
 
     Attributes:
-        signal: the number of the signal.
+        signal: number of that signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -90,7 +90,7 @@ class World:
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
-        """A single process on a device."""
+        """Return the world of a single process on this device."""
         return cls(rank=0, size=1, local_rank=0, local_size=1, device=device)
 
     @property
@@ -99,12 +99,12 @@ class World:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, which under SLURM or in a container are fewer than the machine has."""
+    """Return the number of CPUs that this process may use; SLURM and containers restrict it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _launcher_environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, ... as torchrun or submitit set them, or derived from the variables of a bare srun.
+    """Return RANK, WORLD_SIZE, ... as set by torchrun or submitit, or derived from the variables of a plain srun.
 
     Raises:
         UserError: if variables are missing.
@@ -116,7 +116,7 @@ def _launcher_environment() -> dict[str, str]:
             for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             if key in env
         }
-    # Only a job step has SLURM_STEP_NUM_TASKS: `python main.py` inside an sbatch script stays a single process.
+    # Only a job step sets SLURM_STEP_NUM_TASKS, so `python main.py` in an sbatch script stays a single process.
     tasks = _whole_number(env, "SLURM_STEP_NUM_TASKS", 1, low=1)
     if tasks > 1:
         local_rank, nodes = _whole_number(env, "SLURM_LOCALID", 0), _whole_number(env, "SLURM_STEP_NUM_NODES", 1, low=1)
@@ -135,7 +135,7 @@ def _launcher_environment() -> dict[str, str]:
 
 
 def _needed(variables: Mapping[str, str], name: str) -> str:
-    """A launcher's variable.
+    """Return a variable that the launcher must set.
 
     Raises:
         UserError: if it is missing or empty.
@@ -148,10 +148,10 @@ def _needed(variables: Mapping[str, str], name: str) -> str:
 def _whole_number(
     variables: Mapping[str, str], name: str, default: int, low: int = 0, high: int = 2**63, bound: str = ""
 ) -> int:
-    """A launcher's variable as a number from `low` to `high`; `bound` says what sets that.
+    """Return a launcher's variable as an integer from `low` to `high`; `bound` explains the limit in the error.
 
     Raises:
-        UserError: if it is none.
+        UserError: if it is not such an integer.
     """
     text = variables.get(name, str(default))
     try:
@@ -164,7 +164,7 @@ def _whole_number(
 
 
 def _first_host(nodelist: str) -> str:
-    """`gpu[07-09,12],login1` -> `gpu07`."""
+    """Return the first host of a SLURM node list: `gpu[07-09,12],login1` -> `gpu07`."""
     prefix, bracket, rest = nodelist.partition("[")
     if not bracket or "," in prefix:
         return nodelist.split(",")[0]
@@ -172,10 +172,10 @@ def _first_host(nodelist: str) -> str:
 
 
 def select_device(name: str, local_rank: int) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that exists.
+    """Convert `auto`, `cpu`, `cuda`, `cuda:1` or `mps` to an existing device.
 
     Raises:
-        UserError: if the device is not there.
+        UserError: if there is no such device.
     """
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -199,10 +199,10 @@ def select_device(name: str, local_rank: int) -> torch.device:
 
 
 def init_distributed(device_name: str) -> World:
-    """Join the other processes of the run, if there are any, and divide the CPU's threads among the local ones.
+    """Connect to the other processes of the run, if any, and share the CPU threads among the local ones.
 
     Raises:
-        UserError: if the device is not there, the launcher's variables are wrong, or the others do not come.
+        UserError: if the device is missing, the launcher's variables are wrong, or other processes do not connect.
     """
     launched = _launcher_environment()
     size = _whole_number(launched, "WORLD_SIZE", 1, low=1)
@@ -215,7 +215,7 @@ def init_distributed(device_name: str) -> World:
         _whole_number(launched, "MASTER_PORT", 0, low=1, high=65535)
     world = World(rank, size, local_rank, local_size, select_device(device_name, local_rank))
     _check_gpus(world)
-    # torchrun sets OMP_NUM_THREADS=1 by itself; every other launcher would give each rank all the cores.
+    # torchrun sets OMP_NUM_THREADS=1. With other launchers, each rank would use all cores.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cpus() // local_size))
     if size > 1:
@@ -225,13 +225,13 @@ def init_distributed(device_name: str) -> World:
 
 
 def _check_gpus(world: World) -> None:
-    """Make sure that no two processes of a machine share a GPU, as far as one process can tell.
+    """Check that no two processes of a machine share a GPU, as far as a single process can tell.
 
     Raises:
         UserError: if there are fewer GPUs than processes.
     """
     count = torch.cuda.device_count() if world.device.type == "cuda" else 1
-    # A launcher may show each process its own GPU alone. `_join` compares these.
+    # A launcher may make one GPU visible per process. `_join` compares the GPUs of all processes.
     chosen = any(os.environ.get(f"{vendor}_VISIBLE_DEVICES") for vendor in ("CUDA", "HIP", "ROCR"))
     if world.device.type != "cpu" and world.local_rank >= count and not chosen:
         raise UserError(
@@ -250,14 +250,14 @@ def _join(world: World, address: str, port: int) -> None:
         _check_port(port)
     try:
         store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=JOIN_TIMEOUT))
-        # torchrun's restarts share one store; a prefix keeps a new attempt from reading the keys of the old one.
+        # torchrun's restarts share one store. A prefix keeps a restarted run from reading old keys.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         if world.device.type == "cuda":
             _compare_gpus(store, world, torch.cuda.get_device_properties(world.device))
         interface = _interface_towards(address, port)
-        if interface:  # gloo would take that of the machine's name, which may be known to this machine alone
+        if interface:  # by default gloo resolves the host name, which other machines may not reach
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        # gloo next to NCCL, for what stays on the CPU (log values, EMA weights kept there)
+        # gloo for CPU tensors (log values, EMA weights on the CPU)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
         _groups["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -268,16 +268,16 @@ def _join(world: World, address: str, port: int) -> None:
         ) from error
 
 
-_SIOCGIFADDR = 0x8915  # of ioctl(2) on Linux: the IPv4 address of an interface
+_SIOCGIFADDR = 0x8915  # ioctl(2) on Linux: get the IPv4 address of an interface
 
 
 def _interface_towards(address: str, port: int) -> str:
-    """The network interface through which this machine reaches an address; '' where that is not known."""
+    """Return the network interface that leads to an address; '' if unknown."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((address, port))  # sends nothing
         own = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an IPv4 address
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
                 request = struct.pack("256s", name.encode())
                 if fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24] == own:
                     return name
@@ -285,7 +285,7 @@ def _interface_towards(address: str, port: int) -> str:
 
 
 def _check_port(port: int) -> None:
-    """Make sure that rank 0 can listen there. torch would say it in many lines.
+    """Check that rank 0 can listen on the port; torch's own error has many lines.
 
     Raises:
         UserError: if it cannot.
@@ -299,10 +299,10 @@ def _check_port(port: int) -> None:
 
 
 def _compare_gpus(store: dist.Store, world: World, gpu: Any) -> None:
-    """Make sure that every process has a GPU of its own, told by its UUID.
+    """Check by UUID that no two processes use the same GPU.
 
     Raises:
-        UserError: on all ranks, if two have the same.
+        UserError: on all ranks, if two do.
     """
     store.set(f"gpu{world.rank}", str(gpu.uuid))
     found = [store.get(f"gpu{rank}") for rank in range(world.size)]
@@ -317,21 +317,21 @@ def _compare_gpus(store: dist.Store, world: World, gpu: Any) -> None:
 def shut_down_distributed() -> None:
     """Leave the process group after a successful run."""
     if is_distributed():
-        barrier(is_long=True)  # teacher predictions are computed without waiting for each other
+        barrier(is_long=True)  # ranks may finish their teacher predictions hours apart
         _groups.clear()
-        # A gloo thread that frees the last collective's tensors while Python finalises aborts a few per cent of
-        # otherwise good runs; it needs a moment to let go of them.
+        # At exit, a gloo thread may still free tensors of the last collective, which aborts a few percent of successful
+        # runs. Give it a moment.
         time.sleep(0.2)
         dist.destroy_process_group()
         time.sleep(0.2)
 
 
 def set_up_kernels(deterministic: bool) -> None:
-    """Let cuDNN pick its fastest kernels, or all of CUDA only those that give the same bits every time."""
+    """Let cuDNN choose its fastest kernels, or use only deterministic CUDA kernels."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums in the switches of several H100s differ from run to run
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # NVLS sums differ between runs
         torch.use_deterministic_algorithms(True)
 
 
@@ -340,26 +340,26 @@ def is_distributed() -> bool:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether this is what a process sees when another one of the run has ended."""
+    """Return True for the errors that a process raises after another process of the run has ended."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def is_lost_loader(error: Exception) -> bool:
-    """Whether this is what a process sees when one of its data-loader workers has been killed."""
-    # The second, if it was killed while it handed a batch over.
+    """Return True for the errors that a process raises after one of its data-loader workers was killed."""
+    # ConnectionError and EOFError: the worker was killed while it sent a batch.
     said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
     return said or isinstance(error, ConnectionError | EOFError)
 
 
 def is_full_memory(error: Exception) -> bool:
-    """Whether this is what a process sees when the shared memory that workers hand batches over in is full."""
+    """Return True for the errors that a process raises when shared memory (/dev/shm) is full."""
     said = str(error)
-    missing = "</torch_" in said or "shared memory" in said  # torch's; the second, in a worker killed by SIGBUS
+    missing = "</torch_" in said or "shared memory" in said  # of torch; of a worker killed by SIGBUS
     return missing or (isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None)
 
 
 def known_cause(error: Exception) -> str:
-    """Say what ended a run; '' if the cause is not known."""
+    """Explain what ended a run; '' if the cause is unknown."""
     said = last_line(error)
     if isinstance(error, RunError):
         return said
@@ -377,7 +377,7 @@ def barrier(is_long: bool = False) -> None:
     """Wait for all processes.
 
     Args:
-        is_long: whether some may be hours ahead, as after a download; in 30 minutes, other waits are over.
+        is_long: some processes may be hours ahead, e.g. during a download; other waits time out after 30 minutes.
     """
     group = _groups.get("patient") if is_long else None
     if group is not None:
@@ -387,14 +387,14 @@ def barrier(is_long: bool = False) -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all processes, in place; with one process, nothing happens."""
+    """Sum `tensor` over all processes in place; a no-op with one process."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def agree(*numbers: float) -> list[float]:
-    """The largest of each number over all processes, which all must call alike. It waits for no device."""
+    """Return the maximum of each number over all processes, without a GPU sync; all processes must call it."""
     if not is_distributed():
         return list(numbers)
     largest = torch.tensor(numbers, dtype=torch.float64)
@@ -403,10 +403,10 @@ def agree(*numbers: float) -> list[float]:
 
 
 class Poll:
-    """`agree`, one call late, so that no process waits for the others.
+    """`agree` with a delay of one call, so that no process waits for the others.
 
-    A call returns the largest numbers of the previous call; the first returns zeros. All processes must call it alike.
-    A single process gets its own numbers at once.
+    A call returns the maxima of the previous call; the first call returns zeros. All processes must call it. A single
+    process gets its own numbers at once.
     """
 
     def __init__(self) -> None:
@@ -425,7 +425,7 @@ class Poll:
 
 
 def gather(numbers: list[float]) -> list[list[float]]:
-    """The numbers of every process, by rank; all must have equally many."""
+    """Return the numbers of every process by rank; all processes must pass equally many."""
     if not is_distributed():
         return [numbers]
     own = torch.tensor(numbers, dtype=torch.float64)
@@ -435,18 +435,18 @@ def gather(numbers: list[float]) -> list[list[float]]:
 
 
 class StopSignals:
-    """While it is open, a stop signal only sets `received`, for the run to save and stop; a second SIGINT ends at once.
+    """Context in which a stop signal only sets `received`, so that the run can save and stop; a second SIGINT kills it.
 
-    If the run has not said `answer` within `timeout` seconds, because a data-loader worker or another process is stuck,
-    a thread ends the process with status 75. It saves first, if the main thread is waiting for a batch.
+    If the run does not call `answer` within `timeout` seconds, because a data-loader worker or another process is
+    stuck, a thread ends the process with status 75. If the main thread was waiting for a batch, the thread saves first.
 
-    Outside the main thread there are no signals, and nothing happens.
+    Outside the main thread, Python receives no signals, and the context does nothing.
     """
 
     NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"))
 
     def __init__(self, timeout: float = 60) -> None:
-        self.received = 0  # the last signal's number
+        self.received = 0  # number of the last signal
         self.timeout = timeout
         self._process = os.getpid()
         self._earlier: dict[int, Any] = {}
@@ -454,20 +454,20 @@ class StopSignals:
         self._pipe: tuple[int, int] | None = None
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._answered, self._is_saving = threading.Event(), False
-        self._computes = threading.Lock()  # held by the main thread, except while it waits for a batch
+        self._computes = threading.Lock()  # held by the main thread except while it waits for a batch
         self._save: Callable[[], str] | None = None
 
     def __enter__(self) -> StopSignals:
         self._computes.acquire()
         if threading.current_thread() is not threading.main_thread():
             return self
-        # A handler in Python does not run while the main thread waits in C; the number in this pipe comes at once.
+        # Python's signal handlers do not run while the main thread waits in C code. The wakeup pipe works at once.
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._watcher.start()
         self._earlier_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in self.NUMBERS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
                 self._earlier[number] = signal.signal(number, self._receive)
         return self
 
@@ -485,12 +485,12 @@ class StopSignals:
                 os.close(end)
 
     def answer(self) -> None:
-        """The run stops by itself, however long that takes."""
+        """Confirm that the run is stopping by itself, which may take long."""
         self._answered.set()
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Around what may take long though nothing is stuck."""
+        """Pause the timeout while a checkpoint is written, which may take long."""
         self._is_saving = True
         try:
             yield
@@ -498,7 +498,7 @@ class StopSignals:
             self._is_saving = False
 
     def interruptible(self, batches: Iterable[Any], save: Callable[[], str]) -> Iterator[Any]:
-        """The same batches. While one is waited for, an overdue stop calls `save`, which returns what is kept."""
+        """Yield the same batches; if a stop is overdue while waiting for one, call `save` and report what it returns."""
         self._save, iterator, end = save, iter(batches), object()
         while True:
             self._computes.release()
@@ -512,7 +512,7 @@ class StopSignals:
         self._save = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._process:  # not a data-loader worker that is just starting
+        if os.getpid() == self._process:  # False in a data-loader worker that is just starting
             self._react(number)
 
     def _react(self, number: int) -> None:
@@ -520,12 +520,12 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         if number == signal.SIGINT and os.isatty(2):
-            os.write(2, b"\n")  # below the terminal's ^C
+            os.write(2, b"\n")  # a line break after the terminal's ^C
 
     def _watch(self) -> None:
-        """Wait for a signal, then for the answer to it."""
+        """Wait for a signal, then until the run has confirmed it."""
         while (number := os.read(self._pipe[0], 1)[0]) not in self.NUMBERS:
-            if not number:  # from `__exit__`
+            if not number:  # sent by `__exit__`
                 return
         asked = time.monotonic()
         while not self._answered.wait(0.1):
@@ -535,20 +535,20 @@ class StopSignals:
 
     def _end(self, number: int) -> None:
         kept = "run the same command again"
-        if self._save is not None and self._computes.acquire(blocking=False):  # the main thread continues no more
+        if self._save is not None and self._computes.acquire(blocking=False):  # blocks the main thread for good
             try:
                 kept = self._save()
             except Exception as error:
                 kept = f"not saved: {reason(error)}"
         kill_workers()
-        with contextlib.suppress(OSError):  # a terminal that is gone
+        with contextlib.suppress(OSError):  # the terminal may be gone
             text = f"main.py: stopped by {signal.Signals(number).name}, and stuck for {self.timeout:g} s since; {kept}"
             os.write(2, f"{escaped(text)}\n".encode())
         os._exit(75)
 
 
 class EndingSignals(StopSignals):
-    """While it is open, a stop signal raises `Interrupted`: there is nothing to save."""
+    """Context in which a stop signal raises `Interrupted`, because there is nothing to save."""
 
     def _react(self, number: int) -> None:
         if self.received:
@@ -558,16 +558,16 @@ class EndingSignals(StopSignals):
 
 
 def kill_workers() -> None:
-    """End the data-loader workers, which ignore SIGTERM and may be stuck: Python would wait for them."""
+    """Kill data-loader workers: they ignore SIGTERM and may be stuck, and Python would wait for them at exit."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """In a data-loader worker (a `worker_init_fn`): leave to the training process what stops it.
+    """Ignore stop signals in a data-loader worker (a `worker_init_fn`); the training process handles them.
 
-    A launcher sends its signals to all processes, and a worker that dies would take the step in flight with it.
+    Launchers signal all processes. A worker that ended at once would abort the current step.
     """
     if multiprocessing.parent_process() is None:
         return
@@ -579,7 +579,7 @@ def ignore_stop_signals(worker: int) -> None:
 
 @contextlib.contextmanager
 def main_process_first(local_rank: int = 0) -> Iterator[None]:
-    """Let the first process of each machine through (to download, say), then the others."""
+    """Run the block in the first process of each machine (e.g. to download), then in the others."""
     if local_rank != 0:
         barrier(is_long=True)
     try:
@@ -594,7 +594,7 @@ def main_process_first(local_rank: int = 0) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-# What a file may be instead of a regular one, by the type in its mode.
+# Names for files that are not regular ones, by file type.
 _SPECIAL = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -605,10 +605,10 @@ _SPECIAL = {
 
 
 def regular_file(path: str | Path) -> Path:
-    """Make sure that a path leads to a regular file before it is opened: a FIFO or a device may hang or never end.
+    """Check that a path is a regular file before it is opened; reading a FIFO or a device may hang or never end.
 
     Raises:
-        OSError: if there is no such file, or it is of another kind.
+        OSError: if the file does not exist or is of another kind.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -618,25 +618,25 @@ def regular_file(path: str | Path) -> Path:
 
 
 def is_utf8(path: str) -> bool:
-    """Whether a path can be passed to C++, as PyTorch and TensorBoard do; others work in Python only."""
+    """Return True if a path can be passed to C++ (PyTorch, TensorBoard); other paths work in Python only."""
     return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says.
+    """Return the content of a JSON file.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not JSON.
+        OSError: if the file cannot be read.
+        ValueError: if it is not valid JSON.
     """
     return parse_json(regular_file(path).read_bytes())
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON text says.
+    """Parse JSON.
 
     Raises:
-        ValueError: if it is not JSON, or nested too deeply.
+        ValueError: if it is not valid JSON, or nested too deeply.
     """
     try:
         return json.loads(content)
@@ -648,8 +648,8 @@ def map_array(path: Path, dtype: np.dtype, length: int, mode: str = "r") -> np.n
     """Map a `.npy` file of `length` records into memory; `mode` is "r" or "r+".
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it holds anything else.
+        OSError: if the file cannot be read.
+        ValueError: if it holds anything else than `length` records of this dtype.
     """
     regular_file(path)
     try:
@@ -660,7 +660,7 @@ def map_array(path: Path, dtype: np.dtype, length: int, mode: str = "r") -> np.n
         raise ValueError("is no array") from None
     if array.dtype != dtype or array.shape != (length,):
         raise ValueError(f"does not hold {length} records of this kind")
-    # Only now: for writing, a file is made as long as its header says.
+    # Check first: opening for writing would extend the file to the length in its header.
     return array if mode == "r" else np.lib.format.open_memmap(path, mode=mode)
 
 
@@ -669,8 +669,8 @@ def temporary_name(path: Path) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, as fsync of a file does with its content."""
-    with contextlib.suppress(OSError):  # not everywhere can a folder be opened
+    """Sync the names in a folder to disk, as fsync does for the content of a file."""
+    with contextlib.suppress(OSError):  # not all systems can open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -680,9 +680,9 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, write: Any) -> Iterator[Path]:
-    """Write a file through `write(stream)` under a temporary name, for the block to link; then it becomes `path`.
+    """Write a file by `write(stream)` to a temporary name, which the block may link; then rename it to `path`.
 
-    `path` is at any time either the old file or the whole new one.
+    At any time, `path` is either the old file or the complete new one.
     """
     temporary = temporary_name(path)
     try:
@@ -698,10 +698,10 @@ def whole_file(path: Path, write: Any) -> Iterator[Path]:
 
 
 def lock_folder(folder: Path) -> TextIO:
-    """Keep other runs out of an output folder until the file that is returned is closed or this process ends.
+    """Lock an output folder against other runs, until the returned file is closed or this process ends.
 
     Raises:
-        UserError: if another process has it.
+        UserError: if another process holds the lock.
     """
     lock = (folder / ".lock").open("a+")
     try:
@@ -722,19 +722,19 @@ def lock_folder(folder: Path) -> TextIO:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that `path` is at any time either the old file or the whole new one."""
+    """Write a file atomically: `path` is always either the old file or the complete new one."""
     with whole_file(path, lambda stream: stream.write(content)):
         pass
 
 
 def write_first(path: Path, content: bytes) -> None:
-    """Write a file unless there is one; of several processes, on any machines, one does.
+    """Write a file unless it exists; if several processes do (even on several machines), exactly one succeeds.
 
-    `path` is at any time either missing or the whole file.
+    At any time, `path` is either missing or complete.
     """
     if path.exists():
         return
-    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process numbers are those of one machine
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # not the pid, which is unique on one machine only
     write_whole(own, content)
     try:
         os.link(own, path)
@@ -754,7 +754,7 @@ def write_first(path: Path, content: bytes) -> None:
 
 
 def open_standard_error() -> None:
-    """Give a process that was started with a closed standard error an empty one: files would get its number."""
+    """Open /dev/null as standard error if the process started without one; otherwise a file would get number 2."""
     if sys.stderr is None:
         while (descriptor := os.open(os.devnull, os.O_WRONLY)) < 2:
             pass
@@ -762,19 +762,19 @@ def open_standard_error() -> None:
 
 
 def escaped(text: str) -> str:
-    """The text on one line, without control characters: names in files could forge lines or steer a terminal."""
+    """Escape control characters and line breaks; names in files could forge log lines or control a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class _OneLine(logging.Formatter):
-    """Makes one line of each record."""
+    """Formatter that makes one line of each record."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped(super().format(record))
 
 
 class _AboveBars(logging.StreamHandler):
-    """Writes lines above the progress bars of a terminal."""
+    """Handler that writes log lines above the progress bars of a terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
@@ -782,24 +782,24 @@ class _AboveBars(logging.StreamHandler):
 
 
 def set_up_logging(world: World) -> None:
-    """Send this run's log lines to standard error; only rank 0 says anything below an error."""
+    """Log this run to standard error; ranks other than 0 log errors only."""
     handler = _AboveBars(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.lastResort.setFormatter(_OneLine())  # of loggers without a handler, such as timm's
+    logging.lastResort.setFormatter(_OneLine())  # for loggers without a handler, such as timm's
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if world.is_main else logging.ERROR)
 
 
 def check_space(folder: Path, needed: float, what: str, remedy: str) -> None:
-    """Make sure that a disk has room for `needed` bytes in a folder, which need not exist yet.
+    """Check that a disk has room for `needed` bytes in a folder, which may not exist yet.
 
     Args:
-        what: flag, folder and what takes the space, for the error message.
-        remedy: what the user can do.
+        what: flag, folder and what needs the space, for the error message.
+        remedy: suggestion for the user.
 
     Raises:
-        UserError: if the disk has less.
+        UserError: if the disk has less free space.
     """
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -808,21 +808,21 @@ def check_space(folder: Path, needed: float, what: str, remedy: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def last_line(error: Exception) -> str:
-    """The message without the traceback that a data-loader worker wraps around it."""
+    """Return the last line of a message, without the traceback that a data-loader worker adds."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of `log.txt`; what is no record, such as half a line of a killed run, is skipped.
+    """Return the records of `log.txt`, without invalid lines (a killed run may leave half a line).
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
     """
     records = []
     for line in regular_file(folder / "log.txt").read_bytes().split(b"\n"):
@@ -832,13 +832,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def open_log(folder: Path, first_epoch: int, earlier: Path | None = None) -> None:
-    """Start `log.txt`, or for a resumed run drop its lines from `first_epoch` on: they will be written again.
+    """Start `log.txt`; a resumed run drops the lines from `first_epoch` on, which it will write again.
 
     Args:
-        earlier: the folder of the run that is resumed, if that is another.
+        earlier: folder of the resumed run, if it is another one.
 
     Raises:
-        OSError: if it cannot be read or written.
+        OSError: if the file cannot be read or written.
     """
     source = earlier or folder
     records = read_log(source) if first_epoch and (source / "log.txt").exists() else []
@@ -850,30 +850,30 @@ def append_log(folder: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as a line to `log.txt`.
 
     Raises:
-        RunError: if the disk takes no more.
+        RunError: if the disk is full or cannot be written.
     """
     with _disk_errors(folder / "log.txt"), open(folder / "log.txt", "a") as stream:
         stream.write(json.dumps(record) + "\n")
         stream.flush()
-        os.fsync(stream.fileno())  # the checkpoint that follows must not survive a power cut alone
+        os.fsync(stream.fileno())  # after a power cut, a checkpoint must not exist without this line
 
 
 def _say_what_a_thread_raised(thread: threading.ExceptHookArgs) -> None:
-    """Python's traceback, except of TensorBoard's thread, whose error the next call of the writer raises again."""
+    """Print Python's traceback, except for TensorBoard's thread, whose error the writer's next call raises again."""
     if type(thread.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(thread)
 
 
 class TensorBoard:
-    """What TensorBoard shows of a run, and Weights & Biases if there is a project: `step/...` and `epoch/...` scalars.
+    """Writer of `step/...` and `epoch/...` scalars for TensorBoard and, with a project, Weights & Biases.
 
-    Both count steps, so that an epoch's values stand where its last step ends.
+    Both kinds count steps, so an epoch's values appear at its last step.
 
     Args:
-        folder: of the files; wandb's go there too.
-        next_step: viewers drop what an earlier run wrote from there on.
+        folder: for the files, including wandb's.
+        next_step: viewers drop earlier values from this step on.
         config: the run's flags, by name.
-        project: of Weights & Biases; "" for none.
+        project: Weights & Biases project; "" for none.
     """
 
     LAYOUT = {
@@ -886,7 +886,7 @@ class TensorBoard:
     def __init__(
         self, folder: Path, next_step: int = 0, config: Mapping[str, Any] | None = None, project: str = ""
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
+        from torch.utils.tensorboard import SummaryWriter  # slow import, needed on rank 0 only
 
         threading.excepthook = _say_what_a_thread_raised
         is_new = not any(folder.glob("events*"))
@@ -896,7 +896,7 @@ class TensorBoard:
             self._introduce(config)
 
     def _introduce(self, config: Mapping[str, Any]) -> None:
-        """Write the flags, as a table and as hyperparameters, and which curves belong together."""
+        """Write the flags, as a table and as hyperparameters, and a layout that groups the curves."""
         from torch.utils.tensorboard.summary import hparams
 
         rows = "\n".join(f"| {name} | {escaped(str(value))} |" for name, value in sorted(config.items()))
@@ -910,10 +910,10 @@ class TensorBoard:
             self.board.add_custom_scalars(self.LAYOUT)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Add the value that belongs to a step.
+        """Write the value of a step.
 
         Raises:
-            RunError: if the disk takes no more.
+            RunError: if the disk is full or cannot be written.
         """
         with _disk_errors("TensorBoard files"):
             self.board.add_scalar(name, value, step)
@@ -921,18 +921,18 @@ class TensorBoard:
             self.wandb.log({name: value}, step=step)
 
     def add_epoch(self, record: Mapping[str, float], step: int) -> None:
-        """Add a line of log.txt; `step` is the number of steps up to the end of its epoch."""
+        """Write a record of log.txt; `step` is the number of steps until the end of its epoch."""
         for name, value in record.items():
             if name != "epoch":
                 self.add_scalar(f"epoch/{name}", value, step)
 
     def add_images(self, name: str, images: torch.Tensor, step: int) -> None:
-        """Add RGB images [B, 3, H, W] with values from 0 to 1."""
+        """Write RGB images [B, 3, H, W] with values in [0, 1]."""
         with _disk_errors("TensorBoard files"):
             self.board.add_images(name, images, step)
 
     def flush(self) -> None:
-        """Bring everything so far to the files."""
+        """Write all pending values to the files."""
         with _disk_errors("TensorBoard files"):
             self.board.flush()
 
@@ -943,10 +943,10 @@ class TensorBoard:
 
 
 def _start_wandb(folder: Path, config: Mapping[str, Any], project: str) -> Any:
-    """A run of Weights & Biases; a resumed run continues the one that the folder names.
+    """Start a run of Weights & Biases, or continue the one that the folder names.
 
     Raises:
-        UserError: if the package is missing or cannot start.
+        UserError: if the package is missing or fails to start.
     """
     try:
         import wandb
@@ -956,19 +956,19 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], project: str) -> Any:
         write_first(folder / "wandb_id", uuid.uuid4().hex.encode())
         number = (folder / "wandb_id").read_text()
         return wandb.init(project=project, id=number, resume="allow", dir=folder, config=dict(config))
-    except Exception as error:  # the network, an account, a service of its own
+    except Exception as error:  # the network, an account, or its service
         raise UserError(
             f"--log-wandb {project}: cannot start ({reason(error)}); log in, set WANDB_MODE=offline, or drop the flag"
         ) from None
 
 
 def duration(seconds: float) -> str:
-    """`3723` -> `1:02:03`."""
+    """Format seconds: `3723` -> `1:02:03`."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has used at most so far, on the GPU if the device is one."""
+    """Return the peak memory of this process so far in bytes, GPU memory if the device is a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -976,12 +976,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 class EpochTable:
-    """A line per epoch that stays on the screen, of at most 71 characters; accuracies in per cent.
+    """The table of epochs that a run logs, one line of at most 71 characters per epoch; accuracies in percent.
 
     Args:
-        epochs: of the run.
-        done: epochs that are done already, with a fraction.
-        columns: those to show of "top-5" and "EMA".
+        epochs: total epochs of the run.
+        done: epochs already trained (may be fractional).
+        columns: which of "top-5" and "EMA" to show.
     """
 
     EVERY = 20  # lines between two headings
@@ -994,7 +994,7 @@ class EpochTable:
         self.lines = 0
 
     def add(self, record: Mapping[str, float], best: float) -> None:
-        """Log an epoch's line of log.txt; `best` is the best top-1 so far, negative if there is none."""
+        """Log the line of an epoch's record; `best` is the best top-1 so far, negative if there is none."""
         if self.lines % self.EVERY == 0:
             logger.info(self._line({name: name for name in self.widths}))
         self.lines += 1
@@ -1021,16 +1021,16 @@ def _disk_errors(what: Any) -> Iterator[None]:
 
 @dataclass
 class _Table:
-    """What some steps have reported, on its way to the host.
+    """Logged values of some steps, on their way to the host.
 
     Attributes:
-        steps: each step's values; the tensors among them are to be read from `cells`.
-        updates: of which update each step is a part.
-        end: the step after the last of them.
-        cells: [steps, tensors + 1] on the host, complete once `event` is over; the last column counts the ranks on
-            which the loss was not finite.
-        event: the CUDA event at the end of the copy, or None if there is nothing to wait for.
-        arrived: when it was first known to be there, in `time.perf_counter()` seconds.
+        steps: values of each step; those that are tensors have to be read from `cells`.
+        updates: the update that each step belongs to.
+        end: index of the step after the last one.
+        cells: [steps, tensors + 1] on the host, valid once `event` is done; the last column counts the ranks with a
+            non-finite loss.
+        event: CUDA event at the end of the copy, or None if there is nothing to wait for.
+        arrived: when the copy was first seen to be done, in `time.perf_counter()` seconds.
     """
 
     steps: list[dict[str, torch.Tensor | float]]
@@ -1041,12 +1041,12 @@ class _Table:
     arrived: float | None = None
 
     def look(self) -> None:
-        """Note the time if it is there by now; waits for nothing."""
+        """Note the time if the copy is done by now, without waiting."""
         if self.arrived is None and (self.event is None or self.event.query()):
             self.arrived = time.perf_counter()
 
     def read(self) -> tuple[list[dict[str, float]], list[int]]:
-        """Each step's values as numbers, and which steps had a loss that was not finite; waits if it has to."""
+        """Return each step's values as numbers, and the steps with a non-finite loss; wait if necessary."""
         if self.event is not None:
             self.event.synchronize()
         self.look()
@@ -1060,10 +1060,10 @@ class _Table:
 
 
 def _to_host(table: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """A copy on the host, and the event after which it may be read, or None if it may be read now."""
+    """Copy to the host; return the copy and the event that ends it, or None if it is valid already."""
     if table.device.type != "cuda":
         return table.cpu(), None
-    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)  # a copy to other memory would wait
+    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)  # copies to unpinned memory would block
     host.copy_(table, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(table.device))
@@ -1071,16 +1071,16 @@ def _to_host(table: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 class Progress:
-    """A progress bar on a terminal, otherwise log lines; silent where this process does not log.
+    """A progress bar on a terminal, otherwise log lines; silent if this process does not log.
 
     Args:
-        description: what is done.
-        total: number of units to do.
+        description: name of the task.
+        total: number of units.
         unit: what is counted.
-        done: units that are done already.
+        done: units already done.
     """
 
-    LINE_SECONDS = 10.0  # at least, between two lines of the default text
+    LINE_SECONDS = 10.0  # minimum time between two default lines
 
     def __init__(self, description: str, total: int, unit: str, done: int = 0) -> None:
         self.description, self.unit, self.first = description, unit, done
@@ -1091,21 +1091,21 @@ class Progress:
         self.said = self.start
 
     def skip(self, number: int) -> None:
-        """Take these units off the total."""
+        """Subtract units from the total."""
         self.bar.total -= number
         self.bar.refresh()
 
     def move(self, number: int = 1) -> None:
-        """Count units as done, on the bar alone."""
+        """Count units as done and move the bar, without a log line."""
         self.done += number
         self.bar.update(number)
 
     def advance(self, number: int = 1, status: str = "", line: str = "") -> None:
-        """Count units as done and say so.
+        """Count units as done and report progress.
 
         Args:
-            status: shown next to the bar.
-            line: logged where there is no bar; by default the rate and the time left, every `LINE_SECONDS`.
+            status: text next to the bar.
+            line: log line if there is no bar. Default: rate and remaining time, every `LINE_SECONDS`.
         """
         self.bar.set_postfix_str(status, refresh=False)
         self.move(number)
@@ -1125,21 +1125,21 @@ class Progress:
 
 
 class StepLog:
-    """Collects what each step reports and says it every `interval` steps, without waiting for the device.
+    """Log of the steps of an epoch: reports every `interval` steps without waiting for the device.
 
-    On CUDA, values are sent to the host every `interval` steps and said at the next such step, when they have long
-    arrived; only the last step of an epoch and `report` wait for them. Elsewhere they are said at once. All ranks must
-    call it alike.
+    On CUDA, values are sent to the host every `interval` steps and logged at the next such step, when they have long
+    arrived. Only the last step of an epoch and `report` wait for them. Other devices log at once. All ranks must make
+    the same calls.
 
     Args:
-        epoch: for the progress line.
+        epoch: epoch number, for the log lines.
         num_steps: steps in this epoch.
-        batch_images: images in a step over all ranks, for the rate.
-        interval: steps between two lines; also how late a non-finite loss may be noticed (on CUDA, one interval later).
+        batch_images: images per step over all ranks, for the rate.
+        interval: steps between two lines. A non-finite loss is noticed as late (on CUDA, one interval later).
         writer: a TensorBoard writer, or None.
-        first_step: the step of this epoch to begin with.
-        totals: what this rank had collected up to there, an earlier log's `totals`.
-        max_skipped: updates of this epoch in which a loss may be other than finite; such a loss is not in the means.
+        first_step: step of this epoch to start with.
+        totals: `totals` of an earlier log that this one continues.
+        max_skipped: updates per epoch that may have a non-finite loss; they do not count in the means.
     """
 
     def __init__(
@@ -1156,25 +1156,25 @@ class StepLog:
         self.epoch, self.num_steps, self.batch_images = epoch, num_steps, batch_images
         self.interval, self.writer, self.max_skipped = interval, writer, max_skipped
         self.pending: list[dict[str, torch.Tensor | float]] = []
-        self.updates: list[int] = []  # of the pending steps
-        self.last_skipped = -1  # the last update that was counted as skipped
-        self.sent: _Table | None = None  # the one that is on its way
-        # sums over this rank's steps; "steps" counts them, "skipped" the updates of all ranks that were not finite
+        self.updates: list[int] = []  # the update that each pending step belongs to
+        self.last_skipped = -1  # the last update counted as skipped
+        self.sent: _Table | None = None  # values on their way to the host
+        # Sums over this rank's steps. "steps" counts finite steps, "skipped" counts non-finite updates of all ranks.
         self.totals = {"steps": 0.0, "skipped": 0.0} | dict(totals or {})
         self.step = self.first_step = first_step
-        # On CUDA, steps are begun well before the device is done with them: the rate is that of the steps done.
+        # CUDA runs behind the host, so the rate counts steps that the device has finished.
         self.done, self.done_at = first_step, time.perf_counter()
         self.start = self.done_at
         self.progress = Progress(f"epoch {epoch}", num_steps, "step", first_step)
 
     def update(self, values: dict[str, torch.Tensor | float], num_updates: int | None = None) -> None:
-        """Take one step's values: 0-d tensors on the device, or numbers.
+        """Record one step's values: 0-d tensors on the device, or numbers.
 
         Args:
-            num_updates: updates made before the one that this step is a part of; by default each step is one.
+            num_updates: updates made before this step; by default, each step is an update.
 
         Raises:
-            RunError: on all ranks together, if too many of the updates said now were not finite on any rank.
+            RunError: on all ranks, if too many of the updates reported now are not finite on any rank.
         """
         self.updates.append(self.step if num_updates is None else num_updates)
         self.pending.append({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
@@ -1188,12 +1188,12 @@ class StepLog:
             self._send()
 
     def report(self) -> None:
-        """Say all that has been collected and not yet been said, if anything; waits for the device."""
+        """Report all values recorded so far; waits for the device."""
         self._send()
         self._receive()
 
     def _send(self) -> None:
-        """Send what is pending to the host, and say what was sent before."""
+        """Send pending values to the host and report those sent before."""
         if not self.pending:
             return
         self._receive()
@@ -1202,13 +1202,13 @@ class StepLog:
         names = [name for name, value in steps[0].items() if isinstance(value, torch.Tensor)]
         cells = [values[name].float() for values in steps for name in names]
         table = torch.stack(cells).view(len(steps), len(names))
-        bad = all_reduce_sum((~torch.isfinite(table[:, names.index("loss")])).float())  # (steps,), in how many ranks
+        bad = all_reduce_sum((~torch.isfinite(table[:, names.index("loss")])).float())  # (steps,), number of ranks
         self.sent = _Table(steps, updates, self.step, *_to_host(torch.cat([table, bad[:, None]], dim=1)))
         if self.sent.event is None:
             self._receive()
 
     def _receive(self) -> None:
-        """Say what was sent, if anything."""
+        """Report the values that were sent, if any."""
         if self.sent is None:
             return
         table, self.sent = self.sent, None
@@ -1227,7 +1227,7 @@ class StepLog:
             )
         for step, row in enumerate(rows):
             if step in bad_steps:
-                if table.updates[step] in skipped:  # said once
+                if table.updates[step] in skipped:  # warn once per update
                     skipped.remove(table.updates[step])
                     logger.warning("epoch %d  step %d skipped: its loss is not finite", self.epoch, first + step)
                 continue
@@ -1253,9 +1253,9 @@ class StepLog:
         return (self.done - self.first_step) * self.batch_images / max(1e-9, self.done_at - self.start)
 
     def close(self) -> dict[str, float]:
-        """Means over the epoch's steps and over all ranks, and the training rate in images/s over all ranks.
+        """Return the means over steps and ranks, and `images_per_second` over all ranks.
 
-        `skipped_steps` is there if any were skipped.
+        If updates were skipped, `skipped_steps` is their number.
         """
         rate = self.images_per_second
         self.progress.close()
