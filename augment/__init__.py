@@ -1,12 +1,12 @@
-"""The augmentation as batched tensor code: stored uint8 images in, normalized views out, on any device.
+"""Augmentation as batched tensor code: stored uint8 images in, normalized views out, on any device.
 
-It follows timm's PIL pipeline operation by operation. The differences:
-  - crop, flip and geometric operations are one affine map and one interpolation, where PIL interpolates each time, so
-    a color operation that comes before a geometric one sees the image already moved;
-  - the random numbers of a view are hashed from its key, not taken from generators.
-Views do not depend on the batch; CPU and GPU differ by the rounding of float32.
+It follows timm's PIL pipeline operation by operation, with two differences:
+  - Crop, flip and geometric operations are combined into one affine map and one interpolation, while PIL interpolates
+    at each step. So a color operation that precedes a geometric one sees the image after the move.
+  - The random numbers of a view are hashed from its key instead of taken from generators.
+A view does not depend on the rest of its batch. CPU and GPU differ by float32 rounding only.
 
-`rgb` turns any image file into RGB, before all that.
+`rgb` converts image files to RGB before all this.
 """
 
 from augment.policy import Policy, is_supported

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 PHASE_BITS = 8
-PHASES = 2**PHASE_BITS  # positions between two pixels for which interpolation weights are tabulated
+PHASES = 2**PHASE_BITS  # tabulated subpixel positions of the interpolation kernel
 CACHED_VALUES = 2_500_000  # of views made at once on a CPU: at 224 px, 16 are 1.7 times as fast each as 64
 
 
@@ -19,7 +19,7 @@ CACHED_VALUES = 2_500_000  # of views made at once on a CPU: at 224 px, 16 are 1
 
 @dataclass
 class Affine:
-    """(x, y) -> (a x + b y + c, d x + e y + f), each coefficient [B]; pixel i covers [i, i + 1)."""
+    """Affine map (x, y) -> (a x + b y + c, d x + e y + f) with coefficients [B]; pixel i covers [i, i + 1)."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -30,17 +30,17 @@ class Affine:
 
     @classmethod
     def scaling(cls, scale_y: torch.Tensor, scale_x: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> Affine:
-        """(x, y) -> (scale_x x + left, scale_y y + top)."""
+        """Build the map (x, y) -> (scale_x x + left, scale_y y + top)."""
         none = torch.zeros_like(left)
         return cls(scale_x, none, left, none, scale_y, top)
 
     @property
     def coefficients(self) -> tuple[torch.Tensor, ...]:
-        """From a to f."""
+        """The coefficients a to f, in order."""
         return self.a, self.b, self.c, self.d, self.e, self.f
 
     def after(self, first: Affine) -> Affine:
-        """The map that takes `first` and then this one."""
+        """Return the composed map that applies `first`, then this map."""
         return Affine(
             self.a * first.a + self.b * first.d,
             self.a * first.b + self.b * first.e,
@@ -51,7 +51,7 @@ class Affine:
         )
 
     def outside(self, height: int, width: int) -> torch.Tensor:
-        """Which pixels [B, 1, height, width] of a view get their center from outside a view of that size."""
+        """Return the pixels [B, 1, height, width] of a view whose centers map to points outside a view of that size."""
         x, y = _centers(width, self.a), _centers(height, self.a)[:, None]
         a, b, c, d, e, f = (each[:, None, None, None] for each in self.coefficients)
         u, v = a * x + (b * y + c), d * x + (e * y + f)
@@ -66,7 +66,7 @@ def _centers(number: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _bicubic(x: torch.Tensor) -> torch.Tensor:
-    """Keys' kernel with a = -1/2, as PIL resizes."""
+    """Keys' cubic kernel with a = -1/2, which PIL uses."""
     x = x.abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
@@ -78,11 +78,11 @@ def _bilinear(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Lines:
-    """Positions on the lines of an image: the i-th center of line l is at skew · l + slope · i + offset, [B] each.
+    """Sampling positions along the lines of an image: skew · l + slope · i + offset for sample i of line l, each [B].
 
     Attributes:
-        first, length: [B], where positions have to stay.
-        margin: pixels of the lines before position 0.
+        first, length: [B], range that positions are clamped to.
+        margin: padding pixels before position 0 of each line.
     """
 
     skew: torch.Tensor
@@ -93,7 +93,7 @@ class Lines:
     margin: int
 
     def positions(self, lines: torch.Tensor, number: int) -> torch.Tensor:
-        """[B, L, number] in pixels of the image; `lines` [L] are the lines' own coordinates."""
+        """Return positions [B, L, number] in pixels of the image; `lines` [L] are coordinates of the lines."""
         skew, slope, offset, first, length = (
             each[:, None, None] for each in (self.skew, self.slope, self.offset, self.first, self.length)
         )
@@ -102,16 +102,16 @@ class Lines:
 
 
 class Resampler:
-    """One interpolation by an affine map, antialiased where it shrinks, in two passes (Catmull and Smith, 1980).
+    """Resampling by an affine map with antialiasing, as two one-dimensional passes (Catmull and Smith 1980).
 
-    The first pass runs along the columns of the image, the second along the rows of the view, so that k² taps cost 2k.
-    Where the map has no rotation or shear this is PIL's resize, but for the edges: what is beyond the box repeats its
-    outermost pixels. Maps that turn by about 90° are not for it.
+    The first pass runs along image columns, the second along view rows, which takes 2k taps instead of k². Without
+    rotation and shear, this equals PIL's resize except at the edges, where pixels outside the box repeat its border.
+    Rotations of about 90° are not supported.
 
     Args:
-        stored_size: height and width of the stored images, in pixels.
-        size: height and width of the views, in pixels.
-        interpolation: "bilinear", "bicubic", or "random" for one of them for each view.
+        stored_size: (height, width) of the stored images in pixels.
+        size: (height, width) of the views in pixels.
+        interpolation: "bilinear", "bicubic", or "random" to choose one of them per view.
     """
 
     def __init__(self, stored_size: tuple[int, int], size: tuple[int, int], interpolation: str) -> None:
@@ -125,13 +125,13 @@ class Resampler:
     def __call__(
         self, images: torch.Tensor, box: Sequence[torch.Tensor], map: Affine, bilinear: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """uint8 [B, 3, H, W] -> uint8 [B, 3, height, width].
+        """Resample uint8 [B, 3, H, W] to uint8 [B, 3, height, width].
 
         Args:
-            images: as stored.
-            box: top, left, height and width of the part to be seen, [B] each.
-            map: from the view's coordinates to the image's.
-            bilinear: which views [B] to interpolate bilinearly if it is random; the others are bicubic.
+            images: stored images.
+            box: top, left, height and width of the visible part, [B] each.
+            map: from coordinates of the view to those of the image.
+            bilinear: [B], the views to interpolate bilinearly if the interpolation is "random"; others are bicubic.
         """
         height, width = self.size
         margin_y, margin_x = (taps // 2 for taps in self.taps)
@@ -139,7 +139,7 @@ class Resampler:
         bilinear = torch.zeros_like(map.a, dtype=torch.bool) if bilinear is None else bilinear
         padded = _repeat_edges(images, 3, left, box_width, margin_x)
         padded = _repeat_edges(padded, 2, top, box_height, margin_y).transpose(2, 3) + 0.5  # (B, 3, W, H), for rounding
-        # Along a column u of the image, y moves v = skew u + slope y + offset.
+        # On column u of the image, row v of the view samples y = skew u + slope v + offset.
         skew, slope = map.d / map.a, map.e - map.d * map.b / map.a
         columns = Lines(skew, slope, map.f - skew * map.c, top, box_height, margin_y)
         seen = self._pass(padded, _centers(padded.shape[2], map.a) - margin_x, columns, height, 0, bilinear)
@@ -150,7 +150,7 @@ class Resampler:
     def _pass(
         self, values: torch.Tensor, lines: torch.Tensor, grid: Lines, number: int, axis: int, bilinear: torch.Tensor
     ) -> torch.Tensor:
-        """[B, 3, L, n] -> [B, 3, L, number]. Without skew all lines are alike, and a CPU is faster with a product."""
+        """Run one pass, [B, 3, L, n] -> [B, 3, L, number]; on a CPU, without skew, as a faster matrix product."""
 
         def sheared(_: torch.Tensor, values: torch.Tensor, *fields: torch.Tensor) -> torch.Tensor:
             grid, bilinear = Lines(*fields[:5], margin), fields[5]
@@ -167,19 +167,19 @@ class Resampler:
     def _straight(
         self, length: int, positions: torch.Tensor, grid: Lines, axis: int, bilinear: torch.Tensor
     ) -> torch.Tensor:
-        """[B, length, n]: what each pixel of a line counts at positions [B, n]."""
+        """Return the weights [B, length, n] of each pixel of a line at positions [B, n]."""
         distance = (_centers(length, positions) - grid.margin)[:, None] - positions[:, None, :]
         return self._weights(distance, grid.slope, axis, bilinear)
 
     def _sheared(
         self, values: torch.Tensor, positions: torch.Tensor, grid: Lines, axis: int, bilinear: torch.Tensor
     ) -> torch.Tensor:
-        """Values at positions [B, L, n] by gathering taps, with weights from a table of PHASES between two pixels."""
+        """Gather taps at positions [B, L, n] and weight them with a table of PHASES subpixel positions."""
         taps = self.taps[axis]
         phase = torch.arange(PHASES, device=values.device) / PHASES
         distance = torch.arange(taps, device=values.device)[:, None] - (taps // 2 - 1) - phase  # (taps, PHASES)
         weights = self._weights(distance.expand(len(values), -1, -1), grid.slope, axis, bilinear)
-        # In phases, rounded, from the center of the first pixel
+        # Rounded to phases, relative to the center of the first pixel.
         steps = ((positions + (grid.margin - taps // 2 + 0.5)) * PHASES + 0.5).long()
         phase, tap = (steps & (PHASES - 1)).flatten(1), (steps >> PHASE_BITS)[:, None].expand(-1, 3, -1, -1)
         reach, result = values.shape[3] - taps + 1, values.new_zeros(tap.shape)
@@ -189,7 +189,7 @@ class Resampler:
         return result
 
     def _weights(self, distance: torch.Tensor, slope: torch.Tensor, axis: int, bilinear: torch.Tensor) -> torch.Tensor:
-        """The kernel at distances [B, taps, n] in pixels, with sum 1 over the taps, widened where the map shrinks."""
+        """Return kernel weights at distances [B, taps, n] in pixels: normalized, and wider where the map shrinks."""
         distance = distance / slope.abs().clamp(1, self.shrink[axis])[:, None, None]
         if self.interpolation == "random":
             weights = torch.where(bilinear[:, None, None], _bilinear(distance), _bicubic(distance))
@@ -201,7 +201,7 @@ class Resampler:
 def _repeat_edges(
     images: torch.Tensor, dim: int, first: torch.Tensor, length: torch.Tensor, margin: int
 ) -> torch.Tensor:
-    """Add `margin` pixels on both sides of `dim`; all outside [first, first + length) repeat the outermost inside."""
+    """Pad `dim` by `margin` pixels on both sides; everything outside [first, first + length) repeats the border."""
     grid = torch.arange(-margin, images.shape[dim] + margin, device=images.device)
     grid = torch.minimum(torch.maximum(grid, first[:, None].long()), (first + length)[:, None].long() - 1)
     index = grid[:, None, :, None] if dim == 2 else grid[:, None, None, :]
@@ -213,29 +213,29 @@ def _to_uint8(values: torch.Tensor) -> torch.Tensor:
     return values.clamp_(0, 255).to(torch.uint8)
 
 
-# -- operations on the colors of uint8 images [B, 3, H, W], each as PIL's ---------------------------------------------
+# -- color operations on uint8 images [B, 3, H, W], each equal to PIL's ----------------------------------------------
 
 
 def blend(base: torch.Tensor | float, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """base + factor (images - base), cut off as PIL does; factor [B]."""
+    """Compute base + factor (images - base), clipped like PIL; factor [B]."""
     base = base.float() if isinstance(base, torch.Tensor) else base
     return _to_uint8(base + factor.view(-1, 1, 1, 1) * (images.float() - base))
 
 
 def gray(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 1, H, W], PIL's conversion to mode L (ITU-R 601)."""
+    """Convert to gray, uint8 [B, 1, H, W], as PIL converts to mode L (ITU-R 601)."""
     red, green, blue = images.int().split(1, dim=1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
 
 
 def adjust_color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """0 is gray, 1 the image; factor [B]."""
+    """Blend with the gray image: factor 0 is gray, 1 the image; factor [B]."""
     return blend(gray(images), images, factor)
 
 
 def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """0 is PIL's SMOOTH filter, 1 the image; pixels at the border stay; factor [B]."""
-    # In one sum, which a compiler makes in one pass over the image, and in numbers of two bytes
+    """Blend with PIL's SMOOTH filter: factor 0 is smooth, 1 the image; border pixels stay; factor [B]."""
+    # One sum in 16 bits, which torch.compile turns into a single pass over the image.
     values, height, width = images.short(), images.shape[2] - 2, images.shape[3] - 2
     nine = sum(values[..., top : top + height, left : left + width] for top in range(3) for left in range(3))
     smooth = (nine + 4 * values[..., 1:-1, 1:-1]).float() / 13
@@ -245,7 +245,7 @@ def adjust_sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor
 
 
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Standard deviation sigma [B] in pixels, up to 2; the border is repeated."""
+    """Blur with standard deviation sigma [B] in pixels, up to 2; the border is repeated."""
     reach = 6
     distance = torch.arange(-reach, reach + 1, device=images.device) / sigma[:, None].clamp(min=1e-3)
     weights = torch.exp(-0.5 * distance * distance)
@@ -258,14 +258,14 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def autocontrast_table(images: torch.Tensor) -> torch.Tensor:
-    """[B, 3, 256]: each channel's range stretched to 0 to 255."""
+    """Build tables [B, 3, 256] that stretch each channel's range to [0, 255]."""
     low, high = (bound.int()[..., None] for bound in (images.amin(dim=(2, 3)), images.amax(dim=(2, 3))))
     value, span = torch.arange(256, device=images.device), high - low
     return torch.where(span > 0, ((value - low).clamp(min=0) * 255 // span.clamp(min=1)).clamp(max=255), value)
 
 
 def equalize_table(images: torch.Tensor) -> torch.Tensor:
-    """[B, 3, 256]: each channel's histogram levelled, as PIL counts."""
+    """Build tables [B, 3, 256] that equalize each channel's histogram, like PIL."""
     batch, pixels = len(images), images[0, 0].numel()
     channel = torch.arange(batch * 3, device=images.device)[:, None] * 256
     bins = (images.reshape(batch * 3, -1).int() + channel).flatten().long()
@@ -273,29 +273,29 @@ def equalize_table(images: torch.Tensor) -> torch.Tensor:
     counts = counts.scatter_add(0, bins, torch.ones_like(bins, dtype=torch.int32)).view(batch, 3, 256).long()
     value = torch.arange(256, device=images.device)
     last = counts.gather(2, torch.where(counts > 0, value, 0).amax(dim=2, keepdim=True))
-    step = (pixels - last) // 255  # 0 for a single value, which then stays
+    step = (pixels - last) // 255  # 0 if the channel has a single value, which then stays
     levels = (step // 2 + counts.cumsum(dim=2) - counts) // step.clamp(min=1)
     return torch.where(step > 0, levels.clamp(max=255), value)
 
 
 def contrast_table(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """[B, 1, 256]: 0 is the mean gray, 1 the image; factor [B]."""
+    """Build tables [B, 1, 256] for contrast: factor 0 is the mean gray, 1 the image; factor [B]."""
     mean = (gray(images).float().mean(dim=(1, 2, 3)) + 0.5).floor()[:, None, None, None]
     value = torch.arange(256, device=images.device).view(1, 1, 1, 256)
     return blend(mean, value, factor)[:, 0]
 
 
 def look_up(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Replace each value by the entry of its channel's table [B, 3, 256]."""
+    """Replace each value by its entry in its channel's table [B, 3, 256]."""
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
 def only(
     chosen: torch.Tensor, function: Callable[..., torch.Tensor], values: torch.Tensor, *arguments: torch.Tensor
 ) -> torch.Tensor:
-    """`function(values, *arguments)` for the samples that are chosen (bool [B]), `values` for the others.
+    """Apply `function(values, *arguments)` to the chosen samples (bool [B]) and keep the others.
 
-    On a CPU `values` itself is changed.
+    On a CPU, `values` is modified in place.
     """
     if not can_select_samples(values):
         return torch.where(chosen.view(-1, *[1] * (values.ndim - 1)), function(values, *arguments), values)
@@ -308,7 +308,7 @@ def only(
 
 
 def paint(values: torch.Tensor, where: torch.Tensor, color: torch.Tensor | int) -> torch.Tensor:
-    """`color` where bool [B, 1, H, W] says so: torch.where, as products, with which a CPU is ten times faster."""
+    """Fill with `color` where the mask [B, 1, H, W] is True; on a CPU ten times as fast as torch.where."""
     where = where.to(values.dtype)
     return values * (1 - where) + color * where
 
@@ -322,7 +322,7 @@ def can_select_samples(values: torch.Tensor) -> bool:
 
 
 def in_parts(function: Callable[..., torch.Tensor], size: tuple[int, int], *arguments: torch.Tensor) -> torch.Tensor:
-    """`function(*arguments)`, whose result is views of that size; a CPU makes as many at a time as its caches hold."""
+    """Compute `function(*arguments)`, which returns views of that size; on a CPU in parts that fit its caches."""
     if not can_select_samples(arguments[0]):
         return function(*arguments)
     number = max(1, CACHED_VALUES // (3 * math.prod(size)))

@@ -1,4 +1,4 @@
-"""What is drawn for a view: random numbers hashed from its key, and the operations of timm's policies."""
+"""Random draws of a view: numbers hashed from its key, and the operations of timm's policies."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _signed(constant: int) -> int:
 
 
 def splitmix64(x: torch.Tensor) -> torch.Tensor:
-    """`samplers`' hash of 64-bit integers, for int64 tensors (which wrap around)."""
+    """Hash int64 tensors like `samplers._splitmix64` (integers wrap around)."""
 
     def shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-        return (value >> bits) & (2 ** (64 - bits) - 1)  # without the sign
+        return (value >> bits) & (2 ** (64 - bits) - 1)  # logical shift: drop the sign bits
 
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -44,11 +44,11 @@ def splitmix64(x: torch.Tensor) -> torch.Tensor:
 
 
 class Draws:
-    """Uniform numbers in [0, 1) for each sample: the first ones drawn, the next, ...
+    """Uniform random numbers in [0, 1) per sample; each call takes the next ones.
 
     Args:
-        keys: int64 [B], the samples' keys: hashed ones, since neighbors among small numbers would share draws.
-        number: how many there are for each.
+        keys: int64 [B], keys of the samples. They must be hashed: small neighboring integers would share draws.
+        number: how many numbers each sample has.
     """
 
     def __init__(self, keys: torch.Tensor, number: int) -> None:
@@ -56,19 +56,19 @@ class Draws:
         self.numbers, self.used = bits.float() * 2.0**-24, 0  # (number, B)
 
     def __call__(self, number: int = 1, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        """float32 [number, B], uniform in [low, high)."""
+        """Draw float32 [number, B], uniform in [low, high)."""
         self.used += number
         if self.used > len(self.numbers):
             raise IndexError(f"there are {len(self.numbers)} numbers for each sample, {self.used} are drawn")
         return low + (high - low) * self.numbers[self.used - number : self.used]
 
     def normal(self) -> torch.Tensor:
-        """float32 [B], standard normal (Box and Muller, 1958)."""
+        """Draw float32 [B], standard normal (Box and Muller 1958)."""
         radius, angle = self(2)
         return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
 
     def integer(self, number: torch.Tensor | int) -> torch.Tensor:
-        """float32 [B], a whole number from 0 to number - 1."""
+        """Draw float32 [B], integers from 0 to number - 1."""
         return (self()[0] * number).floor()
 
 
@@ -88,11 +88,11 @@ def _enhancement(level: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
 
 
 def _floor(number: torch.Tensor) -> torch.Tensor:
-    """Down to a whole number, also if rounding on some device has left it a little short of one."""
+    """Round down, robust to results that float rounding has left slightly below an integer."""
     return (number + 1e-3).floor()
 
 
-# timm's operations: what they are here, and their argument by level (0 to 1 for magnitudes 0 to 10) and a random sign
+# timm's operation -> (our operation, its argument by level (0 to 1 for magnitudes 0 to 10) and random sign)
 OPERATIONS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
     "AutoContrast": ("autocontrast", lambda level, sign: level),
     "Equalize": ("equalize", lambda level, sign: level),
@@ -114,24 +114,24 @@ OPERATIONS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Te
     "SharpnessIncreasing": ("sharpness", _toward_two),
     "ShearX": ("shear_x", lambda level, sign: sign * 0.3 * level),
     "ShearY": ("shear_y", lambda level, sign: sign * 0.3 * level),
-    "TranslateXRel": ("translate_x", lambda level, sign: sign * 0.45 * level),  # of the width
-    "TranslateYRel": ("translate_y", lambda level, sign: sign * 0.45 * level),  # of the height
+    "TranslateXRel": ("translate_x", lambda level, sign: sign * 0.45 * level),  # share of the width
+    "TranslateYRel": ("translate_y", lambda level, sign: sign * 0.45 * level),  # share of the height
     "Desaturate": ("color", lambda level, sign: 0.5 - 0.5 * level),
     "GaussianBlur": ("blur", lambda level, sign: 0.1 + 1.9 * level),
-    # A radius from 0.1 to twice the level: of that, the level is drawn below.
+    # A radius from 0.1 to twice the level. The level itself is drawn below.
     "GaussianBlurRand": ("blur", lambda level, sign: 0.1 + 1.9 * level),
 }
 
 
 @dataclass
 class Step:
-    """One operation of each sample: its kind [B] (an index into KINDS) and its argument [B]."""
+    """One operation per sample: its kind [B] (an index into KINDS) and its argument [B]."""
 
     kind: torch.Tensor
     argument: torch.Tensor
 
     def is_a(self, *names: str) -> torch.Tensor:
-        """Which samples have one of these kinds, bool [B]."""
+        """Return which samples have one of these kinds, bool [B]."""
         wanted = self.kind == KINDS.index(names[0])
         for name in names[1:]:
             wanted = wanted | (self.kind == KINDS.index(name))
@@ -139,13 +139,13 @@ class Step:
 
 
 class Policy(nn.Module):
-    """RandAugment and AutoAugment (3-Augment included) as timm reads them, drawn for a batch at once.
+    """timm's RandAugment and AutoAugment policies (including 3-Augment), drawn for a whole batch.
 
     Args:
         name: in timm's notation: rand-..., v0, v0r, original, originalr, 3a; augmix is not supported.
 
     Raises:
-        UserError: a policy that timm does not know, or that can only be done on the host.
+        UserError: if timm does not know the policy, or only the host supports it.
     """
 
     def __init__(self, name: str) -> None:
@@ -158,7 +158,7 @@ class Policy(nn.Module):
             rows, self.num_steps = policy.policy, max(map(len, policy.policy))
         ops = [op for row in rows for op in row]
         self.names = sorted({op.name for op in ops})
-        # A turn by 90° cannot be resampled in two passes.
+        # Two passes cannot resample a rotation by 90°.
         steep = self.num_steps > 2 or any((op.magnitude_max or 10) > 10 for op in ops)
         if not set(self.names) <= OPERATIONS.keys() or steep or getattr(policy, "choice_weights", None) is not None:
             raise UserError(f"--aa {name}: is for the host alone; train with --augment host")
@@ -174,7 +174,7 @@ class Policy(nn.Module):
         return frozenset(OPERATIONS[name][0] for name in self.names)
 
     def forward(self, draws: Draws) -> list[Step]:
-        """The operations of each sample, in order."""
+        """Draw the operations of each sample, in order."""
         steps, row = [], draws.integer(len(self.which)).long()
         for number in range(self.num_steps):
             if self.is_random and number:
@@ -201,7 +201,7 @@ class Policy(nn.Module):
 
 
 def is_supported(name: str, src: bool = False) -> bool:
-    """Whether a policy of timm's can be done here (none can); with `src`, whose padding no affine map can move."""
+    """Return True if this code supports a timm policy ("none" included); `src`: with DeiT III's simple random crop."""
     try:
         return name in ("", "none") or not (Policy(name).kinds_used & {*GEOMETRIC} and src)
     except UserError:
@@ -209,10 +209,10 @@ def is_supported(name: str, src: bool = False) -> bool:
 
 
 def parse_policy(name: str) -> RandAugment | AutoAugment | Any:
-    """timm's policy of that name.
+    """Parse a policy in timm's notation.
 
     Raises:
-        UserError: if timm knows none, or it is one for the host alone.
+        UserError: if timm does not know it, or only the host supports it.
     """
     if name.startswith("augmix"):
         raise UserError(f"--aa {name}: is for the host alone; train with --augment host")
@@ -223,17 +223,17 @@ def parse_policy(name: str) -> RandAugment | AutoAugment | Any:
 
 
 def jitter(strength: float, draws: Draws) -> list[Step]:
-    """Brightness, contrast and saturation by factors in 1 ± strength, in random order."""
+    """Draw color jitter: brightness, contrast and saturation by factors in 1 ± strength, in random order."""
     brightness, contrast, color = (KINDS.index(name) for name in ("brightness", "contrast", "color"))
     order = draws(3).argsort(dim=0)  # (3, B)
     factors = draws(3, max(0.0, 1 - strength), 1 + strength)
-    # A tensor of these numbers would be copied from the host, for which the device waits.
+    # Creating a tensor from these numbers would copy from the host, which is a GPU sync.
     kinds = torch.where(order == 0, brightness, torch.where(order == 1, contrast, color))
     return [Step(kind, factors.gather(0, which[None])[0]) for kind, which in zip(kinds, order, strict=True)]
 
 
 def as_affine(step: Step, height: int, width: int) -> Affine:
-    """What a geometric step does to the coordinates of a view; nothing for the others."""
+    """Return a geometric step as an affine map of view coordinates; the identity for other steps."""
 
     def argument(name: str) -> torch.Tensor:
         return torch.where(step.is_a(name), step.argument, 0.0)
@@ -252,13 +252,13 @@ def as_affine(step: Step, height: int, width: int) -> Affine:
 
 
 def recolor(images: torch.Tensor, step: Step, kinds: frozenset[str]) -> torch.Tensor:
-    """Apply a step to the samples whose operation is one of color.
+    """Apply a step to the samples whose operation changes colors.
 
-    Eight of the eleven operations are tables of 256 values a channel, applied together.
+    Eight of the eleven color operations are tables of 256 values per channel, which are applied together.
 
     Args:
         images: uint8 [B, 3, H, W].
-        kinds: those that may occur.
+        kinds: operations that may occur.
     """
     tables = [name for name in TABLES if name in kinds]
     if tables:
@@ -271,7 +271,7 @@ def recolor(images: torch.Tensor, step: Step, kinds: frozenset[str]) -> torch.Te
 
 
 def _tables(images: torch.Tensor, step: Step, names: Sequence[str]) -> torch.Tensor:
-    """uint8 [B, 3, 256]: the table of each sample whose operation is one of `names`, for others as it is."""
+    """Build the tables, uint8 [B, 3, 256], of samples whose operation is in `names`; the identity for others."""
     value, argument = torch.arange(256, device=images.device), step.argument[:, None].long()
     brightness = step.argument[:, None].clamp(min=0) * value
     plain = {

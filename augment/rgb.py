@@ -1,4 +1,4 @@
-"""Any image file or PIL image as 8-bit RGB."""
+"""Conversion of image files and PIL images to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from utils import reason, regular_file
 
-# What the suffixes of image files promise. Pillow takes other formats by their content, whatever the name, and runs
-# programs for some: Ghostscript for EPS.
+# Formats to accept. By default, Pillow detects the format from the content, whatever the file name, and may run
+# programs for it, such as Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 
 
 class ImageError(OSError):
-    """An image that cannot be read or has no meaning as RGB; the message does not name it."""
+    """An image that cannot be read or converted to RGB; the message does not include its name."""
 
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Raise an `ImageError` instead of any other exception: decoders raise everything on damaged files."""
+    """Turn all exceptions of the block into an `ImageError`; decoders may raise anything on damaged files."""
     try:
         yield
     except ImageError:
@@ -35,13 +35,13 @@ def decoding() -> Iterator[None]:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to mode RGB.
+    """Convert a PIL image to mode RGB.
 
-    Integer modes are scaled from their range to 0 ... 255 and rounded; Pillow would clip them at 255. Other modes are
-    as in Pillow: palettes are looked up, alpha is dropped, CMYK is converted.
+    Integer modes are scaled from their range to [0, 255] and rounded (Pillow would clip them at 255). Other modes are
+    converted by Pillow: palettes are looked up, alpha is dropped, CMYK is converted.
 
     Raises:
-        ImageError: damaged, or pixels without a known range (float, negative integers).
+        ImageError: if the image is damaged, or its pixels have no known range (float, negative integers).
     """
     with decoding():
         if image.mode == "F":
@@ -50,9 +50,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """RGB from mode I or I;16, which may hold 12, 16 or 32 bits.
+    """Convert mode I or I;16, which may hold 12, 16 or 32 bits, to RGB.
 
-    Values up to 65535 are 16-bit gray in any mode: Pillow opens 16-bit PNG and PGM in mode I, too.
+    Values up to 65535 are 16-bit gray in any of these modes: Pillow opens 16-bit PNG and PGM files in mode I, too.
     """
     values = np.asarray(image).astype(np.int64)
     tags = getattr(image, "tag_v2", {})
@@ -64,17 +64,17 @@ def _from_integers(image: Image.Image) -> Image.Image:
     top = 2 ** (bits - signed) - 1
     if bits > 16 or values.max() > top:
         top = 65535 if values.max() <= 65535 else max(top, 2**31 - 1)
-    if tags.get(PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds in 8 bits only
+    if tags.get(PHOTOMETRIC) == 0:  # white is 0; Pillow handles this in 8 bits only
         values = top - values
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8)).convert("RGB")
 
 
 def open_image(file: Any) -> Image.Image:
-    """Open, but do not decode, an image file of one of `FORMATS` (a path or a binary stream).
+    """Open an image file (path or binary stream) of one of `FORMATS` without decoding it.
 
     Raises:
-        ImageError: if it is of another format.
-        OSError: if it cannot be read, or is no regular file.
+        ImageError: if it has another format.
+        OSError: if it cannot be read or is not a regular file.
     """
     if isinstance(file, str | Path):
         regular_file(file)
@@ -86,17 +86,17 @@ def open_image(file: Any) -> Image.Image:
 
 
 def open_rgb(file: Any, upright: bool = False) -> Image.Image:
-    """Decode a file (a path or a binary stream) as RGB.
+    """Decode an image file (path or binary stream) to RGB.
 
     Args:
-        upright: turn a photo as its EXIF orientation says. timm does not, so neither do training and evaluation.
+        upright: rotate photos as their EXIF orientation says. timm, and so training and evaluation, do not.
 
     Raises:
-        ImageError: see `as_rgb`; or if it is no regular file, or none of `FORMATS`.
+        ImageError: if it is damaged, not a regular file, or not one of `FORMATS`; see also `as_rgb`.
     """
     with decoding(), open_image(file) as image:
         rgb = as_rgb(image)
-        if upright and image.format != "TIFF":  # Pillow turns those itself
+        if upright and image.format != "TIFF":  # Pillow itself rotates TIFF files
             rgb.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
             rgb = ImageOps.exif_transpose(rgb)
         return rgb

@@ -1,4 +1,4 @@
-"""From stored uint8 images to normalized views, in batches: the training augmentation and the evaluation transform."""
+"""From stored uint8 images to normalized views, in batches: training augmentation and evaluation transform."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from augment.image_ops import Affine, Resampler, in_parts, only, paint
 from augment.policy import GEOMETRIC, Draws, Policy, as_affine, is_supported, jitter, recolor
 from utils import UserError
 
-SMALL_IMAGE = 64  # up to this size views are made by padding and cropping, not by random resized crops
-PADDING = 4  # pixels around a small image, and around one of a simple random crop
-CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of random resized crops
+SMALL_IMAGE = 64  # up to this size, views are padded and cropped instead of random resized crops
+PADDING = 4  # pixels around a small image or a simple random crop
+CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # ranges of random resized crops
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
-ATTEMPTS = 10  # at a crop or a region that fits
-NOISE = 2**20  # normal numbers to fill erased regions with
+ATTEMPTS = 10  # at finding a crop or region that fits
+NOISE = 2**20  # size of the table of normal numbers for erased regions
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """How views are made. The fields are flags of main.py."""
+    """Options of the views. The fields are flags of main.py."""
 
-    input_size: tuple[int, int] = (224, 224)  # height and width of the views, in pixels
-    src: bool = False  # simple random crop (DeiT III), instead of random resized crops
-    train_interpolation: str = "bicubic"  # or "bilinear", "random"; of random resized crops
-    hflip: float = 0.5  # probability of a flip
-    color_jitter: float = 0.3  # strength, for brightness, contrast and saturation
+    input_size: tuple[int, int] = (224, 224)  # height and width of the views in pixels
+    src: bool = False  # DeiT III's simple random crop instead of random resized crops
+    train_interpolation: str = "bicubic"  # of random resized crops: "bilinear", "bicubic" or "random"
+    hflip: float = 0.5  # probability of a horizontal flip
+    color_jitter: float = 0.3  # strength for brightness, contrast and saturation
     aa: str = "rand-m9-mstd0.5-inc1"  # timm's name of an AutoAugment policy, or "none"
     reprob: float = 0.25  # probability of random erasing
     remode: str = "pixel"  # what fills erased regions: "const", "rand" (a color) or "pixel"
-    recount: int = 1  # largest number of erased regions
-    eval_crop_ratio: float = 0.875  # side of the evaluated center crop within the resized image, above 64 px
+    recount: int = 1  # maximum number of erased regions
+    eval_crop_ratio: float = 0.875  # side of the center crop relative to the resized image, above 64 px
 
 
-Normalization = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, of images scaled to [0, 1]
+Normalization = tuple[Sequence[float], Sequence[float]]  # per-channel mean and std of images scaled to [0, 1]
 
 
 class Normalize(nn.Module):
-    """uint8 [B, 3, H, W] -> (x / 255 - mean) / std, in `dtype`."""
+    """Normalization of uint8 [B, 3, H, W] to (x / 255 - mean) / std, in `dtype`."""
 
     def __init__(self, normalization: Normalization, dtype: torch.dtype) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ class Normalize(nn.Module):
 
 
 class EvalTransform(nn.Module):
-    """The evaluation transform, as `datasets.build_eval_transform` does it in PIL, within one or two gray levels.
+    """The evaluation transform; it differs from `datasets.build_eval_transform` (PIL) by at most two gray levels.
 
-    Above 64 px, images are resized to size / eval_crop_ratio and cropped to their center; below, they are used whole.
+    Images are resized to size / eval_crop_ratio and center-cropped; up to 64 px the whole image is used.
 
     Args:
-        stored_size: height and width of the padded buffer that holds an image, in pixels.
-        options, normalization: the views.
-        dtype: of the views.
+        stored_size: (height, width) of the padded buffer of a stored image in pixels.
+        options, normalization: options of the views, per-channel (mean, std).
+        dtype: dtype of the views.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class EvalTransform(nn.Module):
         self.normalize = Normalize(normalization, dtype)
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 [B, 3, H, W], of which the first `sizes` [B, 2] rows and columns count -> [B, 3, height, width].
+        """Transform uint8 [B, 3, H, W] to views [B, 3, height, width]; `sizes` [B, 2] are (height, width) of the images.
 
-        Nothing is random here, so the keys are not used.
+        Nothing is random, so `keys` are ignored.
         """
         return in_parts(self._views, self.size, images, sizes)
 
@@ -88,14 +88,14 @@ class EvalTransform(nn.Module):
         return self.normalize(self.resample(images, _whole(sizes), self._map(sizes)))
 
     def _map(self, sizes: torch.Tensor) -> Affine:
-        """From the view's coordinates to those of images of these sizes."""
+        """Return the map from view coordinates to coordinates of images of these sizes."""
         height, width = sizes.float().unbind(1)
         if max(self.size) <= SMALL_IMAGE:
             none = torch.zeros_like(height)
             return Affine.scaling(height / self.size[0], width / self.size[1], none, none)
         resized = [math.floor(side / self.crop_ratio) for side in self.size]
-        if resized[0] == resized[1]:  # the long side is cut off to whole pixels, else both are rounded
-            # In whole numbers: compiled for a GPU, a quotient of float32 may be a little less than the whole one it is.
+        if resized[0] == resized[1]:  # torchvision truncates the long side; otherwise both are rounded
+            # In integers: a compiled float32 division on a GPU may give slightly less than the exact integer quotient.
             new_height, new_width = (resized[0] * sizes // sizes.amin(dim=1, keepdim=True)).float().unbind(1)
         else:
             ratio = torch.minimum(height / resized[0], width / resized[1])
@@ -106,24 +106,24 @@ class EvalTransform(nn.Module):
 
 
 def _whole(sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The box [top, left, height, width] of whole images."""
+    """Return the box (top, left, height, width), [B] each, of whole images."""
     height, width = sizes.float().unbind(1)
     return torch.zeros_like(height), torch.zeros_like(width), height, width
 
 
 class TrainAugmentation(nn.Module):
-    """DeiT's training augmentation (paper, section 6 and table 9), as `datasets.build_train_transform` does it in PIL.
+    """DeiT's training augmentation (paper, section 6 and table 9), as in `datasets.build_train_transform` (PIL).
 
-    Random resized crop (up to 64 px: padding by 4 and a random crop; or DeiT III's simple random crop), flip, the
-    policy, color jitter where there is no policy or 3-Augment, normalization, random erasing.
+    Random resized crop (up to 64 px: 4 px of padding and a random crop; optionally DeiT III's simple random crop),
+    flip, the policy, color jitter (without a policy, or with 3-Augment), normalization, random erasing.
 
     Args:
-        stored_size: height and width of the padded buffer that holds an image, in pixels.
-        options, normalization: the views.
-        dtype: of the views.
+        stored_size: (height, width) of the padded buffer of a stored image in pixels.
+        options, normalization: options of the views, per-channel (mean, std).
+        dtype: dtype of the views.
 
     Raises:
-        UserError: if the policy is unknown, or supported on the host only.
+        UserError: if the policy is unknown, or only the host supports it.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class TrainAugmentation(nn.Module):
             raise UserError(f"--src --aa {options.aa}: go together on the host alone; train with --augment host")
         interpolation, small = options.train_interpolation, options.src or max(self.size) <= SMALL_IMAGE
         self.crop = _simple_crop if options.src else _padded_crop if small else random_resized_crop
-        # What is drawn at random in "random" is the interpolation of random crops, of which there are none up to 64 px.
+        # "random" means a random interpolation of random resized crops, which do not exist up to 64 px.
         interpolation = "bicubic" if small and interpolation == "random" else interpolation
         self.resample = Resampler(stored_size, self.size, interpolation)
         self.policy = None if options.aa in ("", "none") else Policy(options.aa)
@@ -150,14 +150,14 @@ class TrainAugmentation(nn.Module):
         fill = torch.tensor([min(255, round(255 * value)) for value in normalization[0]], dtype=torch.uint8)
         self.register_buffer("fill", fill.view(1, 3, 1, 1))
         noise = torch.randn(NOISE + 3 * math.prod(self.size), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("noise", noise)  # read from one of its first NOISE positions on
+        self.register_buffer("noise", noise)  # regions use a slice that starts at one of the first NOISE values
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """The view of each image that its key says.
+        """Make the view of each image that its key determines.
 
         Args:
             images: uint8 [B, 3, H, W].
-            sizes: [B, 2], rows and columns of each that count, from the first.
+            sizes: [B, 2], height and width of each image within its buffer.
             keys: int64 [B].
 
         Returns:
@@ -191,18 +191,18 @@ class TrainAugmentation(nn.Module):
     def _blacken(
         self, views: torch.Tensor, padding: Affine, flipped: torch.Tensor, filled: list[Affine]
     ) -> torch.Tensor:
-        """Paint what comes from the padding of a small image."""
+        """Fill with black what comes from the padding of a small image."""
         first = _mirror(flipped, self.size[1])
         first = first.after(filled[0]) if filled else first
         outside = padding.after(first).outside(*self.size)
         return paint(views, outside, 0)
 
     def _fill(self, views: torch.Tensor, *coefficients: torch.Tensor) -> torch.Tensor:
-        """Paint what a geometric operation has brought in from outside."""
+        """Fill with the mean color what a geometric operation moved in from outside."""
         return paint(views, Affine(*coefficients).outside(*self.size), self.fill)
 
     def _erase(self, views: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Random erasing (Zhong et al. 2020) with timm's probabilities, after normalization."""
+        """Apply random erasing (Zhong et al. 2020) with timm's probabilities, after normalization."""
         if not self.re_prob:
             return views
         erased = draws()[0] <= self.re_prob
@@ -234,7 +234,7 @@ class TrainAugmentation(nn.Module):
 
 
 def _mirror(flipped: torch.Tensor, width: int) -> Affine:
-    """x -> width - x where flipped."""
+    """Return the map x -> width - x where flipped, the identity elsewhere."""
     sign, shift = torch.where(flipped, -1.0, 1.0), torch.where(flipped, float(width), 0.0)
     return Affine.scaling(torch.ones_like(sign), sign, torch.zeros_like(sign), shift)
 
@@ -242,7 +242,7 @@ def _mirror(flipped: torch.Tensor, width: int) -> Affine:
 def _padded_crop(
     draws: Draws, sizes: torch.Tensor, size: tuple[int, int]
 ) -> tuple[tuple[torch.Tensor, ...], Affine, Affine | None]:
-    """The image at the view's size, shifted by up to 4 pixels each way: its box, its map, and where the padding is."""
+    """Draw a shift of up to 4 px each way, at the view's size; return the box, the map and the padding's map."""
     down, right = draws.integer(2 * PADDING + 1) - PADDING, draws.integer(2 * PADDING + 1) - PADDING
     one = torch.ones_like(down)
     shift = Affine.scaling(one, one, down, right)
@@ -255,12 +255,13 @@ def _padded_crop(
 def _simple_crop(
     draws: Draws, sizes: torch.Tensor, size: tuple[int, int]
 ) -> tuple[tuple[torch.Tensor, ...], Affine, tuple[torch.Tensor, ...]]:
-    """A crop of the image, resized by its short side and padded by 4 pixels: its box, its map, and where it reflects.
+    """Draw a crop of the image, resized by its short side and padded by 4 px with its reflection.
 
     Returns:
-        ..., the first row and column [B] of the view within the resized image, and the rows and columns [B] of that.
+        The box, the map, and for `_reflect` (top, left, height, width), [B] each: first row and column of the view
+        within the resized image, and size of the resized image.
     """
-    # In whole numbers, as torchvision cuts off the long side
+    # In integers, as torchvision truncates the long side.
     new_height, new_width = (size[0] * sizes // sizes.amin(dim=1, keepdim=True)).float().unbind(1)
     top = draws.integer(new_height + 2 * PADDING - size[0] + 1) - PADDING
     left = draws.integer(new_width + 2 * PADDING - size[1] + 1) - PADDING
@@ -271,12 +272,12 @@ def _simple_crop(
 
 
 def _reflect(views: torch.Tensor, box: tuple[torch.Tensor, ...], flipped: torch.Tensor) -> torch.Tensor:
-    """Fill what is beyond the edges of the image with its reflection, which the view shows as well.
+    """Fill pixels beyond the edges of the image with its reflection, which is also within the view.
 
     Args:
         views: [B, 3, height, width].
-        box: what `_simple_crop` returns for each.
-        flipped: which are mirrored.
+        box: (top, left, height, width) as `_simple_crop` returns it.
+        flipped: [B], which views are mirrored.
     """
     top, left, height, width = (each[:, None].long() for each in box)
     y, x = (torch.arange(length, device=views.device) for length in views.shape[2:])
@@ -293,7 +294,7 @@ def _reflect(views: torch.Tensor, box: tuple[torch.Tensor, ...], flipped: torch.
 def random_resized_crop(
     draws: Draws, sizes: torch.Tensor, size: tuple[int, int]
 ) -> tuple[tuple[torch.Tensor, ...], Affine, None]:
-    """A crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3: its box, its map, and no padding."""
+    """Draw a crop of 8 to 100 % of the area and aspect ratio 3/4 to 4/3; return its box, its map and no padding."""
     height, width = sizes.float().unbind(1)
     area = draws(ATTEMPTS, *CROP_AREA) * height * width  # (attempts, B)
     aspect = torch.exp(draws(ATTEMPTS, math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
@@ -302,7 +303,7 @@ def random_resized_crop(
     )
     down, right = draws(2)
     top, left = (down * (height - crop_height + 1)).floor(), (right * (width - crop_width + 1)).floor()
-    # Else the largest center with the nearest allowed aspect ratio.
+    # If no attempt fits: the largest center crop with the nearest allowed aspect ratio.
     most_height = torch.minimum(height, (width / CROP_ASPECT[0]).round())
     most_width = torch.minimum(width, (height * CROP_ASPECT[1]).round())
     crop_height, crop_width = torch.where(found, crop_height, most_height), torch.where(found, crop_width, most_width)
@@ -315,14 +316,14 @@ def random_resized_crop(
 def _first_fitting(
     heights: torch.Tensor, widths: torch.Tensor, most_height: torch.Tensor | float, most_width: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the attempts [n, B] the first that is no larger: heights and widths [2, B], and whether there is one [B]."""
+    """Select the first attempt of [n, B] that fits; return (height, width) [2, B] and whether one fits, [B]."""
     fits = (heights <= most_height) & (widths <= most_width) & (heights >= 1) & (widths >= 1)
     first = fits.int().argmax(dim=0, keepdim=True)
     return torch.cat([heights.gather(0, first), widths.gather(0, first)]), fits.any(dim=0)
 
 
 def _erased_region(draws: Draws, size: tuple[int, int], count: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Top, left, height and width [B] of a region; empty if none fits."""
+    """Draw top, left, height and width [B] of a region to erase; empty if none fits."""
     area = draws(ATTEMPTS, *ERASED_AREA) * (size[0] * size[1]) / count
     aspect = torch.exp(draws(ATTEMPTS, math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])))
     heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
