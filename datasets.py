@@ -1,4 +1,4 @@
-"""The data sets: finding and reading them as sources, and the transforms of the host."""
+"""Data sets: finding and reading them as sources, and the transforms on the host."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ TrainAndVal = tuple[Data, Data]
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which data to read. The fields are flags of main.py."""
+    """Options of the data. The fields are flags of main.py."""
 
     data_set: str = "IMNET"  # one of `NAMES`, or timm's name with a scheme such as `hfds/`
     data_path: str | None = None  # CIFAR, FLOWERS and `torch/` default to ./data
@@ -92,13 +92,13 @@ class DataOptions:
 
 
 def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = False) -> TrainAndVal:
-    """The training and validation data, cut to `train_fraction` and kept in memory if they are small.
+    """Read the training and validation data; reduce them to `train_fraction` and keep small ones in memory.
 
-    With `eval_only` the training part may be empty. The first process of a machine downloads, the others wait.
+    With `eval_only`, the training part may be empty. The first process of a machine downloads while the others wait.
 
     Raises:
-        UserError: see `read_sources`, another number of classes than `nb_classes`, or a flag that the data do not
-            support.
+        UserError: see `read_sources`; also if the number of classes is not `nb_classes`, or the data do not support a
+            flag.
     """
     train, val = (_upright(part, options) for part in read_sources(options, local_rank, eval_only))
     if options.nb_classes not in (None, val.num_classes):
@@ -115,7 +115,7 @@ def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = F
 
 
 def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = False) -> TrainAndVal:
-    """Find a data set's training and validation part; download it where that is possible.
+    """Find the training and validation part of a data set; download it if possible.
 
     Raises:
         UserError: unknown name, missing or badly laid-out folder, failed download.
@@ -157,10 +157,10 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
 
 
 def _upright(part: Data, options: DataOptions) -> Data:
-    """The same images, turned as their EXIF orientation says if `upright` is set.
+    """Return the same images, rotated as their EXIF orientation says if `upright` is set.
 
     Raises:
-        UserError: if they are not files.
+        UserError: if the images are not files.
     """
     if not options.upright:
         return part
@@ -170,7 +170,7 @@ def _upright(part: Data, options: DataOptions) -> Data:
 
 
 def _folder_of(name: str, data_path: str | None) -> Path:
-    """Where the data are, or are to be downloaded."""
+    """Return the folder of the data, which may still have to be downloaded."""
     if data_path is None:
         if name in ("IMNET", "INAT", "INAT19", "CARS", "PACKED"):
             raise UserError(f"--data-path: {name} is not downloaded; name its folder, or try --data-set DIGITS")
@@ -181,7 +181,7 @@ def _folder_of(name: str, data_path: str | None) -> Path:
 
 
 def _digits() -> tuple[Source, Source]:
-    """The bundled 8×8 digits; of each class every fifth image is held out."""
+    """Read the bundled 8×8 digits; every fifth image of each class is held out."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)
     gray = (images.astype(np.uint16) * 255 // 16).astype(np.uint8)  # ink 0 to 16
@@ -194,11 +194,11 @@ def _digits() -> tuple[Source, Source]:
 
 
 def image_files(folder: str | Path, seen: set[Any], skipped: Counter[str]) -> list[str]:
-    """The image files under a folder, sorted by folder and name, without hidden ones and what archives leave behind.
+    """List the image files under a folder, sorted by folder and name; skip hidden files and leftovers of archives.
 
     Args:
-        seen: folders that are not entered (again), as links may lead to them; grows.
-        skipped: counts the other files by suffix.
+        seen: folders that must not be entered (again), since links may lead back to them; updated.
+        skipped: counts other files by suffix; updated.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -222,7 +222,7 @@ def _is_visible(name: str) -> bool:
 
 
 def _is_new(folder: str | Path, seen: set[Any]) -> bool:
-    """Whether the real folder behind a path is met for the first time."""
+    """Return True if the real folder behind a path is new; add it to `seen`."""
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
     known = identity in seen
@@ -232,7 +232,7 @@ def _is_new(folder: str | Path, seen: set[Any]) -> bool:
 
 @contextlib.contextmanager
 def _readable(root: Path) -> Iterator[None]:
-    """Turn what keeps the files below `root` from being read into one line."""
+    """Turn errors in reading files below `root` into one line."""
     try:
         yield
     except OSError as error:
@@ -240,7 +240,7 @@ def _readable(root: Path) -> Iterator[None]:
 
 
 def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Source, Source]:
-    """`train/CLASS/image` and `val/CLASS/image`.
+    """Read `train/CLASS/image` and `val/CLASS/image`.
 
     An evaluation reads val/ only. The classes are the folders in train/ if it exists; some may have no images in val/.
     """
@@ -262,7 +262,7 @@ def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Sourc
 
 
 def _image_folders(root: Path, val_fraction: float, eval_only: bool) -> tuple[Source, Source]:
-    """`train/CLASS/image` and `val/CLASS/image`; or to be split, `train/CLASS/image` or `CLASS/image` alone."""
+    """Read `train/CLASS/image` and `val/CLASS/image`; or split `train/CLASS/image` or `CLASS/image` alone."""
     has_train, has_val = ((root / part).is_dir() for part in ("train", "val"))
     if not (has_val or val_fraction):
         raise UserError(
@@ -288,7 +288,7 @@ def _held_out(whole: Source, fraction: float, path: Path) -> tuple[Source, Sourc
 
 
 def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The folders of each class, sorted. Systems that decompose accents (NFD) have other bytes for the same name."""
+    """Return the folders of each class, sorted; names are compared in NFC, since some systems decompose accents."""
     if not folder.is_dir():
         raise UserError(
             f"--data-path {folder.parent}: has no folder {folder.name}/; it needs train/CLASS/ and val/CLASS/"
@@ -307,7 +307,7 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
 
 
 def _warn_of_text_order(root: Path, class_names: Sequence[str]) -> None:
-    """Say the order of classes whose names are numbers."""
+    """Warn of the order of classes whose names are numbers."""
     if all(map(str.isdecimal, class_names)) and sorted(class_names, key=int) != class_names:
         order = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
         logger.warning("--data-path %s: the class folders are sorted as text, not as numbers: %s", root, order)
@@ -316,7 +316,7 @@ def _warn_of_text_order(root: Path, class_names: Sequence[str]) -> None:
 def _folder_part(
     folder: Path, folders: dict[str, list[Path]], class_names: Sequence[str], allow_empty: bool = False
 ) -> Source:
-    """The images of `folder` by class."""
+    """Read the images of `folder` by class."""
     root, seen = folder.parent, set()
     for path in (folder.resolve(), *folder.resolve().parents, *itertools.chain(*folders.values())):
         if not _is_new(path, seen):
@@ -343,7 +343,7 @@ def _folder_part(
 
 
 def _class_samples(source: Source) -> tuple[int, ...]:
-    """CRC-32 of the first image file of each class; -1 for a class that has none or one that cannot be read."""
+    """Return the CRC-32 of the first image file of each class; -1 for a class without a readable one."""
     samples = np.full(source.num_classes, -1, dtype=np.int64)
     labels, first = np.unique(source.targets, return_index=True)
 
@@ -359,7 +359,7 @@ def _class_samples(source: Source) -> tuple[int, ...]:
 
 
 def _csv(options: DataOptions) -> tuple[Source, Source]:
-    """Image files and their classes as a CSV file lists them, with a column "split", or split by `val_fraction`."""
+    """Read image files and classes from a CSV file, split by its column "split" or by `val_fraction`."""
     file = Path(options.data_set.removeprefix(CSV))
     what, folder = f"--data-set {CSV}{file}", Path(options.data_path or file.parent)
     try:
@@ -394,7 +394,7 @@ def _csv(options: DataOptions) -> tuple[Source, Source]:
 
 
 def _csv_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file by the names in its header; separated by commas, semicolons or tabs.
+    """Return the rows of a CSV file by column name; separators are commas, semicolons or tabs.
 
     Raises:
         OSError, UnicodeError, csv.Error: if it cannot be read.
@@ -408,7 +408,7 @@ def _csv_rows(file: Path) -> list[dict[str, str]]:
 
 
 def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what: str) -> str:
-    """The column that a flag names, or the first of its usual names.
+    """Return the column that a flag names, or the first existing one of the usual names.
 
     Raises:
         UserError: if there is none.
@@ -422,7 +422,7 @@ def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what:
 
 
 def _csv_parts(source: Source, splits: Sequence[str], options: DataOptions, what: str) -> tuple[Source, Source]:
-    """The rows of the training and of the validation split.
+    """Divide the rows into the training and the validation split.
 
     Raises:
         UserError: if a split has no rows.
@@ -444,7 +444,7 @@ def _csv_parts(source: Source, splits: Sequence[str], options: DataOptions, what
 
 
 def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
-    """Call a torchvision data set that may download; turn what can go wrong into one line."""
+    """Call a torchvision data set that may download; turn its errors into one line."""
     try:
         return make()
     except ModuleNotFoundError as error:
@@ -458,7 +458,7 @@ def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
 
 
 def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Source, Source]:
-    """A folder tree of images if there is one, else the original files."""
+    """Read a folder tree of images if there is one, else the original files."""
     if name == "CIFAR":
         logger.info("--data-set CIFAR is CIFAR-10; write CIFAR10 or CIFAR100 to be explicit")
     held_out = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
@@ -475,7 +475,7 @@ def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Sou
 
 
 def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
-    """Oxford Flowers-102: trained on the official train and val parts (2,040 images), tested on test (6,149)."""
+    """Read Oxford Flowers-102: train on the official train and val parts (2,040 images), test on test (6,149)."""
     flowers = torchvision.datasets.Flowers102
     with main_process_first(local_rank):
         train, val, test = (
@@ -491,7 +491,7 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
 
 
 def _cars(root: Path) -> tuple[Source, Source]:
-    """Stanford Cars from a local copy: its original address is gone."""
+    """Read Stanford Cars from a local copy (its original address is gone)."""
     try:
         for path in (root / "stanford_cars").glob("**/*.mat"):
             regular_file(path)
@@ -511,7 +511,7 @@ def _cars(root: Path) -> tuple[Source, Source]:
 
 
 def _packed(root: Path) -> tuple[Source, Source]:
-    """What `tools/pack_dataset.py` has written."""
+    """Read a folder that `tools/pack_dataset.py` has written."""
     train, val = (PackImages(root, split) for split in SPLITS)
     return (
         whole_source(train, train.targets, train.class_names, train.num_classes),
@@ -520,7 +520,7 @@ def _packed(root: Path) -> tuple[Source, Source]:
 
 
 def _inaturalist(root: Path, year: int, options: DataOptions) -> tuple[Source, Source]:
-    """iNaturalist 2018 or 2019 from its official files: `{train,val}YEAR.json`, `categories.json` and the images."""
+    """Read iNaturalist 2018 or 2019 from its official files: `{train,val}YEAR.json`, `categories.json` and images."""
     train, val = (_read_json(root, f"{part}{year}.json") for part in ("train", "val"))
     try:
         has_taxonomy = (root / "categories.json").exists()
@@ -550,7 +550,7 @@ def _read_json(root: Path, name: str) -> Any:
 def _classes_of_categories(
     root: Path, categories: list[dict[str, Any]], level: str, order: Sequence[int] = ()
 ) -> tuple[dict[int, int], Sequence[str]]:
-    """Category id -> class, and the classes' names: numbered as they first appear in `order`, or by ascending id."""
+    """Map category ids to classes and return the class names; classes are sorted by first use in `order`, or by id."""
     if not all(isinstance(entry, dict) for entry in categories):
         raise TypeError("categories that are no dictionaries")
     if any(level not in entry for entry in categories):
@@ -566,7 +566,7 @@ def _classes_of_categories(
 
 
 def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int], class_names: Sequence[str]) -> Source:
-    """One part of iNaturalist from its annotations."""
+    """Read one part of iNaturalist from its annotations."""
     file_of = {image["id"]: root / image["file_name"] for image in part["images"]}
     paths = [file_of[note["image_id"]] for note in part["annotations"]]
     if not paths:
@@ -576,7 +576,7 @@ def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int], class
 
 
 def _timm_sources(options: DataOptions, local_rank: int, eval_only: bool) -> TrainAndVal:
-    """Any data set that timm can read. Streams (`wds/`, `tfds/`, `hfids/`) have no index; the others do."""
+    """Read any data set that timm supports; streams (`wds/`, `tfds/`, `hfids/`) have no index, the others do."""
     name, kind = options.data_set, options.data_set.lower().rpartition("/")[2]
     if name.startswith("torch/") and kind in ("folder", "image_folder"):
         return _torch_folders(options, eval_only)
@@ -602,9 +602,9 @@ def _timm_sources(options: DataOptions, local_rank: int, eval_only: bool) -> Tra
 
 
 def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
-    """`torch/image_folder`: folders of the splits' names, or of other names that timm has for training or evaluation.
+    """Read `torch/image_folder`: folders with the names of the splits, or timm's other names for them.
 
-    Where there is none, timm reads the folder above, which is the same for both.
+    If there is none, timm would read the parent folder for both splits.
     """
     root, parts = Path(options.data_path or "data"), []
     for split in (options.train_split, options.val_split):
@@ -619,7 +619,7 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
 
 
 def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
-    """Whether both are the same split: timm takes some names for others."""
+    """Return True if both parts are the same images, because timm maps some split names to others."""
     if isinstance(train, StreamingImages):
         readers = [part.dataset.reader for part in (train, val)]
         if not all(isinstance(reader, ReaderWds) for reader in readers):
@@ -638,7 +638,7 @@ def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
 
 
 def _read_split(options: DataOptions, split: str, training: bool, local_rank: int) -> Any:
-    """timm's data set for a split, downloaded if that is possible."""
+    """Open timm's data set of a split, downloading it if possible."""
     name, image = options.data_set, options.image_column
     root = "data" if options.data_path is None and name.startswith("torch/") else options.data_path
     if name.startswith("wds/"):  # timm keeps the decoded image as "jpg", which it wants among the keys
@@ -664,17 +664,17 @@ def _read_split(options: DataOptions, split: str, training: bool, local_rank: in
 
 
 def _check_files(root: str, names: Sequence[str]) -> None:
-    """Make sure that the files of a local WebDataset are regular ones."""
+    """Check that the files of a local WebDataset are regular files."""
     if "://" not in root:
         for name in names:
             regular_file(os.path.join(root, name))
 
 
 def _check_columns(reader: Any, options: DataOptions) -> None:
-    """Make sure that there are images and labels where they are looked for.
+    """Check that the image and label columns exist.
 
     Raises:
-        UserError: naming the columns that there are.
+        UserError: naming the existing columns.
     """
     image, label, name = options.image_column or "image", options.label_column or "label", options.data_set
     if isinstance(reader, ReaderWds):
@@ -705,7 +705,7 @@ _hugging_face: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def _hugging_face_importable() -> Iterator[None]:
-    """Inside, timm's `import datasets` finds Hugging Face's package, which has this file's name."""
+    """Make timm's `import datasets` find Hugging Face's package, which has the name of this file."""
     ours, path = sys.modules.pop(__name__), sys.path[:]
     here = Path(__file__).resolve().parent
     sys.path[:] = [folder for folder in path if Path(folder).resolve() != here]
@@ -719,7 +719,7 @@ def _hugging_face_importable() -> Iterator[None]:
 
 
 def _class_names(dataset: Any) -> list[str]:
-    """The classes in the order of their index; [] if the data set does not name them."""
+    """Return the class names by class index; [] if the data set does not name its classes."""
     index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return sorted(index, key=index.get) if index else list(getattr(dataset, "classes", None) or ())
 
@@ -761,10 +761,10 @@ def _from_timm(dataset: Any, name: str, training: bool, num_classes: int | None)
 
 
 def build_train_transform(options: ViewOptions, normalization: Normalization) -> HostView:
-    """PIL image -> normalized float32 [3, H, W] by DeiT's training augmentation (paper, section 6 and table 9).
+    """Build DeiT's training augmentation (paper, section 6 and table 9): PIL image -> normalized float32 [3, H, W].
 
-    Up to 64 pixels, the random resized crop gives way to a padding of 4 pixels and a random crop. So it does with
-    `options.src` (DeiT III), which resizes the short side only and pads by reflection.
+    Up to 64 px, and with `options.src` (DeiT III), the random resized crop is replaced by 4 px of padding and a random
+    crop. `options.src` also resizes the short side first, and pads by reflection.
 
     Raises:
         UserError: if timm does not know the AutoAugment policy.
@@ -796,9 +796,9 @@ def build_train_transform(options: ViewOptions, normalization: Normalization) ->
 
 
 def build_eval_transform(options: ViewOptions, normalization: Normalization) -> HostView:
-    """PIL image -> normalized float32 [3, H, W]: resize to size / eval_crop_ratio and crop the center.
+    """Build the evaluation transform: PIL image -> normalized float32 [3, H, W].
 
-    Up to 64 pixels the whole image is used.
+    It resizes to size / eval_crop_ratio and crops the center; up to 64 px it uses the whole image.
     """
     size, (mean, std) = options.input_size, normalization
     if max(size) > SMALL_IMAGE:

@@ -1,6 +1,6 @@
 """Sources: images with their classes, in files, in memory, behind another library's reader, or as a stream.
 
-A `Source` is a sequence of (RGB image, class) whose classes are known without decoding.
+A `Source` is a sequence of (RGB image, class); the classes are known without decoding images.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ reader_wds.Image = SimpleNamespace(open=open_image)
 
 
 class Images(Protocol):
-    """Images that are decoded when they are indexed."""
+    """Images that are decoded when indexed."""
 
     def __getitem__(self, index: int) -> Image.Image: ...
 
     def describe(self, index: int) -> str:
-        """What to call this image in an error message."""
+        """Return the name of this image for error messages."""
 
 
 class BrokenImages:
-    """The images that could not be read, up to a number, known to all data-loader workers of this process."""
+    """Indices of unreadable images, up to a limit, shared by all data-loader workers of this process."""
 
     def __init__(self, images: Images, limit: int) -> None:
-        """Args: images: to name them by; limit: how many different ones are tolerated, over all ranks."""
+        """Args: images: to get their names; limit: how many different ones to tolerate over all ranks."""
         self.images, self.limit = images, limit
         self.found = torch.full((limit + 1,), -1).share_memory_()  # indices, then -1
         self.lock = torch.multiprocessing.Lock()
         self.reported = 0
 
     def add(self, index: int) -> bool:
-        """Whether one more broken image, or a known one, is within the limit."""
+        """Record a broken image; return True if the number of different ones is within the limit."""
         with self.lock:
             known = self.found.tolist()
             if index not in known and -1 in known:
@@ -61,23 +61,23 @@ class BrokenImages:
             return int(self.found[-1]) == -1
 
     def all_found(self) -> list[int]:
-        """Indices over all ranks, which all must call alike."""
+        """Return the indices found on all ranks; all ranks must call it."""
         return sorted({int(index) for row in gather(self.found.tolist()) for index in row if index >= 0})
 
     def found_here(self) -> list[int]:
-        """Indices of this rank alone."""
+        """Return the indices found on this rank."""
         return [int(index) for index in self.found.tolist() if index >= 0]
 
     def restore(self, indices: Sequence[int]) -> None:
-        """Take over what a resumed run had found."""
+        """Restore the indices that a resumed run had found."""
         for index in indices[: self.limit]:
             self.add(index)
 
     def report(self) -> int:
-        """Name those that are new to the log; how many there are so far, over all ranks, which all must call alike.
+        """Log new broken images and return the number so far, over all ranks; all ranks must call it.
 
         Raises:
-            RunError: on all ranks, if they are too many.
+            RunError: on all ranks, if there are too many.
         """
         found = self.all_found()
         if len(found) > self.reported:
@@ -99,8 +99,8 @@ class Source:
         num_classes: number of classes.
         order: which samples of `images` belong to this source.
         class_names: name of each class, or () if the data do not say.
-        class_samples: CRC-32 of the first image file of each class, or (): it shows classes that exchanged their names.
-        broken: notes the images that cannot be read, which the next ones replace; or None.
+        class_samples: CRC-32 of the first image file of each class, or (); it reveals classes that swapped their names.
+        broken: records unreadable images, which are replaced by the next ones; or None.
         is_training: whether --skip-broken-images applies to the images.
     """
 
@@ -120,7 +120,7 @@ class Source:
         return self._sample(position, lambda images, index: images[index])
 
     def array(self, position: int) -> tuple[np.ndarray, int]:
-        """The sample as uint8 [H, W, 3], of images that are in memory or packed."""
+        """Return a sample as uint8 [H, W, 3] and its class, for images in memory or packed."""
         return self._sample(position, lambda images, index: images.array(index))
 
     def _sample(self, position: int, read: Callable[[Any, int], Any]) -> tuple[Any, int]:
@@ -137,28 +137,28 @@ class Source:
             ) from error
 
     def label_checksum(self) -> int:
-        """CRC-32 of the classes in order."""
+        """Return the CRC-32 of the classes in order."""
         return zlib.crc32(self.targets[self.order].tobytes())
 
     def file_names(self) -> bytes:
-        """Names of the image files in order, without folders, which may have been moved; b"" if there are none."""
+        """Return the image file names in order, without folders, which may move; b"" if there are none."""
         return self.images.file_names(self.order) if hasattr(self.images, "file_names") else b""
 
 
 def whole_source(
     images: Images, targets: Sequence[int], class_names: Sequence[str], num_classes: int | None = None
 ) -> Source:
-    """All of `images`; `num_classes` if the classes have no names."""
+    """Build a source of all `images`; pass `num_classes` if the classes have no names."""
     targets = np.asarray(targets, dtype=np.int64)
     names = tuple(map(str, class_names))
     return Source(images, targets, len(names) or num_classes, np.arange(len(targets)), class_names=names)
 
 
 class PathImages:
-    """Image files. The paths are one array: every data-loader worker would copy a list of a million strings."""
+    """Image files; paths are stored in one array, because each worker would copy a list of a million strings."""
 
     def __init__(self, paths: Sequence[str | Path], upright: bool = False) -> None:
-        """Args: upright: turn photos as their EXIF orientation says."""
+        """Args: upright: rotate photos as their EXIF orientation says."""
         self.paths, self.upright = np.array([os.fsencode(path) for path in paths]), upright
 
     def __getitem__(self, index: int) -> Image.Image:
@@ -175,7 +175,7 @@ class MemoryImages:
     """Decoded images in one uint8 buffer, shared with forked data-loader workers."""
 
     def __init__(self, arrays: Sequence[np.ndarray], names: bytes = b"") -> None:
-        """Args: arrays: uint8, [H, W, 3] each, of any sizes; names: of the files that they are from."""
+        """Args: arrays: uint8 [H, W, 3] each, of any sizes; names: names of their files."""
         self.names = names
         self.shapes = np.array([array.shape for array in arrays])
         self.ends = np.cumsum(self.shapes.prod(axis=1))
@@ -185,7 +185,7 @@ class MemoryImages:
         return Image.fromarray(self.array(index))
 
     def array(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3], not a copy."""
+        """Return uint8 [H, W, 3], not a copy."""
         end, shape = self.ends[index], self.shapes[index]
         return self.pixels[end - shape.prod() : end].reshape(shape)
 
@@ -197,7 +197,7 @@ class MemoryImages:
 
 
 def read_rgb(image: Any) -> Image.Image:
-    """RGB of what a reader gives: a decoded image, an encoded one, or Hugging Face's pair of one and its path.
+    """Convert what a reader returns to RGB: a decoded or encoded image, or Hugging Face's dict of bytes and path.
 
     Raises:
         ImageError: see `augment.open_rgb`.
@@ -210,7 +210,7 @@ def read_rgb(image: Any) -> Image.Image:
 
 
 class DatasetImages:
-    """Images of a torchvision data set, or of a timm reader (which gives encoded files)."""
+    """Images of a torchvision data set, or of a timm reader, which returns encoded files."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
@@ -227,7 +227,7 @@ class DatasetImages:
 
 
 def with_classes(source: Data, class_names: Sequence[str]) -> Data:
-    """The same images with the indices that their classes have among `class_names`, which name them all.
+    """Renumber the classes of a source to their indices among `class_names`, which must contain them all.
 
     Raises:
         UserError: if it is a stream.
@@ -240,9 +240,9 @@ def with_classes(source: Data, class_names: Sequence[str]) -> Data:
 
 
 def take_fraction(source: Data, fraction: float) -> Data:
-    """A fixed, class-balanced part: of each class the nearest whole number to fraction · n, and at least one.
+    """Select a fixed, class-balanced part: round(fraction · n) images of each class, at least one.
 
-    It does not depend on the run's seed, and a larger fraction contains a smaller one.
+    The part does not depend on the run's seed. A larger fraction contains a smaller one.
     """
     if fraction >= 1:
         return source
@@ -258,10 +258,10 @@ def take_fraction(source: Data, fraction: float) -> Data:
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
-    """Split image files into two parts, class by class: of each the nearest whole number to fraction · n is held out.
+    """Split image files into two parts by class; of each class, round(fraction · n) images are held out.
 
-    At least one image of each class is in either part. Which images are held out follows from their names, so a class
-    that gets more images exchanges few of them.
+    Each part gets at least one image of each class. The file names decide which images are held out, so adding images
+    to a class changes the split of few others.
 
     Raises:
         UserError: if a class has only one image.
@@ -282,7 +282,7 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
 
 
 def keep_in_memory(source: Data, limit_mb: float) -> Data:
-    """Decode all images once if they fit in `limit_mb` MiB (judged by 16 of them); otherwise return the source."""
+    """Decode all images once if they fit in `limit_mb` MiB (estimated from 16 of them); else return the source."""
     if isinstance(source, StreamingImages) or isinstance(source.images, MemoryImages) or limit_mb <= 0:
         return source
     probes = np.linspace(0, len(source) - 1, 16).astype(int)
@@ -313,10 +313,10 @@ def _decoded(source: Source, position: int) -> tuple[np.ndarray, int]:
 
 
 class StreamingImages(IterableDataset):
-    """A timm stream, whose own shuffling decides the order; views are keyed by the position in it.
+    """A timm stream, whose own shuffling sets the order; a view's key depends on its position in the stream.
 
-    For training, timm deals the shards out among ranks and data-loader workers, so the order depends on their numbers.
-    For evaluation every rank reads the whole stream and keeps its share: exact, at the cost of decoding it all.
+    For training, timm distributes shards over ranks and data-loader workers, so the order depends on their numbers. For
+    evaluation, each rank reads the whole stream and keeps its share, which is exact but decodes everything.
     """
 
     def __init__(
@@ -359,7 +359,7 @@ class StreamingImages(IterableDataset):
             yield Batch(self.transform(rgb), target, position, keys=signed(key))
 
     def _samples(self) -> Iterator[tuple[Image.Image, int]]:
-        """Images and classes.
+        """Yield images and classes.
 
         Raises:
             RunError: if the stream cannot be read, or a label is none of the classes.
@@ -386,7 +386,7 @@ Data = Source | StreamingImages
 
 
 def class_index(label: Any) -> int | None:
-    """A label as an integer, or None if it is none, such as None, text or a list."""
+    """Convert a label to an integer; None if it is not one, such as text or a list."""
     try:
         return int(label) if int(label) == float(label) else None
     except (TypeError, ValueError, OverflowError):

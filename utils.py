@@ -498,7 +498,7 @@ class StopSignals:
             self._is_saving = False
 
     def interruptible(self, batches: Iterable[Any], save: Callable[[], str]) -> Iterator[Any]:
-        """Yield the same batches; if a stop is overdue while waiting for one, call `save` and report what it returns."""
+        """Yield the same batches; if a stop is overdue while waiting for one, call `save` and report its result."""
         self._save, iterator, end = save, iter(batches), object()
         while True:
             self._computes.release()
