@@ -213,7 +213,7 @@ def _to_uint8(values: torch.Tensor) -> torch.Tensor:
     return values.clamp_(0, 255).to(torch.uint8)
 
 
-# -- color operations on uint8 images [B, 3, H, W], each equal to PIL's ----------------------------------------------
+# -- color operations on uint8 images [B, 3, H, W], each equal to PIL's ------------------------------------------------
 
 
 def blend(base: torch.Tensor | float, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -314,7 +314,7 @@ def paint(values: torch.Tensor, where: torch.Tensor, color: torch.Tensor | int) 
 
 
 def can_select_samples(values: torch.Tensor) -> bool:
-    """True on an eager CPU, where selecting part of a batch is free.
+    """Return True on an eager CPU, where selecting part of a batch is free.
 
     On a GPU it needs a sync, under torch.compile a dynamic shape.
     """

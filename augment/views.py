@@ -78,7 +78,7 @@ class EvalTransform(nn.Module):
         self.normalize = Normalize(normalization, dtype)
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Transform uint8 [B, 3, H, W] to views [B, 3, height, width]; `sizes` [B, 2] are (height, width) of the images.
+        """Transform uint8 [B, 3, H, W] to views [B, 3, height, width]; `sizes` [B, 2] are (height, width) of images.
 
         Nothing is random, so `keys` are ignored.
         """
