@@ -1,14 +1,16 @@
-"""All speeds that this repository claims, measured on this machine: `python -m tools.bench`.
+"""Measure all speeds that this repository claims: `python -m tools.bench`.
 
-    augmentation  views/s of ours, in batches on the device, against timm's pipeline
+    augmentation  views/s of ours, in batches on the device, against timm's
     step          training steps of our loop against a loop of timm's own parts
     evit          EViT against DeiT, training and inference
     distillation  no teacher, cached predictions, a live teacher
-    end-to-end    runs of main.py, augmenting on the host and on the device, against a bare training step
+    end-to-end    runs of main.py, augmenting on the host and on the device,
+                  against a bare training step
     start         seconds from `python main.py` to the end of its first step
 
-What is compared is interleaved in this process. Every figure is a median with the smallest and the largest, every
-claim a ratio within the run. The file of results is written anew after each section, so that what is done is kept.
+Everything runs interleaved in this process. Each number is a median with
+minimum and maximum, each claim a ratio within the run. The results file is
+rewritten after each section, so an interrupted run keeps the finished ones.
 """
 
 from __future__ import annotations
@@ -54,10 +56,10 @@ from tools.timing import compare, describe_environment, interleaved_rates, ratio
 from utils import StepLog, UserError, World, available_cpus, select_device, set_up_kernels
 
 CLASSES = 1000
-EPOCHS = 5  # of a run of main.py; the first warms up
-STARTS = 3  # at most
-DISTINCT = 64  # images that are augmented again and again
-PEAK_FLOPS = {  # dense, in 16 bits, per second, as the manufacturer states them
+EPOCHS = 5  # of a run of main.py; the first one warms up
+STARTS = 3  # maximum
+DISTINCT = 64  # number of different images to augment
+PEAK_FLOPS = {  # dense 16-bit FLOP/s, as stated by the manufacturer
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -71,9 +73,9 @@ PEAK_FLOPS = {  # dense, in 16 bits, per second, as the manufacturer states them
 
 
 def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Views/s on the device, for stored images of 32 and 256 px.
+    """Measure views/s on the device, for stored images of 32 and 256 px.
 
-    The device has all of the host's processors against it; where it is the processors, one thread has one thread.
+    A GPU competes with all CPU cores of the host. On a CPU, one thread competes with one thread.
     """
     threads, alone = torch.get_num_threads(), device.type == "cpu"
     workers = 0 if alone else available_cpus()
@@ -94,9 +96,9 @@ def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[st
 def _readers(
     args: argparse.Namespace, device: torch.device, stored: int, size: int, workers: int
 ) -> tuple[loaders.EpochLoader, loaders.EpochLoader]:
-    """Loaders of the same images in memory: ours, then timm's pipeline."""
+    """Build two loaders of the same images in memory: ours, then timm's pipeline."""
     images = np.random.default_rng(0).integers(0, 256, (DISTINCT, stored, stored, 3), np.uint8)
-    batches = 2 * workers or 4 * args.steps  # all processes are busy to the end
+    batches = 2 * workers or 4 * args.steps  # enough to keep all workers busy to the end
     order = np.arange(batches * args.batch_size) % DISTINCT
     source = sources.Source(sources.MemoryImages(list(images)), np.zeros(DISTINCT, np.int64), CLASSES, order)
     normalization = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -111,8 +113,8 @@ def _readers(
 
 
 def _reading(loader: loaders.EpochLoader) -> Callable[[], int]:
-    """A work of one epoch, up to the views on the device."""
-    epochs = itertools.count()  # other views each time: some draws cost more than others
+    """Return a function that reads one epoch, up to the views on the device, and returns the number of images."""
+    epochs = itertools.count()  # new views each time, because some draws cost more than others
 
     def work() -> int:
         loader.set_epoch(next(epochs))
@@ -125,7 +127,7 @@ def _reading(loader: loaders.EpochLoader) -> Callable[[], int]:
 
 
 def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Training steps on ready batches with Mixup and an average of the weights, and the use made of the device."""
+    """Measure training steps on ready batches with Mixup and EMA weights, and the utilization of the device."""
     rows = []
     for name in args.models:
         fresh(args)
@@ -142,14 +144,14 @@ def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]
         ours, theirs = _our_steps(run, batches, device), _timms_steps(run, batches, device)
         row = compare(ours, theirs, args.rounds, device, "timm")
         fact = speed_test.describe(speed_test.build(name, None, size, torch.device("cpu")), (size, size))
-        flops = 3 * 2 * fact["macs"]  # the backward pass takes twice the forward pass
+        flops = 3 * 2 * fact["macs"]  # the backward pass takes twice as many
         row |= {"precision": str(engine.select_amp("auto", device)), "flops_per_image": flops}
         rows.append({"name": f"{name}, a step", "against": "a loop of timm's parts"} | row | utilisation(row, device))
     return rows
 
 
 def _our_steps(run: argparse.Namespace, batches: list[Batch], device: torch.device) -> Callable[[], int]:
-    """A work of one epoch of the loop that main.py runs."""
+    """Return a function that trains one epoch with the loop of main.py and returns the number of images."""
     model = models.place(models.build_model(fill(models.ModelOptions, run), CLASSES), device)
     options, amp = fill(engine.OptimizerOptions, run), engine.select_amp(run.amp, device)
     shape = batches[0].images.shape[1:]
@@ -169,7 +171,7 @@ def _our_steps(run: argparse.Namespace, batches: list[Batch], device: torch.devi
 
 
 def _timms_steps(run: argparse.Namespace, batches: list[Batch], device: torch.device) -> Callable[[], int]:
-    """A work of the same steps with what timm has for them, at the same precision and order in memory."""
+    """Return a function that does the same steps with timm's parts, at the same precision and memory format."""
     model = timm.create_model(run.model, num_classes=CLASSES, drop_path_rate=run.drop_path, img_size=run.input_size[0])
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = timm.optim.create_optimizer_v2(model, opt=run.opt, lr=1e-5, weight_decay=run.weight_decay)
@@ -198,7 +200,7 @@ def _timms_steps(run: argparse.Namespace, batches: list[Batch], device: torch.de
 
 
 def utilisation(row: dict[str, Any], device: torch.device) -> dict[str, float | None]:
-    """Floating-point operations of the model as a share of what the device can do, or None where that is not known."""
+    """Return the model's FLOP/s as a share of the device's peak, or None if that is unknown."""
     known = device.type == "cuda" and row["precision"] in ("torch.bfloat16", "torch.float16")
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if known else None
     return {
@@ -211,7 +213,7 @@ def utilisation(row: dict[str, Any], device: torch.device) -> dict[str, float | 
 
 
 def evit(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """EViT-S at keep rates 0.7 and 0.5 against DeiT-S."""
+    """Measure EViT-S at keep rates 0.7 and 0.5 against DeiT-S."""
     rows = []
     for mode in ("training", "inference"):
         fresh(args)
@@ -226,7 +228,7 @@ def evit(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]
 
 
 def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Training steps of DeiT-Ti with and without a teacher."""
+    """Measure training steps of DeiT-Ti with and without a teacher."""
     flags = ["--teacher", args.teacher, "--input-size", args.input_size, "--batch-size", args.batch_size]
     flags += ["--steps", args.steps, "--rounds", args.rounds, *(["--compile"] if args.compile else [])]
     own = distillation_cost.get_parser().parse_args([str(flag) for flag in flags])
@@ -239,7 +241,7 @@ def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[st
 
 
 def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
-    """Flags of main.py for a run of the first of the models."""
+    """Return flags of main.py for a run of the first model."""
     flags = ["--model", args.models[0], "--input-size", args.input_size, "--batch-size", args.batch_size]
     prefix = "--" if args.compile else "--no-"
     flags += ["--device", args.device, "--warmup-epochs", 0, f"{prefix}compile", f"{prefix}compile-augment"]
@@ -248,10 +250,10 @@ def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
 
 
 def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Epochs of main.py after the first, against a bare step of the same model timed between them."""
+    """Measure epochs of main.py after the first one, against a bare step of the same model timed between them."""
     run = parse_args(run_flags(args))
     train, _ = datasets.read_sources(fill(datasets.DataOptions, run))
-    steps = args.steps * (20 if device.type == "cuda" else 3)  # per epoch, if there are enough images
+    steps = args.steps * (20 if device.type == "cuda" else 3)  # per epoch, at most
     fraction = min(1.0, (steps + 0.5) * args.batch_size / len(train))
     model = models.place(models.build_model(fill(models.ModelOptions, run), train.num_classes), device)
     if args.compile:
@@ -261,7 +263,7 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str,
     rows = []
     for where in ("host", "device"):
         flags = run_flags(args, "--augment", where, "--train-fraction", fraction, "--epochs", EPOCHS)
-        fresh(args)  # as in a process of its own
+        fresh(args)  # as in a new process
         rates, bare = _epochs_of_a_run(flags, lambda: interleaved_rates([work], 1, device)[0][0])
         row = ratio_row(rates, bare) | spread("images_per_second_bare", bare) | {"train_fraction": fraction}
         rows.append({"name": f"main.py --augment {where}", "against": "a bare step of its model"} | row)
@@ -269,8 +271,8 @@ def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str,
 
 
 def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Images/s of each epoch but the first, as in log.txt, and the mean of what `between` gave before and after it."""
-    # It replaces the evaluation, which is no part of these figures and takes longer than the rest on a CPU.
+    """Return images/s of each epoch but the first (from log.txt), and the mean of `between` before and after each."""
+    # Instead of the evaluation, which is not measured and on a CPU takes longer than the rest.
     found: list[float] = []
 
     def evaluate_all(*_: Any) -> list[dict[str, float]]:
@@ -279,7 +281,7 @@ def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[li
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "evaluate_all", evaluate_all):
         command = ["main.py", *flags, "--output-dir", folder]
-        with mock.patch.object(sys, "argv", command):  # the command, in this process
+        with mock.patch.object(sys, "argv", command):  # run the command in this process
             runpy.run_path(str(REPOSITORY / "main.py"), run_name="__main__")
         lines = (Path(folder) / "log.txt").read_text().splitlines()
     rates = [json.loads(line)["images_per_second"] for line in lines[1:]]
@@ -287,9 +289,9 @@ def _epochs_of_a_run(flags: list[str], between: Callable[[], float]) -> tuple[li
 
 
 def start(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Seconds from launching `python main.py` to the word that its first step is done, not compiled.
+    """Measure seconds from launching `python main.py` until it logs its first step, without compilation.
 
-    (On CUDA that word comes with the second step.)
+    On CUDA, the second step logs the first one.
     """
     seconds = []
     for _ in range(min(STARTS, args.rounds)):
@@ -312,7 +314,7 @@ SECTIONS = {
 
 
 def fresh(args: argparse.Namespace) -> None:
-    """Forget what was compiled, whose sizes would make later sizes variable, and give memory back."""
+    """Reset torch.compile, which would otherwise generalize to variable sizes, and free memory."""
     if args.compile:
         torch.compiler.reset()
     gc.collect()
@@ -321,7 +323,7 @@ def fresh(args: argparse.Namespace) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for a terminal."""
+    """Format a row for a terminal."""
 
     def figure(name: str, digits: int) -> str:
         median, low, high = (f"{row[name + end]:.{digits}f}" for end in ("", "_min", "_max"))
@@ -335,7 +337,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each chosen section; they are printed and written as they come."""
+    """Measure each selected section; print and write its rows when it is done."""
     results: dict[str, list[dict[str, Any]]] = {}
     for name, section in SECTIONS.items():
         if name not in args.only:
@@ -348,7 +350,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[di
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags; None where the default depends on the device."""
+    """Build the parser; defaults of None depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -376,10 +378,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def settle(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
-    """The flags with the defaults that depend on the device.
+    """Return the flags with defaults that depend on the device.
 
     Raises:
-        UserError: for what would end the tool in its middle.
+        UserError: for flags that would fail in the middle of the run.
     """
     for name in args.only:
         if name not in SECTIONS:

@@ -1,12 +1,15 @@
-"""Kill a run with SIGKILL again and again, resume it until it is done, and compare it with a run that was never killed.
+"""Kill a run at random times, resume it, and compare it with an uninterrupted run.
 
-    python -m tools.chaos --kills 20                      # one process
-    python -m tools.chaos --kills 20 --processes 2        # under torchrun, everything is killed and started again
-    python -m tools.chaos --kills 20 --processes 2 --restarts     # one rank is killed, torchrun restarts them by itself
-    python -m tools.chaos --kills 3 -- --data-set CIFAR --model deit_small_patch16_224 --deterministic
+    python -m tools.chaos --kills 20
+    python -m tools.chaos --kills 20 --processes 2
+    python -m tools.chaos --kills 20 --processes 2 --restarts
+    python -m tools.chaos --kills 3 -- --data-set CIFAR --deterministic
 
-Moments are random: while the run starts, while it trains, and inside the writing of a checkpoint, of which there is one
-every 0.3 seconds. Flags of main.py follow two hyphens. Linux only.
+Kills (SIGKILL) come while the run starts, while it trains, and while it writes
+a checkpoint, which it does every 0.3 seconds. The comparison is bitwise.
+--processes 2 runs under torchrun and restarts everything after a kill; with
+--restarts one rank is killed and torchrun restarts all. Flags of main.py follow
+two hyphens. Linux only.
 """
 
 from __future__ import annotations
@@ -33,20 +36,20 @@ from tools.timing import write_results
 from utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Everything that is random is on: workers, Mixup, CutMix, dropout, stochastic depth, repeated augmentation.
+# All sources of randomness: workers, Mixup, CutMix, dropout, stochastic depth, repeated augmentation.
 RUN = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--patch-size", "8", "--data-set", "DIGITS"]
 RUN += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3", "--drop", "0.1", "--model-ema-decay", "0.99"]
 RUN += ["--num-workers", "1", "--batch-size", "32", "--accum-steps", "2", "--clip-grad", "1", "--warmup-epochs", "1"]
-TIMES = ("images_per_second",)  # in log.txt, and never the same twice
+TIMES = ("images_per_second",)  # values of log.txt that differ in every run
 
 
 def processes_with(*variables: str) -> list[int]:
-    """Processes that have all of these in their environment, as NAME=value."""
+    """Return the processes that have all of these NAME=value pairs in their environment."""
     wanted, found = [variable.encode() for variable in variables], []
     for entry in Path("/proc").iterdir():
         try:
             environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
-        except OSError:  # it has just ended, or is another user's
+        except OSError:  # it has just ended, or belongs to another user
             continue
         if all(each in environment for each in wanted):
             found.append(int(entry.name))
@@ -54,14 +57,14 @@ def processes_with(*variables: str) -> list[int]:
 
 
 def kill(pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
-    """A signal to those that are still there."""
+    """Send a signal to the processes that still exist."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 class Run:
-    """One start of main.py, with all the processes that come of it."""
+    """One start of main.py, with all its processes."""
 
     def __init__(self, folder: Path, flags: list[str], processes: int, restarts: int) -> None:
         self.folder, self.token = folder, uuid.uuid4().hex
@@ -77,39 +80,39 @@ class Run:
             )
 
     def living(self, rank: int | None = None) -> list[int]:
-        """Processes of this start (of this rank), also those that have lost their parents."""
+        """Return the processes of this start (of one rank), including orphans."""
         return processes_with(f"CHAOS_RUN={self.token}", *([f"RANK={rank}"] if rank is not None else []))
 
     def wait(self, seconds: float) -> int:
-        """The exit status; of a run that takes longer, all processes write what they are at and end."""
+        """Return the exit status; if the run takes longer than `seconds`, print stack traces and end it."""
         try:
             return self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            kill(self.living(), signal.SIGABRT)  # the fault handler's signal
+            kill(self.living(), signal.SIGABRT)  # the fault handler prints stack traces
             self.process.wait()
             raise RuntimeError(f"not done in {seconds:g} s: {self.folder.with_suffix('.out').read_text()}") from None
 
     def is_writing(self) -> bool:
-        """Whether a checkpoint is half written."""
+        """Return True if a checkpoint is half written."""
         return any(self.folder.glob(f".{LATEST}.*.tmp"))
 
     def saves(self) -> int:
-        """A number that changes with every checkpoint."""
+        """Return a number that changes with every checkpoint."""
         latest = self.folder / LATEST
         return latest.stat().st_mtime_ns if latest.exists() else 0
 
     def victims(self, rank: int | None) -> list[int]:
-        """All processes, or one rank's training process."""
+        """Return all processes, or the training process of one rank."""
         return self.living() if rank is None else self.living(rank)[:1]
 
 
 def wait_and_kill(run: Run, moment: str, seconds: float, rank: int | None) -> bool:
-    """Kill a run (or one rank) at a moment of MOMENTS, `seconds` after it; False if the run ends first."""
+    """Kill a run (or one rank) `seconds` after a moment of MOMENTS; return False if the run ends first."""
     saves, end, pids = run.saves(), time.monotonic() + seconds if moment == "start" else None, []
     while run.process.poll() is None:
         if end is None and run.saves() != saves:  # it trains again
             end = time.monotonic() + seconds
-            pids = run.victims(rank)  # looked up now: the writing of a small file is over in milliseconds
+            pids = run.victims(rank)  # looked up in advance: a small file is written in milliseconds
         if end is not None and time.monotonic() >= end and (moment != "write" or run.is_writing()):
             kill(pids or run.victims(rank))
             return True
@@ -121,7 +124,7 @@ MOMENTS = ("start", "write", "training", "write")
 
 
 def torment(folder: Path, flags: list[str], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Kill and resume until done; how many kills there were, and how many inside a write."""
+    """Kill and resume a run until it is done; count all kills and those inside a write."""
     draw, report = random.Random(args.seed), {"kills": 0, "inside_a_write": 0}
     run = Run(folder, flags, args.processes, args.kills if args.restarts else 0)
     while report["kills"] < args.kills:
@@ -144,7 +147,7 @@ def torment(folder: Path, flags: list[str], args: argparse.Namespace, seconds: f
 
 
 def differences(first: Any, second: Any, name: str = "") -> list[str]:
-    """Names of all that is not bitwise identical in two nested dictionaries of tensors and numbers."""
+    """List the names of all values that are not bitwise identical in two nested dictionaries."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return [] if first.dtype == second.dtype and torch.equal(first, second) else [name]
     if isinstance(first, dict) and isinstance(second, dict):
@@ -157,12 +160,12 @@ def differences(first: Any, second: Any, name: str = "") -> list[str]:
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """What differs between two runs' last and best checkpoints and log.txt."""
+    """List the differences between two runs in their last and best checkpoints and in log.txt."""
     found = []
     for file in (LATEST, BEST):
         pair = [torch.load(folder / file, weights_only=True, map_location="cpu") for folder in (one, other)]
         for checkpoint in pair:
-            del checkpoint["args"]  # they name the folder
+            del checkpoint["args"]  # the flags contain the folder
         found += differences(*pair, file)
     logs = [[json.loads(line) for line in (folder / "log.txt").read_text().splitlines()] for folder in (one, other)]
     for record in (*logs[0], *logs[1]):
@@ -172,7 +175,7 @@ def compare(one: Path, other: Path) -> list[str]:
 
 
 def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The run that is never killed, the one that is, and what differs."""
+    """Run once without and once with kills, and list the differences."""
     flags = [*RUN, "--epochs", str(args.epochs), *args.flags]
     if not any(flag.startswith("--checkpoint-minutes") for flag in flags):
         flags += ["--checkpoint-minutes", "0.005"]

@@ -1,10 +1,11 @@
-"""What it costs to save a run and to resume it.
+"""Measure the cost of saving a run and of resuming it.
 
-    python -m tools.checkpoint_cost -- --data-set CIFAR --data-path data/cifar10-jpeg --ram-cache 0
+    python -m tools.checkpoint_cost -- --data-set CIFAR --data-path data
 
-Saving: training steps with and without one checkpoint, interleaved in one process. Resuming: real runs of main.py
-with the flags after two hyphens, from their start to the end of the first step, at the beginning of an epoch and in its
-middle: seconds, and what all their processes read. (Linux only.)
+Saving: training steps with and without one checkpoint, interleaved in one
+process. Resuming: runs of main.py with the flags after two hyphens, from launch
+to the end of the first step, at the start and in the middle of an epoch:
+seconds, and the bytes that all processes read. Linux only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from utils import RunError, StepLog, StopSignals, World, available_cpus, select_
 
 
 def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Images/s of steps with one checkpoint among them, against steps without; what the checkpoint itself takes."""
+    """Measure images/s of steps with and without one checkpoint, and the seconds of a checkpoint."""
     size = args.input_size
     model = create_model(args.model, flag="--model", num_classes=10, input_size=(size, size)).to(device).train()
     optimizer = engine.build_optimizer(model, "adamw", lr=1e-5, weight_decay=0.05)
@@ -69,7 +70,7 @@ def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict
 
 
 class _Still:
-    """A learning rate that stays."""
+    """A constant learning rate."""
 
     name, value, is_comparable = "lr", 1e-5, True
 
@@ -78,23 +79,23 @@ class _Still:
 
 
 def _bytes_read(process: subprocess.Popen) -> int:
-    """By a process and its children, from files and from the system's memory of them."""
+    """Return the bytes that a process and its children read, from disk or from the page cache."""
     total = 0
     for entry in Path("/proc").iterdir():
         try:
             parent = (entry / "stat").read_text().rpartition(")")[2].split()[1] if entry.name.isdigit() else ""
             if str(process.pid) in (entry.name, parent):
                 total += int((entry / "io").read_text().split("rchar: ")[1].split()[0])
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
     return total
 
 
 def until_step(flags: list[str], folder: Path, step: int) -> dict[str, float]:
-    """Run main.py until it says that this step of an epoch is over, and end it; it has saved by then.
+    """Run main.py until it logs this step of an epoch, then end it; by then it has saved.
 
     Raises:
-        RunError: if it ends before.
+        RunError: if it ends before that step.
     """
     command = [sys.executable, "main.py", *flags, "--output-dir", str(folder), "--resume", "auto"]
     begin = time.perf_counter()
@@ -113,12 +114,12 @@ def until_step(flags: list[str], folder: Path, step: int) -> dict[str, float]:
 
 
 def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[str, Any]:
-    """A fresh start and one that resumes the first epoch at step `middle`, interleaved; medians of each."""
+    """Measure a fresh start and a resume at step `middle` of the first epoch, interleaved; return the medians."""
     until_step(flags, folder / "run", middle)
     starts: dict[str, list[dict[str, float]]] = {"fresh": [], "resumed": []}
     for number in range(rounds):
         starts["fresh"].append(until_step(flags, folder / f"fresh{number}", 1))
-        saved = torch.load(folder / "run" / LATEST, weights_only=True)  # each resumed run has made another step
+        saved = torch.load(folder / "run" / LATEST, weights_only=True)  # each resumed run has trained one more step
         starts["resumed"].append(until_step(flags, folder / "run", saved["step"] + 1))
     medians = {
         kind: {name: sorted(start[name] for start in each)[rounds // 2] for name in each[0]}

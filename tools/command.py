@@ -1,4 +1,4 @@
-"""What the tools have in common: errors of one line, and the trained model that `--resume` names."""
+"""What the tools share: one-line errors, and loading the trained model that `--resume` names."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
 from utils import RunError, UserError, escaped, known_cause, logger
 
-PROBE = 1009  # classes of a model that is built to find its classification layer; the width of no other layer
+PROBE = 1009  # number of classes for finding the classification layer by its size; no other layer is so wide
 
 
 @contextlib.contextmanager
 def one_line_errors(tool: str) -> Iterator[None]:
-    """Exit with status 2 and a one-line error on a user's mistake, such as a file that cannot be written.
+    """Exit with status 2 and a one-line error on a mistake of the user, such as an unwritable file.
 
-    What is printed may hold file names that are not UTF-8: they are escaped.
+    File names that are not UTF-8 are escaped when printed.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does by default
+        sys.stdout.reconfigure(errors="backslashreplace")  # like standard error
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         sys.exit(1)
     except (UserError, RunError, OSError) as error:
         print(f"{tool}: error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if not (why := known_cause(error)):  # such as a data-loader worker that is gone
+        if not (why := known_cause(error)):  # e.g. a data-loader worker was killed
             raise
         print(f"{tool}: {escaped(why)}", file=sys.stderr)
         sys.exit(1)
 
 
 class _PassOn(argparse.Action):
-    """Keeps a flag of main.py and its values as words, for main.py's own parser."""
+    """argparse action that keeps a flag of main.py and its values as words, for the parser of main.py."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         words = [option_string, *values] if isinstance(values, list) else [f"{option_string}={values}"]
@@ -57,10 +57,10 @@ class _PassOn(argparse.Action):
 
 
 def get_parser(tool: str, description: str | None, weights: str = "") -> flags.Parser:
-    """A parser with `--resume` and `--ema`, for a tool that also takes the flags of main.py.
+    """Build the parser of a tool that takes `--resume`, `--ema` and the flags of main.py.
 
     Args:
-        weights: where the weights come from without `--resume`, for its help; by default it is required.
+        weights: where weights come from without `--resume`, for its help text; by default `--resume` is required.
     """
     parser = flags.Parser(
         prog=f"python -m tools.{tool}",
@@ -68,14 +68,14 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
         epilog="The model and the data are those that the checkpoint names. Flags of main.py may be\nadded and take "
         "precedence: --data-path, --device, --batch-size, --num-workers, --amp,\n--model, --base-keep-rate, ...",
     )
-    # Set before the flags, so that these can hide it from the help, which says it in words.
+    # Set before the flags are added, so that they are hidden from the help, which mentions them in words.
     parser.set_defaults(resume="", main_flags=[])
     resume = "checkpoint (file or https address), such as output/best.pth" + (
         f"; default: {weights}" if weights else ""
     )
     parser.add_argument("--resume", required=not weights, default=argparse.SUPPRESS, help=resume)
     parser.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoint")
-    # Known to this parser, so that it does not take their values for arguments of the tool.
+    # This parser must know these flags, or it would take their values for arguments of the tool.
     for action in flags.get_parser()._actions:
         if action.dest not in ("help", "resume"):
             parser.add_argument(
@@ -85,13 +85,13 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
 
 
 class Trained(NamedTuple):
-    """What a tool works on.
+    """The input of a tool.
 
     Attributes:
         own: the tool's flags.
-        run: the flags of main.py; model and data are those that the checkpoint names, unless given.
-        weights: of the model, by name; None for timm's pretrained weights.
-        about: what else the checkpoint says, such as its class names.
+        run: flags of main.py; model and data come from the checkpoint unless given.
+        weights: the model's weights by name; None for timm's pretrained weights.
+        about: other entries of the checkpoint, such as class names.
     """
 
     own: argparse.Namespace
@@ -100,26 +100,26 @@ class Trained(NamedTuple):
     about: Mapping[str, Any]
 
 
-# Data that are there everywhere, for a tool that reads none: those of the checkpoint may be on another machine.
+# Available everywhere, for tools that read no data: the checkpoint's data may be on another machine.
 _NO_DATA = ("--data-set=DIGITS", "--data-path=.", "--train-split=train", "--val-split=validation")
 
 
 def parse(parser: flags.Parser, argv: Sequence[str] | None, reads_data: bool = True) -> Trained:
-    """Read the tool's own flags and the checkpoint.
+    """Parse the tool's flags and read the checkpoint.
 
     Args:
-        reads_data: False for a tool that takes photos. It needs no data, and an input size that neither the checkpoint
-            nor the user gives is that of timm's weights of the model; with `--pretrained` the crop ratio as well.
+        reads_data: False for tools that take photos. They need no data set. If neither checkpoint nor user set the
+            input size, it is that of timm's weights; with `--pretrained` the crop ratio as well.
 
     Raises:
-        UserError
+        UserError: if flags are wrong, or the checkpoint cannot be read.
     """
     own = parser.parse_args(argv)
     words = own.main_flags if reads_data else [*_NO_DATA, *own.main_flags]
     checkpoint = read_checkpoint(own.resume, "--resume") if own.resume else {}
     weights = _weights_of(own, checkpoint)
     run_parser = flags.get_parser(prog=parser.prog)
-    # Stochastic depth is for training, and not every model has it.
+    # Stochastic depth is for training only, and not every model has it.
     run_parser.set_defaults(model=None, drop_path=0.0, trained_size=trained_size(checkpoint))
     run = flags.parse_trained(run_parser, words, checkpoint, own.resume)
     _check_start(own, run)
@@ -140,7 +140,7 @@ def _weights_of(own: argparse.Namespace, checkpoint: Mapping[str, Any]) -> dict[
 
 
 def _check_start(own: argparse.Namespace, run: argparse.Namespace) -> None:
-    """Make sure that it is clear which model and which weights are meant."""
+    """Check that flags and checkpoint determine the model and its weights."""
     if run.finetune:
         raise UserError(f"--finetune {run.finetune}: starts a training; pass the file as --resume {run.finetune}")
     if own.resume and run.pretrained:
@@ -154,13 +154,13 @@ def _check_start(own: argparse.Namespace, run: argparse.Namespace) -> None:
 
 
 def _preprocessing(run: argparse.Namespace) -> dict[str, Any]:
-    """The flags that say how timm's weights of the model see an image, as far as they are not known otherwise."""
+    """Return flags for the preprocessing of timm's weights, as far as they are not set otherwise."""
     if timm.is_model(run.model.split(".")[0]):
         config = timm.get_pretrained_cfg(run.model).to_dict()
     else:
         try:
-            config = timm.create_model(run.model).pretrained_cfg  # reads the config.json of local-dir: and hf-hub:
-        except Exception:  # building it says what is wrong
+            config = timm.create_model(run.model).pretrained_cfg  # reads config.json of local-dir: and hf-hub: models
+        except Exception:  # building the model will report it
             return {}
     _, height, width = config["input_size"]
     return {"input_size": [height, width]} | ({"eval_crop_ratio": config["crop_pct"]} if run.pretrained else {})
@@ -169,13 +169,13 @@ def _preprocessing(run: argparse.Namespace) -> dict[str, Any]:
 def load_model(
     run: argparse.Namespace, weights: Mapping[str, torch.Tensor] | None, path: str, device: torch.device
 ) -> nn.Module:
-    """The trained model, to be evaluated.
+    """Build the trained model in evaluation mode.
 
     Args:
-        weights, path: the weights and the file they are from; None and '' for timm's pretrained weights.
+        weights, path: the weights and their file; None and '' for timm's pretrained weights.
 
     Raises:
-        UserError: if the weights are not those of the model that the flags describe, or not finite.
+        UserError: if the weights do not fit the model that the flags describe, or are not finite.
     """
     options = flags.fill(ModelOptions, run)
     model = build_model(options, None if weights is None else _num_classes(options, weights), eval_only=True)
@@ -187,10 +187,10 @@ def load_model(
 
 
 def find_files(paths: Sequence[str], flag: str) -> list[str]:
-    """The image files among these paths: files as they are named, folders searched recursively.
+    """List image files: files as given, folders searched recursively.
 
     Args:
-        flag: the argument that names the paths, for messages.
+        flag: the argument that named the paths, for messages.
 
     Raises:
         UserError: if a path does not exist, or a folder holds no images.
@@ -206,24 +206,24 @@ def find_files(paths: Sequence[str], flag: str) -> list[str]:
             raise UserError(f"{flag} {path}: holds no images ({', '.join(IMG_EXTENSIONS)}){hint}")
         if skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
-            # Escaped here as well: not every tool has set up its log by now.
+            # Escape it here, because not every tool has set up its log yet.
             logger.warning("%s", escaped(f"{flag} {path}: {skipped.total()} files are not read: {kinds}"))
         files += found
     return files
 
 
 def _num_classes(options: ModelOptions, weights: Mapping[str, torch.Tensor]) -> int:
-    """Number of classes: the rows of the classification layer, which may be more than there are class names."""
+    """Return the number of classes: rows of the classification layer, which may exceed the number of class names."""
     config = timm.get_pretrained_cfg(options.model)
     heads = config.classifier if config is not None else None
     if heads:
         names = [f"{head}.weight" for head in ([heads] if isinstance(heads, str) else heads)]
-    else:  # the model does not say: a layer that has as many rows as --num-classes
+    else:  # unknown name: find a layer with --num-classes rows
         tensors = build_model(options, PROBE, eval_only=True).state_dict()
         names = [name for name, tensor in tensors.items() if tensor.shape[:1] == (PROBE,)]
     for name in names:
-        keys = [key for key in weights if f".{key}".endswith(f".{name}")]  # of a module around the model, perhaps
+        keys = [key for key in weights if f".{key}".endswith(f".{name}")]  # a wrapper module may add a prefix
         keys = [key for key in keys if weights[key].ndim and weights[key].numel()]
         if keys:
             return len(weights[min(keys, key=len)])
-    return 1000  # of timm's models
+    return 1000  # as timm's models

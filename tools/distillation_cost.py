@@ -1,8 +1,9 @@
-"""What a teacher costs a training step: no teacher, cached predictions, a live teacher, interleaved in one process.
+"""Measure what a teacher costs a training step: none, cached, or live.
 
     python -m tools.distillation_cost --device auto --batch-size 32
 
-Weights are random: speed does not depend on them. Images are ready in memory, so that only the steps count.
+All three run interleaved in one process. Weights are random, because speed does
+not depend on them. Batches are ready in memory, so only the steps count.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CLASSES = 1000
 
 
 def student(name: str, input_size: int, amp: torch.dtype | None, device: torch.device, compiled: bool) -> Any:
-    """A model to train, with its optimizer."""
+    """Build a model to train, with its optimizer."""
     model = create_model(name, flag="--student", num_classes=CLASSES, input_size=(input_size, input_size))
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
@@ -40,7 +41,7 @@ def student(name: str, input_size: int, amp: torch.dtype | None, device: torch.d
 
 
 def steps(state: engine.TrainState, criterion: Callable, batches: list[Batch], number: int) -> Callable[[], int]:
-    """A work of `number` training steps."""
+    """Return a function that makes `number` training steps and returns the number of images."""
 
     def work() -> int:
         for step in range(number):
@@ -54,12 +55,12 @@ def steps(state: engine.TrainState, criterion: Callable, batches: list[Batch], n
 
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> list[dict[str, Any]]:
-    """A row for each way to be taught; the ratios are to none."""
+    """Return a row for each kind of teacher, with ratios to training without one."""
     amp, size = engine.select_amp(args.amp, device), args.input_size
     batches = []
     for number in range(4):
         images = torch.randn(args.batch_size, 3, size, size, device=device)
-        targets = torch.randn(args.batch_size, CLASSES, device=device).softmax(dim=1)  # as Mixup gives them
+        targets = torch.randn(args.batch_size, CLASSES, device=device).softmax(dim=1)  # as Mixup returns them
         batches.append(Batch(images, targets, torch.arange(number * args.batch_size, (number + 1) * args.batch_size)))
     model = create_model(args.teacher, flag="--teacher", num_classes=CLASSES, input_size=(size, size))
     same = ((0.5,) * 3, (0.25,) * 3)
@@ -93,7 +94,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--student", default="deit_tiny_patch16_224", help="model trained without a teacher")

@@ -1,12 +1,13 @@
-"""Hand a trained model over: as ONNX, as a program of torch.export, or as a folder that timm loads.
+"""Export a trained model: to ONNX, to torch.export, or to a folder for timm.
 
     python -m tools.export --resume output/best.pth --output model.onnx
-    python -m tools.export --resume output/best.pth --output model.pt2 --base-keep-rate 0.5
+    python -m tools.export --resume output/best.pth --output model.pt2
     python -m tools.export --resume output/best.pth --output my_model
 
-None of them needs this repository. Normalized images [B, 3, H, W] with any B go in, logits [B, classes] come out. An
-EViT keeps its final keep rate. What is written also says the class names and the preprocessing. It is read back and
-compared with the model before it takes its name.
+The exports do not need this repository. Input: normalized images [B, 3, H, W],
+any B; output: logits [B, classes]. An EViT keeps its final keep rate; choose
+another with --base-keep-rate. Class names and preprocessing are stored as well.
+Each export is read back and compared with the model before it gets its name.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from models_evit import evit_blocks, is_evit, plain_name
 from tools import command
 from utils import UserError, escaped, is_utf8, read_json, reason, write_whole
 
-TOLERANCE = 1e-3  # of the largest logit
-TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of timm's create_transform
+TOLERANCE = 1e-3  # relative to the largest logit
+TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # keys of timm's create_transform
 FILES = {"config.json", "model.safetensors", "README.md", "__pycache__"}
-EXPORTER = "tools.export"  # what config.json says of who wrote it
+EXPORTER = "tools.export"  # recorded in config.json
 LISTED_CLASSES = 20  # in README.md
 
-Exported = Callable[[torch.Tensor], torch.Tensor]  # images -> logits, by what was written
+Exported = Callable[[torch.Tensor], torch.Tensor]  # images -> logits, by the exported model
 
 
 def describe(model: nn.Module, run: argparse.Namespace, trained: command.Trained) -> dict[str, Any]:
-    """What an exported model says of itself, in timm's words: its classes and its evaluation transform.
+    """Describe an exported model with timm's keys: its classes and its evaluation transform.
 
     Raises:
         UserError: if there are more class names than classes.
@@ -58,10 +59,10 @@ def describe(model: nn.Module, run: argparse.Namespace, trained: command.Trained
     names, path = class_names_of(trained.about), trained.own.resume
     if len(names) > num_classes:
         raise UserError(f"--resume {path}: names {len(names)} classes, its model has {num_classes}; give another file")
-    # The config of an EViT has the name of its DeiT. That of a local-dir: model is in its config only.
+    # An EViT has the config name of its DeiT. A local-dir: model has its name in its config only.
     name = pretrained_config(model)["architecture"] if ":" in run.model else run.model.partition(".")[0]
     mean, std = normalization(model)
-    is_small = max(views.input_size) <= SMALL_IMAGE  # is resized to the exact size
+    is_small = max(views.input_size) <= SMALL_IMAGE  # resized to exactly this size
     return {
         "architecture": name,
         "num_classes": num_classes,
@@ -77,23 +78,23 @@ def describe(model: nn.Module, run: argparse.Namespace, trained: command.Trained
 
 @torch.no_grad()
 def difference(model: nn.Module, exported: Exported, input_size: tuple[int, int]) -> float:
-    """Largest difference of a logit between the two, for 1 and 3 images of noise, in parts of the largest logit.
+    """Return the largest difference of a logit for 1 and 3 noise images, relative to the largest logit.
 
-    NaN if any logit is.
+    NaN if any logit is NaN.
     """
     generator, parts = torch.Generator().manual_seed(0), []
     for batch in (1, 3):
         images = torch.randn(batch, 3, *input_size, generator=generator)
         expected = model(images)
-        largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)  # a head may be all zero
+        largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)  # all logits may be zero
         parts.append((exported(images) - expected).abs().max() / largest)
-    return torch.stack(parts).max().item()  # Python's max would lose a NaN
+    return torch.stack(parts).max().item()  # Python's max would drop NaN
 
 
 def check_agreement(model: nn.Module, exported: Exported, about: Mapping[str, Any], output: str) -> float:
-    """`difference`, in one line if it is too large."""
+    """Return `difference`; raise a one-line error if it is too large."""
     worst = difference(model, exported, tuple(about["input_size"][1:]))
-    if not worst <= TOLERANCE:  # NaN is no agreement
+    if not worst <= TOLERANCE:  # NaN fails, too
         raise UserError(f"--output {output}: its logits differ by {worst:.1e} of the largest, so it is not written")
     return worst
 
@@ -102,21 +103,21 @@ def check_agreement(model: nn.Module, exported: Exported, about: Mapping[str, An
 
 
 def program_of(model: nn.Module, input_size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """`torch.export` of the model in evaluation mode, for any number of images of that (height, width)."""
-    batch = {0: torch.export.Dim("batch", max=2**20)}  # torch 2.6 wants a limit
-    # Two images: an example of one would fix the batch size.
+    """Export the model in evaluation mode with `torch.export`, for any number of images of this (height, width)."""
+    batch = {0: torch.export.Dim("batch", max=2**20)}  # torch 2.6 requires a limit
+    # Two images: with one, the batch size would become a constant.
     return torch.export.export(model.eval(), (torch.zeros(2, 3, *input_size),), dynamic_shapes=(batch,))
 
 
 def as_pt2(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Exported]:
-    """The content of a .pt2 file, with the metadata as extra files, and what it computes."""
+    """Return the content of a .pt2 file with metadata as extra files, and the function that it computes."""
     content = io.BytesIO()
     torch.export.save(program, content, extra_files=dict(metadata))
     return content.getvalue(), torch.export.load(io.BytesIO(content.getvalue())).module()
 
 
 def as_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Exported]:
-    """The content of an .onnx file, with its metadata, and what it computes.
+    """Return the content of an .onnx file with metadata, and the function that it computes.
 
     Raises:
         UserError: if a package is missing.
@@ -138,7 +139,7 @@ def as_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) 
 
 
 def export_file(model: nn.Module, output: str, about: Mapping[str, Any]) -> float:
-    """Write an .onnx or .pt2 file, whose metadata are JSON values; returns how much the logits differ.
+    """Write an .onnx or .pt2 file with JSON metadata; return the difference between the logits.
 
     Raises:
         UserError: if packages are missing, or the logits differ too much.
@@ -156,13 +157,13 @@ def export_file(model: nn.Module, output: str, about: Mapping[str, Any]) -> floa
 
 
 def load(trained: command.Trained, run: argparse.Namespace) -> nn.Module:
-    """The model that these flags describe."""
+    """Build the model that these flags describe."""
     model = command.load_model(run, trained.weights, trained.own.resume, torch.device("cpu"))
-    return model.to(memory_format=torch.contiguous_format)  # which the formats want
+    return model.to(memory_format=torch.contiguous_format)  # required by the formats
 
 
 def load_for_timm(trained: command.Trained) -> tuple[nn.Module, argparse.Namespace]:
-    """The model and its flags. An EViT that keeps all patches becomes the DeiT that it then is, which timm knows."""
+    """Build the model and return it with its flags; an EViT that keeps all patches becomes a DeiT, known to timm."""
     run = trained.run
     model = load(trained, run)
     if is_evit(run.model) and all(block.keep_rate == 1 for block in evit_blocks(model)):
@@ -176,10 +177,10 @@ def load_for_timm(trained: command.Trained) -> tuple[nn.Module, argparse.Namespa
 
 
 def modules_of(architecture: str, output: str) -> list[Path]:
-    """The file that registers a model with timm, and the files next to it that it imports; [] for timm's models.
+    """Return the file that registers a model with timm, and the files next to it that it imports; [] for timm's models.
 
     Raises:
-        UserError: if it is more than files, which can be copied.
+        UserError: if the model needs more than single files, which can be copied.
     """
     name = timm.model_entrypoint(architecture).__module__
     if name.startswith("timm."):
@@ -187,7 +188,7 @@ def modules_of(architecture: str, output: str) -> list[Path]:
     if "." in name:
         raise UserError(f"--output {output}: {architecture} is of the package {name}; use .onnx or .pt2")
     files = [Path(sys.modules[name].__file__)]
-    for file in files:  # which grows
+    for file in files:  # the list grows in the loop
         for imported in sorted(_imports_of(file)):
             sibling = file.with_name(f"{imported}.py")
             if file.with_name(imported).is_dir() and file.with_name(imported).joinpath("__init__.py").exists():
@@ -198,7 +199,7 @@ def modules_of(architecture: str, output: str) -> list[Path]:
 
 
 def _imports_of(file: Path) -> set[str]:
-    """Names of the top-level modules that a Python file imports."""
+    """Return the names of the top-level modules that a Python file imports."""
     names = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
@@ -209,10 +210,10 @@ def _imports_of(file: Path) -> set[str]:
 
 
 def check_folder(output: str) -> Path:
-    """The folder to write, resolved.
+    """Return the resolved folder to write.
 
     Raises:
-        UserError: if timm cannot read that name, or there is something other than an earlier export.
+        UserError: if timm cannot read that name, or the folder holds something other than an earlier export.
     """
     folder = Path(output).resolve()
     if not is_utf8(str(folder)):
@@ -236,7 +237,7 @@ def check_folder(output: str) -> Path:
 
 
 def loading_lines(folder: str, modules: Sequence[Path]) -> list[str]:
-    """The lines of Python that load a folder."""
+    """Return the lines of Python that load a folder."""
     lines = [f"folder = {folder!r}"]
     if modules:
         lines += ["import sys", f"sys.path.insert(0, folder)  # holds {modules[0].name}"]
@@ -245,7 +246,7 @@ def loading_lines(folder: str, modules: Sequence[Path]) -> list[str]:
 
 
 def readme(about: Mapping[str, Any], modules: Sequence[Path], best_acc1: Any) -> str:
-    """README.md of a folder. Text of the checkpoint stands in indented blocks, a line each: nothing in it is markup."""
+    """Build README.md of a folder; texts from the checkpoint are in indented blocks, where markup has no effect."""
     names, size = about["class_names"], " x ".join(map(str, about["input_size"][1:]))
     accuracy = ""
     if type(best_acc1) in (int, float) and 0 <= best_acc1 <= 100:
@@ -280,7 +281,7 @@ def _indented(lines: Sequence[str]) -> str:
 
 
 def save_for_timm(model: nn.Module, folder: Path, about: Mapping[str, Any], modules: Sequence[Path]) -> None:
-    """timm's `save_for_hf`: model.safetensors, and a config.json with all that builds the model.
+    """Save with timm's `save_for_hf`: model.safetensors, and a config.json from which timm builds the model.
 
     Raises:
         ValueError: if timm cannot describe or save the model.
@@ -298,11 +299,11 @@ def save_for_timm(model: nn.Module, folder: Path, about: Mapping[str, Any], modu
     except (AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise ValueError(reason(error)) from error
     weights = folder / "model.safetensors"
-    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
+    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it readable by its owner only
 
 
 def export_folder(model: nn.Module, output: str, about: Mapping[str, Any], best_acc1: Any) -> tuple[float, list[str]]:
-    """Write a folder that timm loads, whole or not at all; returns how much the logits differ, and how to load it.
+    """Write a folder that timm loads, completely or not at all; return the logit difference and the loading code.
 
     Raises:
         UserError: if timm cannot load it, or it would replace something other than an earlier export.
@@ -316,7 +317,7 @@ def export_folder(model: nn.Module, output: str, about: Mapping[str, Any], best_
             loaded = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
         except OSError:
             raise
-        except Exception as error:  # of whatever the model's own entry point does
+        except Exception as error:  # the model's own entry point can raise anything
             raise UserError(
                 f"--output {output}: timm cannot load {about['architecture']} from a folder ({reason(error)}); build "
                 f"it with timm's build_model_with_cfg, or use .onnx or .pt2"
@@ -330,7 +331,7 @@ def export_folder(model: nn.Module, output: str, about: Mapping[str, Any], best_
 
 
 def _swap(new: Path, folder: Path, old: Path) -> None:
-    """Give a new folder its name; what had that becomes `old`."""
+    """Rename a new folder to `folder`; an existing one becomes `old`."""
     for file in new.iterdir():
         with open(file, "rb+") as stream:
             os.fsync(stream.fileno())

@@ -1,10 +1,15 @@
-"""What the training loop and the keyed loader cost: `python -m tools.loop_overhead`.
+"""Measure the overhead of the training loop and of the keyed loader.
 
-Two ratios. Both sides of each are interleaved in one process, so that drift cancels:
-  loop    images/s of `engine.train_one_epoch` on ready batches : a bare forward, backward and step of the same model
-  loader  images/s of keyed reading : reading the same images with the same transform and no keys
-And a time, on a CPU, of a model that computes nothing, so that all the rest shows:
-  update  what the loop adds to it: batches of images in memory, Mixup, schedules, seeds, lists of EMA weights, log
+    python -m tools.loop_overhead
+
+Two ratios, both sides interleaved in one process so that drift cancels:
+  loop    images/s of `engine.train_one_epoch` on ready batches, relative to a
+          bare forward, backward and step of the same model
+  loader  images/s of keyed reading, relative to reading the same images with
+          the same transform and no keys
+And, on a CPU, the time of an update with a model that computes nothing:
+  update  batches of images in memory, Mixup, schedules, seeds, EMA bookkeeping
+          and log
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from utils import StepLog, World, available_cpus, select_device
 
 
 def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
-    """Our loop against a bare one on the same ready batches."""
+    """Measure our loop against a bare one on the same ready batches."""
     model = timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10).to(device)
     optimizer = engine.build_optimizer(model, "adamw", lr=1e-4, weight_decay=0.05)
     amp_dtype = engine.select_amp("auto", device)
@@ -67,21 +72,21 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 class StoredImages(torch.nn.Module):
-    """Views that are the images as they are stored."""
+    """An augmentation that returns the stored images unchanged."""
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return images.float()
 
 
 def free_model() -> torch.nn.Module:
-    """As many tensors as an EViT of 12 layers has, all small, and a forward that uses one."""
+    """Build a model with as many (tiny) tensors as an EViT of 12 layers, whose forward uses a single one."""
     model = timm.create_model("evit_tiny_patch16_224", img_size=32, embed_dim=8, num_heads=1, num_classes=10)
     model.forward = lambda images: model.head.bias.expand(len(images), -1)
     return model
 
 
 def measure_update(args: argparse.Namespace) -> dict[str, float]:
-    """Microseconds that an update takes in `engine.train_one_epoch` without its model, optimizer and EMA's kernels."""
+    """Measure microseconds per update in `engine.train_one_epoch`, without model, optimizer and EMA kernels."""
     device, model, steps = torch.device("cpu"), free_model(), 10 * args.steps
     count = args.batch_size * steps
     images = sources.MemoryImages([np.zeros((8, 8, 3), np.uint8)] * count)
@@ -116,7 +121,7 @@ def measure_update(args: argparse.Namespace) -> dict[str, float]:
 
 
 class UnkeyedImages(Dataset):
-    """The same views without a key: generators run on from image to image."""
+    """Data set of the same views without keys; random generators continue from image to image."""
 
     def __init__(self, source: sources.Source, transform: Callable) -> None:
         self.source, self.transform = source, transform
@@ -130,7 +135,7 @@ class UnkeyedImages(Dataset):
 
 
 def measure_loader(input_size: int, views: int, rounds: int) -> dict:
-    """Keyed against unkeyed reading of the bundled digits with DeiT's full augmentation, in this process."""
+    """Measure keyed against unkeyed reading of the bundled digits, with DeiT's augmentation, in this process."""
     source, _ = datasets.read_sources(datasets.DataOptions("DIGITS"))
     source = sources.take_fraction(source, min(1.0, views / len(source)))
     transform = datasets.build_train_transform(ViewOptions((input_size, input_size)), ((0.5,) * 3, (0.25,) * 3))
@@ -141,7 +146,7 @@ def measure_loader(input_size: int, views: int, rounds: int) -> dict:
     unkeyed = DataLoader(unkeyed_images, sampler=RandomSampler(unkeyed_images), **options)
 
     def read(loader: DataLoader) -> int:
-        sampler.set_epoch(sampler.epoch + 1)  # other views each time: some draws cost more than others
+        sampler.set_epoch(sampler.epoch + 1)  # new views each time, because some draws cost more than others
         return sum(len(batch.targets) for batch in loader)
 
     return compare(lambda: read(keyed), lambda: read(unkeyed), rounds, torch.device("cpu"))

@@ -1,10 +1,11 @@
-"""Pack a data set for fast reading, once: all images reduced to the size that training needs, in a few large files.
+"""Pack a data set for fast reading: images resized once, in a few large files.
 
-    python -m tools.pack_dataset --data-set IMNET --data-path /path/to/imagenet --output packed --size 256
+    python -m tools.pack_dataset --data-path /path/to/imagenet --output packed
     python main.py --data-set PACKED --data-path packed ...
-    python -m tools.pack_dataset --output packed --verify      # read a pack and compare its checksums
+    python -m tools.pack_dataset --output packed --verify
 
-Of the data flags below, --ram-cache and --eval-crop-ratio have no effect here.
+--verify reads a pack and compares its checksums. Of the data flags below,
+--ram-cache and --eval-crop-ratio have no effect here.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from sources import Source
 from tools import command
 from utils import Progress, RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
 
-PROBES = 16  # images by which the pack's length is estimated
-LONGEST = 1.5  # longest side of an image in a pack, in its size
+PROBES = 16  # images used to estimate the pack's size
+LONGEST = 1.5  # maximum long side, relative to --size
 SHARD_BYTES = 2**30
 T, R = TypeVar("T"), TypeVar("R")
 
 
 def build_parser() -> Parser:
-    # In main.py, --skip-broken-images replaces images by others. Here it drops them.
+    # main.py replaces broken images by others. This tool drops them.
     parser = Parser(prog="python -m tools.pack_dataset", description=__doc__, conflict_handler="resolve")
     add_data_arguments(parser)
     parser.set_defaults(data_set=None)
@@ -79,12 +80,12 @@ def build_parser() -> Parser:
 
 
 def find_sources(own: argparse.Namespace) -> dict[str, Source]:
-    """The data to be packed, by split.
+    """Return the data to pack, by split.
 
     Raises:
-        UserError: besides those of main.py's, for a stream.
+        UserError: as main.py, and for a stream.
     """
-    # Nothing is kept in memory, and what cannot be read is skipped here, not replaced.
+    # Keep nothing in memory, and drop unreadable images instead of replacing them.
     changed = {"data_set": own.data_set or "IMNET", "ram_cache": 0, "skip_broken_images": 0}
     sources = build_sources(replace(fill(DataOptions, own), **changed))
     if not all(isinstance(source, Source) for source in sources):
@@ -96,7 +97,7 @@ def find_sources(own: argparse.Namespace) -> dict[str, Source]:
 
 
 class Record(NamedTuple):
-    """An image as it goes into a shard."""
+    """An image as it is written to a shard."""
 
     content: bytes
     height: int
@@ -107,7 +108,7 @@ class Record(NamedTuple):
 def reduced(image: Image.Image, size: int) -> Image.Image:
     """Shrink an image until its short side is at most `size` and its long side at most 1.5 · `size` pixels.
 
-    The aspect is kept, so beyond 3:2 the short side is shorter than `size`.
+    The aspect ratio is kept, so beyond 3:2 the short side becomes shorter than `size`.
     """
     scale = min(size / min(image.size), LONGEST * size / max(image.size))
     if scale >= 1:
@@ -116,7 +117,7 @@ def reduced(image: Image.Image, size: int) -> Image.Image:
 
 
 def encode(image: Image.Image, target: int, *, kind: str, size: int, quality: int | None) -> Record:
-    """The record of an RGB image and its class; `quality` (1 to 100) is that of a jpeg."""
+    """Encode an RGB image and its class as a record; `quality` (1 to 100) is for jpeg."""
     image = reduced(image, size)
     content = image.tobytes()
     if kind == "jpeg":
@@ -127,12 +128,12 @@ def encode(image: Image.Image, target: int, *, kind: str, size: int, quality: in
 
 
 def holds_pack(folder: Path) -> bool:
-    """Whether there is a pack, sound or not, in the folder."""
+    """Return True if the folder holds a pack, even a damaged one."""
     return (folder / packs.PACK).exists()
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files in the folder that are named as those of a pack, also what a killed process has left of one."""
+    """List all files in the folder that are named like those of a pack, including leftovers of a killed process."""
     names = [packs.PACK, *(f"{split}_index.npy" for split in packs.SPLITS)]
     shards = [f"{split}_[0-9][0-9][0-9][0-9][0-9].bin" for split in packs.SPLITS]
     patterns = [*names, *(f".{name}.*.tmp" for name in names), *shards]
@@ -150,25 +151,25 @@ def write_pack(
     class_names: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write a pack, over what there may be of another one; what is in its pack.json.
+    """Write a pack, replacing an existing one; return the content of its pack.json.
 
     Args:
-        folder: made if it does not exist.
-        splits: records of "train" and "val", which are taken one at a time and in this order.
-        kind, size, quality: how the records were made by `encode`.
+        folder: created if needed.
+        splits: records of "train" and "val", consumed one at a time in this order.
+        kind, size, quality: arguments of `encode` for these records.
         num_classes: number of classes.
-        class_names: their names, if they are known.
-        shard_bytes: a shard is no longer than this, unless a single record is.
+        class_names: class names, if known.
+        shard_bytes: maximum size of a shard, unless a single record is larger.
 
     Raises:
-        RunError: if the disk takes no more.
+        RunError: if the disk is full or cannot be written.
         UserError: if a split has no images.
     """
     about = {"version": packs.VERSION, "kind": kind, "size": size, "quality": quality}
     about |= {"num_classes": num_classes, "class_names": list(class_names)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in files_of(folder):  # pack.json first: from here on there is no pack
+        for path in files_of(folder):  # pack.json first: without it there is no pack
             path.unlink()
         about["splits"] = {split: _write_split(folder, split, splits[split], shard_bytes) for split in splits}
         write_whole(folder / packs.PACK, (json.dumps(about, indent=1) + "\n").encode())
@@ -178,7 +179,7 @@ def write_pack(
 
 
 def _write_split(folder: Path, split: str, records: Iterable[Record], shard_bytes: int) -> dict[str, Any]:
-    """Shards and index of one split; what pack.json says of them."""
+    """Write shards and index of one split; return its entry in pack.json."""
     index, shards = bytearray(), _Shards(folder, split, shard_bytes)
     try:
         for record in records:
@@ -197,15 +198,15 @@ def _write_split(folder: Path, split: str, records: Iterable[Record], shard_byte
 
 
 class _Shards:
-    """Files of at most `limit` bytes, filled one after the other."""
+    """Writer of files of at most `limit` bytes, one after the other."""
 
     def __init__(self, folder: Path, split: str, limit: int) -> None:
         self.folder, self.split, self.limit = folder, split, limit
-        self.written: list[dict[str, Any]] = []  # name, bytes and CRC-32 of each
+        self.written: list[dict[str, Any]] = []  # name, bytes and CRC-32 of each shard
         self.stream: BinaryIO | None = None
 
     def add(self, content: bytes) -> tuple[int, int]:
-        """Append a record; returns the index of its shard and its offset there."""
+        """Append a record; return the index of its shard and its offset there."""
         if self.stream is None or self.written[-1]["bytes"] + len(content) > self.limit:
             self.close()
             name = f"{self.split}_{len(self.written):05d}.bin"
@@ -219,7 +220,7 @@ class _Shards:
         return len(self.written) - 1, offset
 
     def close(self) -> None:
-        """Bring the open file to the disk: a pack.json promises that all is there."""
+        """Sync the open file to disk, because pack.json promises that it is complete."""
         if self.stream is not None:
             with self.stream:
                 self.stream.flush()
@@ -231,11 +232,11 @@ class _Shards:
 
 
 class Reader:
-    """Makes records of a source's images, and drops up to a number of training images that cannot be read.
+    """Reader of records from a source, which drops a limited number of unreadable training images.
 
     Args:
-        limit: how many may be dropped.
-        encode: image and target -> record.
+        limit: maximum number of dropped images.
+        encode: function (image, target) -> record.
     """
 
     def __init__(self, limit: int, encode: Callable[..., Record]) -> None:
@@ -243,7 +244,7 @@ class Reader:
         self.skipped: list[str] = []
 
     def read(self, source: Source, position: int) -> Record | str:
-        """The record of one image, or what is wrong with it."""
+        """Return the record of one image, or a description of its error."""
         try:
             image, target = source[position]
         except RunError as error:
@@ -251,7 +252,7 @@ class Reader:
         return self.encode(image, target)
 
     def records(self, source: Source, split: str, pool: ThreadPoolExecutor) -> Iterator[Record]:
-        """The records of a source in its order, few of which are in memory at a time.
+        """Yield the records of a source in order, with only a few in memory at a time.
 
         Raises:
             RunError: if a validation image or too many training images cannot be read.
@@ -274,7 +275,7 @@ class Reader:
             logger.warning("skipped: %s", record)
 
     def length(self, sources: Iterable[Source]) -> float:
-        """About how many bytes all records will take, judged by a few."""
+        """Estimate the bytes of all records from a few of them."""
         total = 0.0
         for source in sources:
             probes = [self.read(source, position) for position in np.linspace(0, len(source) - 1, PROBES).astype(int)]
@@ -284,7 +285,7 @@ class Reader:
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """`map` by a pool that is at most `ahead` results ahead."""
+    """Map with a thread pool in order, computing at most `ahead` results in advance."""
     pending: deque = deque()
     try:
         for item in items:
@@ -293,13 +294,13 @@ def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterab
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:  # if it ends early
+    finally:  # if the caller stops early
         for future in pending:
             future.cancel()
 
 
 def with_progress(records: Iterable[Record], split: str, total: int) -> Iterator[Record]:
-    """The same records, with a progress bar or lines."""
+    """Yield the same records with a progress bar or log lines."""
     progress = Progress(split, total, "image")
     for record in records:
         yield record
@@ -308,10 +309,11 @@ def with_progress(records: Iterable[Record], split: str, total: int) -> Iterator
 
 
 def pack(own: argparse.Namespace) -> dict[str, Any]:
-    """Write the pack that the flags describe; what its pack.json says.
+    """Write the pack that the flags describe; return the content of its pack.json.
 
     Raises:
-        UserError, RunError
+        UserError: if flags or data are wrong, or the disk is too small.
+        RunError: if an image cannot be read, or the disk is full.
     """
     if own.quality is not None and own.format != "jpeg":
         raise UserError("--quality: has no effect on --format uint8; drop the flag, or add --format jpeg")
@@ -333,8 +335,8 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
         "lower --size, take --format jpeg, or another disk",
     )
     start = time.perf_counter()
-    with ThreadPoolExecutor(available_cpus()) as pool:  # decoding and reducing release the interpreter's lock
-        # Validation first: it is small, and one broken image ends the tool.
+    with ThreadPoolExecutor(available_cpus()) as pool:  # decoding and resizing release the GIL
+        # Validation first: it is small, and a single broken image ends the tool.
         splits = {
             split: with_progress(reader.records(sources[split], split, pool), split, len(sources[split]))
             for split in reversed(packs.SPLITS)
@@ -357,10 +359,10 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(folder: Path) -> None:
-    """Read a pack.
+    """Verify a pack.
 
     Raises:
-        UserError: if it cannot be opened.
+        UserError: if the pack cannot be opened.
         RunError: if records are damaged.
     """
     damaged = packs.verify(folder, "--output")

@@ -1,11 +1,11 @@
 """Predict the classes of photos with a trained model.
 
     python -m tools.predict --resume output/best.pth photo.jpg folder/
-    python -m tools.predict --resume output/best.pth folder/ --topk 1 --format csv > predictions.csv
+    python -m tools.predict --resume output/best.pth folder --format csv > p.csv
     python -m tools.predict --model deit_tiny_patch16_224 --pretrained photo.jpg
 
-Predictions go to standard output, log and errors to standard error. An image that cannot be read is named there, the
-others are predicted, and the exit status is 1.
+Predictions go to standard output, log and errors to standard error. Unreadable
+images are reported there; all others are predicted, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from sources import HostView
 from tools import command
 from utils import Progress, escaped, init_distributed, logger, set_up_logging
 
-WIDTH, LONGEST_CLASS = 80, 40  # columns of the table, and of a class name in it
-READ_AHEAD = 2  # batches of views that are decoded or wait
+WIDTH, LONGEST_CLASS = 80, 40  # columns of the table and of a class name
+READ_AHEAD = 2  # batches of views to decode ahead
 
 
 class Prediction(NamedTuple):
-    """The most probable classes of an image, the first one first."""
+    """The most probable classes of an image, in decreasing order."""
 
     path: str
     classes: list[int]
@@ -50,17 +50,17 @@ class Prediction(NamedTuple):
 
 
 def score_name(about: Mapping[str, Any]) -> str:
-    """The function that makes probabilities of a checkpoint's logits: `sigmoid` if it was trained with --bce-loss."""
+    """Return the function from logits to probabilities: `sigmoid` after training with --bce-loss, else `softmax`."""
     return "sigmoid" if flags_of(about).get("bce_loss") is True else "softmax"
 
 
 def probabilities(logits: torch.Tensor, score: str) -> torch.Tensor:
-    """float32 [B, C] of logits [B, C] in any precision; `score` is that of `score_name`."""
+    """Return float32 probabilities [B, C] of logits [B, C] in any precision; `score` is a `score_name`."""
     return logits.float().sigmoid() if score == "sigmoid" else logits.float().softmax(dim=1)
 
 
 def class_names(about: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """The name of each class: the checkpoint's or the weights' own, ImageNet-1k's if there are 1000, else `class 3`."""
+    """Return the class names of the checkpoint or of timm's weights; ImageNet-1k's for 1000 classes; else `class 3`."""
     config = getattr(model, "pretrained_cfg", {})
     published = [] if about else list(config.get("label_names") or ())
     described = config.get("label_descriptions") or {}
@@ -78,7 +78,7 @@ def class_names(about: Mapping[str, Any], model: nn.Module) -> list[str]:
 def read_views(
     files: Sequence[str], transform: HostView, batch_size: int, threads: int
 ) -> Iterator[list[torch.Tensor | str]]:
-    """The views [3, H, W] of the files in batches, decoded ahead; for a file that cannot be read, the reason."""
+    """Yield the views [3, H, W] of the files in batches, decoded ahead; for an unreadable file, the reason."""
 
     def view(file: str) -> torch.Tensor | str:
         try:
@@ -88,7 +88,7 @@ def read_views(
             return getattr(error.__cause__, "strerror", None) or str(error)  # without the path
 
     waiting: deque[list[Future]] = deque()
-    with ThreadPoolExecutor(threads) as pool:  # decoding and resizing release the interpreter's lock
+    with ThreadPoolExecutor(threads) as pool:  # decoding and resizing release the GIL
         for start in range(0, len(files), batch_size):
             waiting.append([pool.submit(view, file) for file in files[start : start + batch_size]])
             if len(waiting) == READ_AHEAD:
@@ -107,12 +107,12 @@ def predict(
     """Predict the files in their order.
 
     Args:
-        batches: of their views or errors, see `read_views`.
+        batches: views or errors, see `read_views`.
         score: images [B, 3, H, W] on the CPU -> probabilities [B, C] on the CPU.
-        failed: grows by the files without a prediction, each with the reason.
+        failed: gets a line with the reason for each file without a prediction.
     """
     names = iter(files)
-    # A terminal that receives the predictions shows the progress by them.
+    # No progress bar if the predictions themselves appear on the terminal.
     progress = None if sys.stdout.isatty() else Progress("predict", len(files), "image")
     for batch in batches:
         found = [view for view in batch if isinstance(view, torch.Tensor)]
@@ -136,12 +136,12 @@ def predict(
 
 
 def _columns(text: str) -> int:
-    """Columns of a terminal that a text takes: two for a wide character, such as a Chinese one."""
+    """Return the terminal columns of a text; wide characters, such as Chinese ones, take two."""
     return sum((unicodedata.east_asian_width(char) in "WF") + (not unicodedata.combining(char)) for char in text)
 
 
 def _shortened(text: str, columns: int, from_left: bool = False) -> str:
-    """The text with its end, or its beginning, replaced by an ellipsis if it is too long."""
+    """Shorten a text that is too long with an ellipsis at its end, or at its beginning."""
     if _columns(text) <= columns:
         return text
     while _columns(text) > max(0, columns - 1):
@@ -150,7 +150,7 @@ def _shortened(text: str, columns: int, from_left: bool = False) -> str:
 
 
 def write_table(rows: Iterator[Prediction], names: Sequence[str], score: str, out: TextIO) -> None:
-    """A line for each class, in at most `WIDTH` columns; the image is named in the first line of its classes."""
+    """Write one line per class in at most `WIDTH` columns; an image is named in its first line."""
     shown = [_shortened(escaped(name), LONGEST_CLASS) for name in names]
     width = max(map(_columns, ["class", *shown]))
     out.write(f"{score:>7s}  {'class':{width}s}  image\n")
@@ -165,7 +165,7 @@ def write_table(rows: Iterator[Prediction], names: Sequence[str], score: str, ou
 
 
 def write_csv(rows: Iterator[Prediction], names: Sequence[str], topk: int, out: TextIO) -> None:
-    """A record for each image: path, class_1, probability_1, class_2, ...; control characters are escaped."""
+    """Write one record per image: path, class_1, probability_1, class_2, ...; control characters are escaped."""
     writer = csv.writer(out, lineterminator="\n")
     numbers = range(1, min(topk, len(names)) + 1)
     writer.writerow(["path", *(f"{column}_{number}" for number in numbers for column in ("class", "probability"))])
@@ -176,7 +176,7 @@ def write_csv(rows: Iterator[Prediction], names: Sequence[str], topk: int, out: 
 
 
 def write_json(rows: Iterator[Prediction], names: Sequence[str], out: TextIO) -> None:
-    """A list of {"path", "predictions": [{"class", "index", "probability"}, ...]}, one image on a line."""
+    """Write a list of {"path", "predictions": [{"class", "index", "probability"}, ...]}, one line per image."""
     separator = "[\n"
     for row in rows:
         pairs = zip(row.classes, row.probabilities, strict=True)

@@ -1,10 +1,10 @@
-"""Evaluate a trained model on its validation data and write a report: index.html with pictures, and report.json.
+"""Evaluate a trained model and write a report: a web page and report.json.
 
     python -m tools.report --resume output/best.pth
-    python -m tools.report --resume output/best.pth --ema --keep-rates 1 0.9 0.7 --output report
+    python -m tools.report --resume output/best.pth --ema --keep-rates 1 0.9 0.7
 
-Accuracy as a whole and by class, confusions, the most confident mistakes, calibration and, for an EViT, the top-1 at
-several keep rates.
+The report shows accuracy in total and by class, confusions, the most confident
+mistakes, calibration and, for an EViT, the top-1 at several keep rates.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from utils import (
 FORMAT = "deit report 1"  # in report.json; marks a folder that may be replaced
 DEFAULT_RATES = [1.0, 0.9, 0.7, 0.5]
 BINS = 15  # of the calibration
-MOST_CLASSES = 100  # whose confusion matrix is stored and drawn
+MOST_CLASSES = 100  # limit for storing and drawing the confusion matrix
 Z = 1.959964  # normal quantile of 95 % intervals
 
 
@@ -60,7 +60,7 @@ Z = 1.959964  # normal quantile of 95 % intervals
 
 @dataclasses.dataclass
 class RecordedLoader(DeviceLoader):
-    """A loader that remembers the batch that is being evaluated, and shows the progress."""
+    """A loader that remembers the current batch and reports progress."""
 
     batch: Batch | None = None
 
@@ -73,10 +73,10 @@ class RecordedLoader(DeviceLoader):
 
 
 class Recorder(nn.Module):
-    """A model that notes of each image what the report needs.
+    """A model wrapper that records what the report needs of each image.
 
     Attributes:
-        rows: positions, targets, predicted class, its probability, and the probability of the true class, by batch.
+        rows: per batch: positions, targets, predicted class, its probability, probability of the true class.
     """
 
     def __init__(self, model: nn.Module, loader: RecordedLoader, score: str) -> None:
@@ -87,7 +87,7 @@ class Recorder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.model(images)
         batch, scores = self.loader.batch, probabilities(logits, self.score)
-        # As engine.evaluate finds it, so that ties fall alike.
+        # As in engine.evaluate, so that ties are decided alike.
         predicted = logits.float().topk(min(5, logits.shape[1])).indices[:, :1]
         chosen = [scores.gather(1, index)[:, 0] for index in (predicted, batch.targets[:, None])]
         self.rows.append([each.cpu() for each in (batch.positions, batch.targets, predicted[:, 0], *chosen)])
@@ -96,12 +96,12 @@ class Recorder(nn.Module):
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of each image, in the order of the data.
+    """The result of each image, in the order of the data.
 
     Attributes:
-        stats: of `engine.evaluate`.
+        stats: result of `engine.evaluate`.
         positions, targets, predicted: [N] int64.
-        confidence, true_probability: [N] float64, the probability of the predicted and of the true class.
+        confidence, true_probability: [N] float64, probability of the predicted and of the true class.
     """
 
     stats: dict[str, float]
@@ -113,12 +113,12 @@ class Outcome:
 
     @property
     def hits(self) -> np.ndarray:
-        """[N] bool."""
+        """Which images are predicted correctly, [N] bool."""
         return self.targets == self.predicted
 
 
 def evaluate_images(model: nn.Module, loader: DeviceLoader, score: str, amp_dtype: torch.dtype | None) -> Outcome:
-    """`engine.evaluate`, with what became of each image."""
+    """Run `engine.evaluate` and record the result of each image."""
     recorded = RecordedLoader(**vars(loader))
     recorder = Recorder(model, recorded, score)
     stats = engine.evaluate(recorder, recorded, engine.autocast(model, amp_dtype))
@@ -132,7 +132,7 @@ def evaluate_images(model: nn.Module, loader: DeviceLoader, score: str, amp_dtyp
 
 
 def wilson(hits: int, images: int) -> list[float] | None:
-    """Wilson's 95 % interval of a share, in per cent; None without images."""
+    """Return Wilson's 95 % interval of a share in percent; None without images."""
     if not images:
         return None
     share, spread = hits / images, Z * Z / images
@@ -142,7 +142,7 @@ def wilson(hits: int, images: int) -> list[float] | None:
 
 
 def calibration(outcome: Outcome, bins: int = BINS) -> dict[str, Any]:
-    """Expected calibration error in equal-width bins of the confidence (Guo et al. 2017, equation 3), in per cent."""
+    """Compute the expected calibration error in percent, with equal-width bins (Guo et al. 2017, equation 3)."""
     which = np.clip(np.ceil(outcome.confidence * bins).astype(int) - 1, 0, bins - 1)  # (low, high]
     rows, error = [], 0.0
     for index in range(bins):
@@ -158,7 +158,7 @@ def calibration(outcome: Outcome, bins: int = BINS) -> dict[str, Any]:
 
 
 def class_rows(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Top-1 of each class, by its index."""
+    """Return the top-1 of each class, by class index."""
     images = np.bincount(outcome.targets, minlength=len(names)).tolist()
     hits = np.bincount(outcome.targets[outcome.hits], minlength=len(names)).tolist()
     return [
@@ -175,7 +175,7 @@ def class_rows(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def confused_pairs(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Every pair of true and wrongly predicted class that occurs, the most frequent first."""
+    """List each occurring pair of true and wrongly predicted class, the most frequent first."""
     images = np.bincount(outcome.targets, minlength=len(names))
     wrong = np.stack([outcome.targets, outcome.predicted])[:, ~outcome.hits]
     pairs, counts = np.unique(wrong, axis=1, return_counts=True)
@@ -192,13 +192,13 @@ def confused_pairs(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any
 
 
 def confusion_matrix(outcome: Outcome, num_classes: int) -> np.ndarray:
-    """Images by true class (rows) and predicted class (columns), [C, C]."""
+    """Count images by true class (rows) and predicted class (columns), [C, C]."""
     cells = np.bincount(outcome.targets * num_classes + outcome.predicted, minlength=num_classes**2)
     return cells.reshape(num_classes, num_classes)
 
 
 def mistakes(outcome: Outcome, names: Sequence[str], source: Data, number: int) -> list[dict[str, Any]]:
-    """The wrong predictions of the highest probability, and the files of their images."""
+    """List the wrong predictions with the highest probability, with the files of their images."""
     wrong = np.flatnonzero(~outcome.hits)
     chosen = wrong[np.argsort(-outcome.confidence[wrong], kind="stable")[:number]]
     is_indexed = isinstance(source, Source)
@@ -220,7 +220,7 @@ def mistakes(outcome: Outcome, names: Sequence[str], source: Data, number: int) 
 
 
 def validation_data(trained: command.Trained, world: World) -> tuple[Data, Data]:
-    """The validation data as main.py evaluates them, and once more with the names of their files.
+    """Return the validation data as main.py evaluates them, and again with their file names.
 
     Raises:
         UserError: if a class index means another class than in the checkpoint.
@@ -229,13 +229,13 @@ def validation_data(trained: command.Trained, world: World) -> tuple[Data, Data]
     options = fill(DataOptions, run)
     _, files = build_sources(dataclasses.replace(options, ram_cache=0), world.local_rank, eval_only=True)
     if files.class_names and set(files.class_names) < set(names):
-        files = with_classes(files, names)  # the images of some of the classes
+        files = with_classes(files, names)  # they may have only some of the classes
     compare_classes(trained.about, {"val": files}, f"--resume {trained.own.resume}", run.allow_class_mismatch)
     return keep_in_memory(files, options.ram_cache), files
 
 
 def rate_rows(trained: command.Trained, loader: DeviceLoader, outcome: Outcome, world: World) -> list[dict[str, Any]]:
-    """Accuracy at each of `--keep-rates`, and at the model's own; [] for a model that keeps all patches."""
+    """Measure accuracy at each of `--keep-rates` and at the model's own; [] for a model that keeps all patches."""
     own, run = trained.own, trained.run
     if not is_evit(run.model):
         return []
@@ -257,10 +257,10 @@ def rate_rows(trained: command.Trained, loader: DeviceLoader, outcome: Outcome, 
 
 
 def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any], Data]:
-    """Evaluate each image once; every number of the report, and the data that the mistakes are images of.
+    """Evaluate each image once; return all numbers of the report, and the data that contain the mistakes.
 
     Raises:
-        UserError: if the model has other classes than the data.
+        UserError: if model and data have different classes.
     """
     own, run = trained.own, trained.run
     val, files = validation_data(trained, world)
@@ -298,10 +298,10 @@ _OURS = re.compile(r"index\.html|report\.json|(confusion|reliability|keep_rates|
 
 
 def earlier_report(folder: Path) -> list[Path]:
-    """The files of the report that a folder holds; [] for a folder that is empty or not there.
+    """List the files of the report in a folder; [] for an empty or missing folder.
 
     Raises:
-        UserError: if it holds anything else.
+        UserError: if the folder holds anything else.
     """
     if not folder.exists():
         return []
@@ -319,7 +319,7 @@ def earlier_report(folder: Path) -> list[Path]:
 
 
 def thumbnail(image: Image.Image, side: int = 224) -> Image.Image:
-    """The image in at most `side` pixels; a small one enlarged by a whole number."""
+    """Shrink an image to at most `side` pixels; enlarge a small one by an integer factor."""
     zoom = side // max(image.size)
     if zoom > 1:
         return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
@@ -337,7 +337,7 @@ def write(report: dict[str, Any], files: Data, folder: Path) -> None:
         for path in earlier_report(folder):
             path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        # First: it marks the folder as a report's.
+        # First, because it marks the folder as a report.
         write_whole(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
         for row in report["mistakes"]:
             if row["picture"]:

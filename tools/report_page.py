@@ -1,4 +1,4 @@
-"""The pictures and the HTML page of `tools.report`, drawn from the numbers of its report.json."""
+"""Pictures and HTML page of `tools.report`, drawn from the numbers in report.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools import pictures
 from utils import escaped
 
 BLUE, ORANGE, GRAY = *pictures.COLORS[:2], "#777777"
-MOST_NUMBERS = 20  # classes of a confusion matrix with numbers in its cells
+MOST_NUMBERS = 20  # maximum number of classes for numbers in the cells of a confusion matrix
 MOST_PAIRS = 30  # confusions on the page
 LONGEST_LABEL = 24  # characters of a class name in a picture
 FIGURES = {"reliability": "reliability.png", "confusion": "confusion.png", "keep_rates": "keep_rates.png"}
@@ -23,7 +23,7 @@ FIGURES = {"reliability": "reliability.png", "confusion": "confusion.png", "keep
 
 
 def draw_figures(report: dict[str, Any], folder: Path) -> None:
-    """Write the PNG files of `FIGURES` for which the report has numbers."""
+    """Write the PNG files of `FIGURES` that the report has numbers for."""
     _draw_reliability(report["calibration"], folder / FIGURES["reliability"])
     if report["confusion_matrix"] is not None:
         names = [row["class"] for row in report["classes"]]
@@ -33,12 +33,12 @@ def draw_figures(report: dict[str, Any], folder: Path) -> None:
 
 
 def _legend_above(axes: Any) -> None:
-    """A legend that hides nothing."""
+    """Draw a legend above the axes, where it hides nothing."""
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9)
 
 
 def _draw_reliability(calibration: dict[str, Any], file: Path) -> None:
-    """Accuracy over confidence by bin, above the number of images in each bin."""
+    """Draw accuracy over confidence by bin, above the number of images per bin."""
     with pictures.plot(file, 5, 5.5) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         edges = [100 * row["low"] for row in calibration["bins"]]
@@ -59,9 +59,9 @@ def _draw_reliability(calibration: dict[str, Any], file: Path) -> None:
 
 
 def _draw_confusion(matrix: np.ndarray, names: Sequence[str], file: Path) -> None:
-    """Rows of true classes, shaded by their share of predicted classes; few classes have their counts in the cells.
+    """Draw the confusion matrix, shaded by the share of each true class; small matrices show counts.
 
-    The shades follow the square root, so that rare confusions can be seen.
+    Shades follow the square root, which makes rare confusions visible.
     """
     from matplotlib.colors import PowerNorm
 
@@ -90,12 +90,12 @@ def _draw_confusion(matrix: np.ndarray, names: Sequence[str], file: Path) -> Non
 
 
 def rate_label(rate: float | Sequence[float]) -> str:
-    """`0.7`, or `0.7, 0.7, 0.5` if each layer has its own."""
+    """Format a keep rate: `0.7`, or `0.7, 0.7, 0.5` for one per layer."""
     return ", ".join(f"{each:g}" for each in ([rate] if isinstance(rate, (int, float)) else rate))
 
 
 def _draw_keep_rates(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Top-1 with its interval at each keep rate, the model's own in another color."""
+    """Draw top-1 with its interval at each keep rate; the model's own is highlighted."""
     with pictures.plot(file, max(5, 0.9 * len(rows) + 1), 3.5) as figure:
         axes = figure.subplots()
         for own, color, marker, label in (
@@ -126,7 +126,7 @@ figure { margin: 0; } figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 
 
 def _text(value: Any) -> str:
-    """A value as text of the page: on one line, without control characters or markup."""
+    """Escape a value for the page: one line, without control characters or markup."""
     return html.escape(escaped(str(value)))
 
 
@@ -139,7 +139,7 @@ def _interval(bounds: Sequence[float] | None) -> str:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    """An HTML table; the columns `numbers` are aligned to the right."""
+    """Build an HTML table; the columns `numbers` are right-aligned."""
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         kinds = [' class="number"' if column in numbers else "" for column in range(len(cells))]
@@ -250,7 +250,7 @@ def _keep_rates(report: dict[str, Any]) -> str:
 
 
 def page(report: dict[str, Any]) -> str:
-    """The report as an HTML page, which needs nothing but the PNG files next to it."""
+    """Build the HTML page, which needs only the PNG files next to it."""
     sections = {
         "Summary": _summary(report),
         "Accuracy by class": _classes(report),

@@ -1,10 +1,11 @@
-"""Draw what the augmentation does, by timm's PIL code and by the batched code side by side, for the eye to compare.
+"""Draw timm's augmentation next to ours, for comparison by eye.
 
-    python -m tools.show_augmentation --images photo.jpg folder/ --input-size 224 --output augmentation.png
-    python -m tools.show_augmentation --data-path /path/to/imagenet --num-images 4 --aa 3a
+    python -m tools.show_augmentation --images photo.jpg folder/
+    python -m tools.show_augmentation --data-path /path/to/imagenet --aa 3a
 
-First each operation of the policy at its magnitude, then whole random views, which are drawn independently.
-Of the data flags below, --ram-cache, --skip-broken-images and --eval-crop-ratio have no effect here.
+First each operation of the policy at its magnitude, then whole random views,
+drawn independently. Of the data flags below, --ram-cache, --skip-broken-images
+and --eval-crop-ratio have no effect here.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def build_parser() -> Parser:
 
 
 def data_set_of(own: argparse.Namespace) -> str | None:
-    """The data set to draw; None for image files. A folder given alone tells by its content what it is.
+    """Return the data set to draw; None for image files. Without `--data-set`, the content of the folder decides.
 
     Raises:
         UserError: if flags contradict each other.
@@ -75,10 +76,10 @@ def data_set_of(own: argparse.Namespace) -> str | None:
 
 
 def find_source(own: argparse.Namespace) -> Source:
-    """`--num-images` images, spread evenly over the files named or over the training data.
+    """Return `--num-images` images, spread evenly over the given files or the training data.
 
     Raises:
-        UserError
+        UserError: if there are no images, or the data cannot be indexed.
     """
     name = data_set_of(own)
     if own.images:
@@ -86,7 +87,7 @@ def find_source(own: argparse.Namespace) -> Source:
     elif name is None:
         source = find_images([own.data_path], "--data-path")
     else:
-        # Only a few images are needed, and one that cannot be read is named.
+        # Keep nothing in memory for a few images, and report unreadable ones.
         options = replace(fill(DataOptions, own), data_set=name, ram_cache=0, skip_broken_images=0)
         source, _ = build_sources(options)
         if not isinstance(source, Source):
@@ -96,12 +97,12 @@ def find_source(own: argparse.Namespace) -> Source:
 
 
 def as_batch(images: Sequence[Image.Image]) -> torch.Tensor:
-    """uint8 [B, 3, H, W] of images of one size."""
+    """Stack images of one size into uint8 [B, 3, H, W]."""
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
 
 
 def operate(images: torch.Tensor, name: str, level: float, sign: float) -> torch.Tensor:
-    """One operation of timm's on uint8 [B, 3, S, S], by the batched code; level 0 to 1, sign 1 or -1."""
+    """Apply one timm operation with our code to uint8 [B, 3, S, S]; level from 0 to 1, sign 1 or -1."""
     kind, argument_of = OPERATIONS[name]
     side, ones = images.shape[2], torch.ones(len(images))
     step = Step((ones * KINDS.index(kind)).long(), argument_of(level * ones, sign * ones))
@@ -114,7 +115,7 @@ def operate(images: torch.Tensor, name: str, level: float, sign: float) -> torch
 
 
 def operation_rows(images: Sequence[Image.Image], policy: str, seed: int) -> list[Row]:
-    """Each operation once at its magnitude: for each image timm's result and ours."""
+    """Apply each operation once at its magnitude; per image, return timm's result and ours."""
     found = parse_policy(policy)
     ops = found.ops if hasattr(found, "ops") else [op for row in found.policy for op in row]
     rows = []
@@ -123,7 +124,7 @@ def operation_rows(images: Sequence[Image.Image], policy: str, seed: int) -> lis
             name, prob=1.0, magnitude=magnitude, hparams={"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
         )
         random.seed(seed + number)
-        drawn = random.random()  # the first that timm draws: a sign, or a radius
+        drawn = random.random()  # timm's first draw: a sign, or a radius
         level = drawn if name == "GaussianBlurRand" else min(magnitude, alone.magnitude_max or 10) / 10
         ours = operate(as_batch(images), name, level, -1.0 if drawn > 0.5 else 1.0)
         panels = []
@@ -135,13 +136,13 @@ def operation_rows(images: Sequence[Image.Image], policy: str, seed: int) -> lis
 
 
 def as_pictures(views: torch.Tensor) -> list[np.ndarray]:
-    """Normalized [B, 3, H, W] as uint8 [H, W, 3] each."""
+    """Convert normalized [B, 3, H, W] to a list of uint8 [H, W, 3]."""
     pixels = views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     return list((pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy())
 
 
 def view_rows(images: Sequence[Image.Image], policy: str, size: int, seed: int, number: int) -> list[Row]:
-    """Whole random views: for each image timm's and ours, which have nothing to do with each other."""
+    """Draw whole random views; per image, return timm's and ours, which are independent."""
     options = ViewOptions((size, size), aa=policy)
     transform = build_train_transform(options, (MEAN, STD))
     sizes = torch.tensor([image.size[::-1] for image in images])
@@ -164,7 +165,7 @@ def view_rows(images: Sequence[Image.Image], policy: str, size: int, seed: int, 
 
 
 def draw(rows: Sequence[Row]) -> Image.Image:
-    """The rows below each other with their labels, small pictures enlarged; a pair of columns for each image."""
+    """Draw rows with their labels below each other, two columns per image; small pictures are enlarged."""
     larger = [(label, [pictures.enlarged(panel) for panel in panels]) for label, panels in rows]
     headings = [
         f"image {column // 2 + 1}\n{('timm (PIL)', 'batched')[column % 2]}" for column in range(len(rows[0][1]))
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if own.output.suffix.lower() not in Image.registered_extensions():
             raise UserError(f"--output {own.output}: is not named as a picture; try {own.output.stem or 'picture'}.png")
         if own.aa not in ("", "none"):
-            Policy(own.aa)  # refuses those that cannot be compared
+            Policy(own.aa)  # refuses policies that cannot be compared
         source = find_source(own)
         images = [source[position][0] for position in range(len(source))]
         square = [ImageOps.fit(image, (own.input_size,) * 2, Image.Resampling.BICUBIC) for image in images]

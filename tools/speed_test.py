@@ -1,6 +1,8 @@
-"""How fast models are, interleaved in one process: `python -m tools.speed_test --models A B ...`.
+"""Measure the speed of models, interleaved in one process.
 
-The first model of the table (at its first keep rate, for an EViT) is the reference of the ratios.
+    python -m tools.speed_test --models deit_small_patch16_224 resnet50
+
+Ratios refer to the first model of the table (an EViT: at its first keep rate).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from utils import available_cpus, select_device
 
 
 def contestants(names: list[str], keep_rates: list[float]) -> list[tuple[str, float | None]]:
-    """(model, keep rate) pairs: an EViT once for each rate, any other model once."""
+    """List (model, keep rate) pairs: an EViT once per rate, other models once."""
     pairs = []
     for name in names:
         pairs += [(name, rate) for rate in keep_rates] if models_evit.is_evit(name) else [(name, None)]
@@ -35,7 +37,7 @@ def contestants(names: list[str], keep_rates: list[float]) -> list[tuple[str, fl
 
 
 def build(name: str, keep_rate: float | None, input_size: int, device: torch.device) -> nn.Module:
-    """A model with random weights: speed does not depend on them."""
+    """Build a model with random weights, because speed does not depend on them."""
     options = {} if keep_rate is None else {"keep_rate": keep_rate}
     size = (input_size, input_size)
     model = create_model(name, flag="--models", num_classes=1000, input_size=size, **options)
@@ -46,7 +48,7 @@ def build(name: str, keep_rate: float | None, input_size: int, device: torch.dev
 
 @torch.no_grad()
 def describe(model: nn.Module, input_size: tuple[int, int]) -> dict[str, Any]:
-    """Parameters, multiply-accumulates of one (height, width) image, and the number of tokens that leave each block."""
+    """Return parameters, multiply-accumulates of one (height, width) image, and tokens after each block."""
     tokens: list[int] = []
     blocks = getattr(model, "blocks", None) or []
     hooks = [block.register_forward_hook(lambda _m, _i, out: tokens.append(out.shape[1])) for block in blocks]
@@ -58,7 +60,7 @@ def describe(model: nn.Module, input_size: tuple[int, int]) -> dict[str, Any]:
 
 
 def inference(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, steps: int) -> Callable[[], int]:
-    """A work of `steps` forward passes without gradients."""
+    """Return a function that makes `steps` forward passes without gradients and returns the number of images."""
 
     def work() -> int:
         model.eval()
@@ -71,7 +73,7 @@ def inference(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, s
 
 
 def training(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, steps: int) -> Callable[[], int]:
-    """A work of `steps` forward passes, backward passes and AdamW updates."""
+    """Return a function that makes `steps` training steps with AdamW and returns the number of images."""
     optimizer = engine.build_optimizer(model, "adamw", lr=1e-5, weight_decay=0.05)
     targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
 
@@ -91,7 +93,7 @@ def training(model: nn.Module, images: torch.Tensor, amp: torch.dtype | None, st
 
 
 def peak_memory(work: Callable[[], int], device: torch.device) -> int | None:
-    """Most bytes that torch's allocator held at once during the work, beyond those held before; None on MPS."""
+    """Return the peak bytes that torch's allocator held during the work, beyond those before; None on MPS."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -105,13 +107,13 @@ def peak_memory(work: Callable[[], int], device: torch.device) -> int | None:
     held = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # negative where memory is given back
+        held += event.nbytes()  # negative when memory is freed
         peak = max(peak, held)
     return peak
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each batch size and contestant."""
+    """Return a row for each batch size and model."""
     pairs, amp = contestants(args.models, args.keep_rates), engine.select_amp(args.amp, device)
     built = [build(name, rate, args.input_size, device) for name, rate in pairs]
     facts = [describe(model, (args.input_size, args.input_size)) for model in built]
@@ -134,7 +136,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     lines = [
         f"{'model':34s} {'keep':>5s} {'batch':>5s} {'images/s':>9s} {'ratio':>6s} {'Mparam':>7s} {'GMACs':>6s} "
         f"{'peak MiB':>8s}  tokens after each block"
@@ -150,7 +152,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Build the parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(

@@ -1,9 +1,10 @@
-"""Compare runs in a table: accuracies, speed, model and data set of each.
+"""Compare runs in a table: accuracy, speed, model and data set of each run.
 
     python -m tools.summarize output/* --sort best
 
-`best` is the highest validation top-1 accuracy and the epoch that reached it; for an EViT only epochs at the final keep
-rate count, as for best.pth. Images/s are the median of the epochs.
+`best` is the highest validation top-1, next to its epoch. For an EViT, only
+epochs at the final keep rate count, as for best.pth. Images/s is the median
+over epochs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tools import command
 from tools.runs import Run, number, read_run
 from utils import UserError, escaped
 
-# the columns, by the names of csv and json, and their headings in the table
+# Columns: key in csv and json, heading in the table.
 COLUMNS = {
     "folder": "run",
     "epochs": "epochs",
@@ -35,7 +36,7 @@ COLUMNS = {
     "data_set": "data set",
 }
 FIELDS = ("folder", "epochs", "planned_epochs", *list(COLUMNS)[2:])
-TEXTS = ("folder", "model", "data_set")  # sorted from A to Z, numbers from the largest
+TEXTS = ("folder", "model", "data_set")  # sorted ascending; numbers descending
 
 
 def build_parser() -> Parser:
@@ -49,7 +50,7 @@ def build_parser() -> Parser:
 
 
 def summarize_run(run: Run) -> dict[str, Any]:
-    """The row of a run, with the keys `FIELDS`; None for what its files do not say."""
+    """Return the row of a run with the keys `FIELDS`; None for values that its files do not contain."""
     tested = [(value, record) for value, record in zip(run.values("test_acc1"), run.records, strict=True)]
     counted = [pair for pair in tested if pair[0] is not None and run.is_comparable(pair[1])]
     best, at = max(counted, key=lambda pair: pair[0], default=(None, {}))
@@ -72,7 +73,7 @@ def _last(values: Sequence[float | None]) -> float | None:
 
 
 def sorted_rows(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Rows by one of the `FIELDS`, then by folder; rows without a value are last."""
+    """Sort rows by one of the `FIELDS`, then by folder; rows without a value come last."""
 
     def order(row: dict[str, Any]) -> tuple[Any, ...]:
         value = row[key]
@@ -82,7 +83,7 @@ def sorted_rows(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a terminal, and where the files of a run are."""
+    """Format the rows for a terminal, followed by where the files of a run are."""
     lines = [list(COLUMNS.values()), *([_cell(row, name) for name in COLUMNS] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ""
@@ -103,7 +104,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows with a header; missing values are empty."""
+    """Format the rows as CSV with a header; missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()

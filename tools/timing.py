@@ -1,4 +1,4 @@
-"""Interleaved timing, and the files of results/, which name the machine that they were measured on."""
+"""Interleaved timing, and result files that name the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils import available_cpus
 
 
 def describe_environment(device: torch.device) -> dict[str, str | int]:
-    """Device, processors, versions and date, as JSON values."""
+    """Return device, CPU, versions and date, as JSON values."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -38,7 +38,7 @@ def describe_environment(device: torch.device) -> dict[str, str | int]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock tells when the work was done."""
+    """Wait until the device has finished, so that a clock measures completed work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -46,10 +46,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved_rates(works: Sequence[Callable[[], int]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Time all, interleaved, in `rounds` rounds after one to warm up; images/s of each in each counted round.
+    """Time all works, interleaved, in `rounds` rounds after a warm-up; return images/s of each work and round.
 
-    Each work returns how many images it handled. Interleaving cancels drift of the machine. Every other round runs
-    backwards, so that drift within a round cancels, too.
+    A work is a function that returns how many images it handled. Interleaving cancels drift of the machine. Every other
+    round runs in reverse order, which cancels drift within a round.
     """
     rates: list[list[float]] = [[] for _ in works]
     for number in range(rounds + 1):
@@ -65,12 +65,12 @@ def interleaved_rates(works: Sequence[Callable[[], int]], rounds: int, device: t
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest value as `name`, `name_min` and `name_max`."""
+    """Return median, minimum and maximum as `name`, `name_min` and `name_max`."""
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def ratio_row(rates: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest rate, and likewise the ratio to the reference, round by round."""
+    """Return median, minimum and maximum of the rates, and of their ratios to the reference, round by round."""
     ratios = [rate / other for rate, other in zip(rates, reference, strict=True)]
     return spread("images_per_second", rates) | spread("ratio", ratios)
 
@@ -78,19 +78,19 @@ def ratio_row(rates: Sequence[float], reference: Sequence[float]) -> dict[str, f
 def compare(
     first: Callable[[], int], second: Callable[[], int], rounds: int, device: torch.device, second_name: str = "bare"
 ) -> dict[str, float]:
-    """Images/s of both, interleaved, and the ratio of the first to the second.
+    """Measure images/s of both works, interleaved, and the ratio of the first to the second.
 
     Args:
-        first, second: works as `interleaved_rates` takes them.
+        first, second: works, see `interleaved_rates`.
         rounds: counted rounds of each.
-        second_name: the second's rate is called `images_per_second_NAME`.
+        second_name: the second rate is called `images_per_second_NAME`.
     """
     rates = interleaved_rates([first, second], rounds, device)
     return ratio_row(rates[0], rates[1]) | spread(f"images_per_second_{second_name}", rates[1])
 
 
 def write_results(file: Path, device: torch.device, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Write a file of results/: where and when, with what flags, and the figures."""
+    """Write a results file: environment, flags and measurements."""
     written = {"environment": describe_environment(device), "settings": settings} | results
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(written, indent=1, default=str) + "\n")

@@ -1,9 +1,10 @@
-"""Accuracy and speed of one trained checkpoint at several keep rates, to choose an operating point from.
+"""Measure accuracy and speed of a trained EViT at several keep rates.
 
-    python -m tools.tradeoff --resume output/best.pth --keep-rates 1 0.9 0.8 0.7 0.6 0.5 --output tradeoff.json
+    python -m tools.tradeoff --resume output/best.pth --keep-rates 1 0.9 0.8 0.7
 
-A DeiT checkpoint works as well: add `--model` with the evit_* model of its size. A model of your own needs EViT blocks
-and an entry point that takes `keep_rate`. Speed is that of inference; the rates are interleaved in one process.
+For a DeiT checkpoint, add `--model` with the evit_* model of its size. A model
+of your own needs EViT blocks and an entry point that takes `keep_rate`. Speed
+is that of inference; the rates are interleaved in one process.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from tools.speed_test import describe, inference
 from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import UserError, World, available_cpus, init_distributed
 
-NARROWEST_ACCURACY = 5.0  # percentage points that the axis spans at least
+NARROWEST_ACCURACY = 5.0  # minimum span of the axis in percentage points
 
 
 def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
-    """A row for each keep rate; the ratios of images/s are to the first."""
+    """Return a row for each keep rate; ratios of images/s refer to the first one."""
     own, run = trained.own, trained.run
     if not is_evit(run.model) and not evit_blocks(command.load_model(run, trained.weights, own.resume, world.device)):
         raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
     models = []
     for rate in own.keep_rates:
         changed = copy.copy(run)
-        changed.model_kwargs = {**run.model_kwargs, "keep_rate": rate}  # which comes before --base-keep-rate
+        changed.model_kwargs = {**run.model_kwargs, "keep_rate": rate}  # takes precedence over --base-keep-rate
         models.append(command.load_model(changed, trained.weights, own.resume, world.device))
         if run.compile:
             models[-1].compile()
@@ -68,7 +69,7 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     lines = [f"{'keep rate':>12s} {'top-1 %':>8s} {'top-5 %':>8s} {'images/s':>9s} {'ratio':>6s} {'GMACs':>7s}"]
     for row in rows:
         lines.append(
@@ -79,25 +80,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def label(keep_rate: float | Sequence[float]) -> str:
-    """`0.7`, or `0.7,0.7,0.5` if each layer has its own."""
+    """Format a keep rate: `0.7`, or `0.7,0.7,0.5` for one per layer."""
     return ",".join(f"{rate:g}" for rate in ([keep_rate] if isinstance(keep_rate, float) else keep_rate))
 
 
 def standard_error(accuracy: float, images: float) -> float:
-    """Binomial standard error in percentage points of an accuracy in per cent, measured on this many images."""
+    """Return the binomial standard error, in percentage points, of an accuracy in percent over this many images."""
     return math.sqrt(max(0.0, accuracy * (100 - accuracy)) / images)
 
 
 def plot(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
-    """Plot accuracy over images/s, a point with error bars for each keep rate.
+    """Plot accuracy over images/s, one point with error bars per keep rate.
 
-    Accuracies are of the same images, so their differences are more certain than the bars of each suggest.
+    All rates see the same images, so differences are more certain than the error bars suggest.
     """
-    rows = sorted(rows, key=lambda row: -np.mean(row["keep_rate"]))  # the order of the line
+    rows = sorted(rows, key=lambda row: -np.mean(row["keep_rate"]))  # order along the line
     speed, accuracy = (np.array([row[name] for row in rows]) for name in ("images_per_second", "acc1"))
     error = np.array([standard_error(row["acc1"], row["images"]) for row in rows])
     low, high = accuracy - error, accuracy + error
-    ends = [f"images_per_second_{end}" for end in ("min", "max")]  # which earlier versions did not write
+    ends = [f"images_per_second_{end}" for end in ("min", "max")]  # older files do not have them
     slowest, fastest = (np.array([row.get(end, row["images_per_second"]) for row in rows]) for end in ends)
     notes = f"Numbers: keep rates. Vertical bars: ± 1 standard error for {rows[0]['images']:,.0f} images."
     notes += "\nHorizontal bars: slowest to fastest round." if (fastest > slowest).any() else ""
@@ -107,7 +108,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
         across = (speed - slowest, fastest - speed)
         axes.errorbar(speed, accuracy, error, across, fmt="o", color=pictures.COLORS[0], capsize=3, linewidth=1)
         for artist in (*axes.lines, *axes.collections):
-            artist.set_clip_on(False)  # at 0 or 100 %
+            artist.set_clip_on(False)  # for points at 0 or 100 %
         axes.set_xlim(0, 1.1 * fastest.max())
         room = 0.15 * (high.max() - low.min())  # for the labels
         axes.set_ylim(*pictures.limits([low.min() - room, high.max() + room], NARROWEST_ACCURACY, 0.0, 100.0))

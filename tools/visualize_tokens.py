@@ -1,9 +1,10 @@
-"""Draw which patches of an image an EViT keeps: the image, then what is left after each reducing layer.
+"""Draw which patches of an image an EViT keeps, after each reducing layer.
 
-    python -m tools.visualize_tokens --resume output/best.pth --images photo.jpg folder/
-    python -m tools.visualize_tokens --resume output/best.pth --num-images 8      # of the validation data
+    python -m tools.visualize_tokens --resume output/best.pth --images photo.jpg
+    python -m tools.visualize_tokens --resume output/best.pth --num-images 8
 
-Patches that are no longer tokens of their own are gray and hatched, whether they were dropped or fused into one token.
+Without --images, validation images are drawn. Dropped and fused patches are
+gray and hatched.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from utils import UserError, World, escaped, init_distributed
 
 @dataclass
 class Reduction:
-    """What a layer left.
+    """The patches that a layer kept.
 
     Attributes:
-        layer: its number, from 0.
-        kept: [N] bool, which patches of the image are still tokens of their own.
+        layer: index of the layer, from 0.
+        kept: [N] bool, which patches of the image are still separate tokens.
     """
 
     layer: int
@@ -45,10 +46,10 @@ class Reduction:
 
 @torch.no_grad()
 def follow(model: nn.Module, image: torch.Tensor) -> list[Reduction]:
-    """Run one image [3, H, W] through the model and note what each reducing layer leaves of its N patches.
+    """Run one image [3, H, W] through the model and record which of its N patches each reducing layer keeps.
 
-    Each token is followed by its row of shares in the N patches: a patch starts with a one in its own column, and the
-    layer mixes these rows as it mixes the tokens. Whatever was fused, and fused again, then has no one left.
+    Each token is represented by its shares in the N patches, a one-hot row at first. Layers that drop or fuse tokens do
+    the same to these rows. A fused token has no share of exactly 1.
     """
     shares: torch.Tensor | None = None  # (1, tokens, N)
     reductions: list[Reduction] = []
@@ -82,11 +83,11 @@ def draw(
     title: str = "",
     caption: str = "",
 ) -> Image.Image:
-    """Draw the image, uint8 [H, W, 3], next to itself after each reduction, enlarged if it is small.
+    """Draw the image, uint8 [H, W, 3], next to the kept patches after each reduction; enlarge small images.
 
     Args:
         grid: rows and columns of patches.
-        patch_size: of a patch, in pixels; default: the grid covers the image. What it does not cover is dimmed.
+        patch_size: (height, width) in pixels; by default the grid covers the image. Uncovered parts are dimmed.
         title, caption: text above and below.
     """
     height, width, _ = pixels.shape
@@ -104,10 +105,10 @@ def draw(
 
 
 def find_images(paths: Sequence[str], flag: str = "--images") -> sources.Source:
-    """The image files named, and those in the folders named, as a data set of one class; `flag` names them in errors.
+    """Return the image files named, also those in folders, as a source of one class; `flag` is for error messages.
 
     Raises:
-        UserError
+        UserError: if a path does not exist, or a folder holds no images.
     """
     files = command.find_files(paths, flag)
     count = len(files)
@@ -115,12 +116,12 @@ def find_images(paths: Sequence[str], flag: str = "--images") -> sources.Source:
 
 
 def validation_images(run: argparse.Namespace, world: World, number: int) -> sources.Source:
-    """`number` images spread evenly over the validation data.
+    """Return `number` images spread evenly over the validation data.
 
     Raises:
-        UserError
+        UserError: if the data are a stream, or cannot be read.
     """
-    options = replace(fill(datasets.DataOptions, run), ram_cache=0)  # the whole data are not needed
+    options = replace(fill(datasets.DataOptions, run), ram_cache=0)  # only a few images are needed
     _, source = datasets.build_sources(options, world.local_rank, eval_only=True)
     if not isinstance(source, sources.Source):
         raise UserError(f"--data-set {run.data_set}: a stream cannot be indexed; pass files with --images")
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             reductions = follow(model, view)
             pixels = (view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1) * 255
             patches = model.patch_embed
-            grid = patches.dynamic_feat_size(view.shape[1:])  # grid_size is that of the model's own image size
+            grid = patches.dynamic_feat_size(view.shape[1:])  # grid_size belongs to the model's default image size
             name = source.images.describe(source.order[number])
             title = Path(name).name if isinstance(source.images, sources.PathImages) else name
             title += f", class {source.class_names[target]}" if source.class_names else ""
