@@ -3,9 +3,9 @@
 The views of a run, including Mixup and CutMix, depend only on its flags, so cached predictions stay valid. Each rank
 writes its own files. The name of a finished file contains its checksum:
 
-        fingerprint.json                          what the views and predictions depend on
-        epoch_0007_rank1of4.part.npy              unfinished; a row whose bits are all ones is missing
-        epoch_0007_rank1of4.crc1a2b3c4d.npy       finished
+    fingerprint.json                          what the views and predictions depend on
+    epoch_0007_rank1of4.part.npy              unfinished; a row whose bits are all ones is missing
+    epoch_0007_rank1of4.crc1a2b3c4d.npy       finished
 """
 
 from __future__ import annotations
