@@ -28,7 +28,7 @@ from checkpoints import ema_of, flags_of, on_host, optimizer_state, save_checkpo
 from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
-from models import load_weights, normalization, set_eval_layers, set_train_mode, weights_of
+from models import is_compiled, load_weights, normalization, set_eval_layers, set_train_mode, weights_of
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
 from sources import BrokenImages
@@ -749,7 +749,7 @@ def evaluate(
 
 def _logits(model: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
     """Compute logits [B, C]. For a compiled model, pad smaller batches to `size`, which avoids recompilation."""
-    if len(images) == size or model._compiled_call_impl is None:
+    if len(images) == size or not is_compiled(model):
         return model(images)
     filling = images.new_zeros(size - len(images), *images.shape[1:])
     return model(torch.cat([images, filling]))[: len(images)]

@@ -223,7 +223,7 @@ class DeviceLoader:
             where, code = "host", ("timm", "torchvision", "pillow")
         else:
             where, code = "device", ("torch", "timm")
-            if self.view._compiled_call_impl is not None:
+            if models.is_compiled(self.view):
                 where += ", compiled"
         return {"where": where} | {name: version(name) for name in code}
 
@@ -537,6 +537,7 @@ def _host_loader(
         batch_size=options.batch_size,
         sampler=sampler,
         num_workers=workers,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # Python 3.14: forkserver
         pin_memory=pin and options.pin_mem and world.device.type == "cuda",
         persistent_workers=workers > 0,
         collate_fn=collate,

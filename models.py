@@ -225,6 +225,11 @@ def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, rep
                 parameter.data.mul_(scale)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `model.compile()` was called."""
+    return getattr(model, "_compiled_call_impl", None) is not None
+
+
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to a device, in channels-last memory format."""
     # Convolutions run several times faster in this format, on CPUs and on GPUs with mixed precision.

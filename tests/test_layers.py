@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,39 @@ def test_no_module_imports_tools_or_tests(module):
 )
 def test_no_way_of_importing_is_overlooked(source, expected):
     assert imports_of(source) == expected
+
+
+def private_names(source):
+    """Names with a leading underscore of attributes, imports and getattr; `*` is a part that is not constant."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (getattr(node, "module", "") or "").split(".")
+            yield from (part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            yield re.sub(r"\{.*?\}", "*", ast.unparse(node.args[1]).removeprefix("f").strip("'\""))
+
+
+def own_names(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def test_private_names_of_other_packages_are_listed():
+    sources = [path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("augment/*.py"), *ROOT.glob("tools/*.py")]]
+    documented = {"_exit", "_fields", "_replace", "_asdict"}  # of os and namedtuple, in spite of the underscore
+    own = {name for source in sources for name in own_names(source)} | documented
+    used = {name for source in sources for name in private_names(source) if re.match("_[^_]", name)} - own
+    section = (ROOT / "docs" / "extending.md").read_text().partition("## Private names")[2]
+    listed = {
+        name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall("`(.*?)`", row)
+    }
+    listed = {re.sub("_is_.*_supported", "_is_*_supported", name.partition(".")[0]) for name in listed}
+    assert used == listed - (listed & own)
+    assert listed & own == {"_samples"}  # an attribute of ours, too

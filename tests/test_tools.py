@@ -57,11 +57,12 @@ def test_summary_row_has_accuracies_epochs_and_flags(tmp_path):
         "best_epoch": 0,
         "test_ema_acc1": 85.0,
         "images_per_second": 30.0,
+        "minutes": None,
         "model": "deit_tiny_patch16_224",
         "data_set": "CIFAR",
     }
     heading, line, files = summarize.table([row]).splitlines()
-    assert line.split() == [folder, "3/5", "80.00", "90.00", "0", "85.00", "30", "deit_tiny_patch16_224", "CIFAR"]
+    assert line.split() == [folder, "3/5", "80.00", "90.00", "0", "85.00", "30", "-", "deit_tiny_patch16_224", "CIFAR"]
     assert heading.split()[:2] == ["run", "epochs"] and "best.pth" in files
 
 
@@ -130,6 +131,18 @@ def test_summary_skips_folders_without_a_log(tmp_path, capsys):
 
 
 @pytest.mark.process
+def test_runs_are_compared_at_equal_minutes(tmp_path, capsys):
+    records = [{"images_per_second": 100.0 / n, "test_acc1": 10.0 * n} for n in (1, 2, 3)]  # 1, 2 and 3 minutes
+    folder = write_run(tmp_path / "run", *records, images_per_epoch=6000)
+    untimed = write_run(tmp_path / "untimed", {"test_acc1": 50.0})
+    for within, expected in ((0.9, [0, None, None]), (3.0, [2, 20.0, 3.0]), (100, [3, 30.0, 6.0])):
+        summarize.main([folder, untimed, "--within", str(within), "--format", "json"])
+        output = capsys.readouterr()
+        (row,) = json.loads(output.out)
+        assert [row["epochs"], row["test_acc1"], row["minutes"]] == expected
+        assert f"skipped --within: {untimed}: log.txt has no images_per_second" in output.err
+
+
 def test_summary_of_no_run_is_a_one_line_error(tmp_path):
     output = tiny.run("-m", "tools.summarize", tmp_path, status=2)
     assert output.count("\n") == 1 and "log.txt: No such file" in output and "--output-dir" in output
@@ -166,6 +179,19 @@ def test_plotted_values_are_those_of_the_logs(tmp_path, capsys, figures):
     assert all(first != second for first, second in zip(*styles, strict=True))  # told apart in gray, too
     assert Image.open(tmp_path / "new" / "curves.png").width > 500
     assert "2 runs" in capsys.readouterr().out
+
+
+def test_references_are_marked_in_the_first_panel(tmp_path, capsys, figures):
+    folder = write_run(tmp_path / "run", {"train_loss": 2.0, "test_acc1": 10.5})
+    flags = ["--reference", "5,78.5,a GPU, 3 hours", "--reference", "2,60,$b$"]
+    plot_runs.main([folder, *flags, "--output", str(tmp_path / "x.png")])
+    accuracy, loss = figures[0].axes
+    points = [line for line in accuracy.lines if line.get_marker() == "*"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in points] == [(5.0, 78.5), (2.0, 60.0)]
+    assert accuracy.get_ylim()[0] < 10.5 and accuracy.get_ylim()[1] > 78.5 and len(loss.lines) == 1
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["run", "a GPU, 3 hours", r"\$b\$"]
+    for wrong in ("5,78", "x,78,name", "1,nan,name", "1,2, "):
+        assert "X,Y,NAME" in error_line(capsys, plot_runs.main, folder, "--reference", wrong)
 
 
 def test_axes_do_not_turn_noise_into_a_trend(tmp_path, figures):

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,34 @@ TITLES |= {f"test_{name}": f"validation {title}" for name, title in MEASURES.ite
 TITLES |= {f"test_ema_{name}": f"validation {title}, EMA weights" for name, title in MEASURES.items()}
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A point of another source: its position and its name in the legend."""
+
+    x: float
+    y: float
+    name: str
+
+
+def reference_point(text: str) -> Reference:
+    """`186,78,175 epochs on a GPU` -> `Reference(186.0, 78.0, "175 epochs on a GPU")`."""
+    x, y, name = text.split(",", 2)
+    if not (math.isfinite(float(x)) and math.isfinite(float(y)) and name.strip()):
+        raise ValueError
+    return Reference(float(x), float(y), name.strip())
+
+
+reference_point.__name__ = "X,Y,NAME"  # argparse's errors name it
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.plot_runs", description=__doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="output folders of runs")
     add("--keys", nargs="+", default=["test_acc1", "train_loss"], help="values of log.txt, one panel each")
     add("--x", choices=("epoch", "minutes", "images"), default="epoch", help="horizontal axis")
+    reference = "mark a point in the first panel, such as a published result; may be repeated"
+    add("--reference", type=reference_point, action="append", default=[], metavar="X,Y,NAME", help=reference)
     add(
         "--output", type=Path, default=Path("curves.png"), help=f"file of the plot: {', '.join(pictures.PLOT_SUFFIXES)}"
     )
@@ -50,32 +73,19 @@ def build_parser() -> Parser:
 def positions(runs: Sequence[Run], axis: str) -> tuple[str, list[list[float | None]]]:
     """Label of the horizontal axis, and where each record of each run is on it.
 
-    Minutes are those of training alone, computed from `images` and `images_per_second`.
-
     Raises:
         UserError: if a log does not hold what is needed.
     """
     if axis == "epoch":
         return "epoch", [run.values("epoch") for run in runs]
     for run in runs:
-        for key in ("images", "images_per_second")[: 1 if axis == "images" else 2]:
-            if None in run.values(key):
-                no_images = "config.json has no images_per_epoch"
-                missing = no_images if key == "images" else f"log.txt has records with no {key}"
-                raise UserError(f"--x {axis}: {run.folder}/{missing}; use --x epoch")
+        if None in run.values("images"):
+            raise UserError(f"--x {axis}: {run.folder}/config.json has no images_per_epoch; use --x epoch")
+        if axis == "minutes" and None in run.values("minutes"):
+            raise UserError(f"--x minutes: {run.folder}/log.txt has records with no images_per_second; use --x epoch")
     if axis == "images":
         return "training images seen", [run.values("images") for run in runs]
-    return "training time without evaluation (minutes)", [_training_minutes(run) for run in runs]
-
-
-def _training_minutes(run: Run) -> list[float]:
-    """Minutes of training up to the end of each epoch, at the logged images/s."""
-    minutes, images, times = 0.0, 0.0, []
-    for total, rate in zip(run.values("images"), run.values("images_per_second"), strict=True):
-        minutes += max(0.0, total - images) / max(rate, 1e-9) / 60
-        images = total
-        times.append(minutes)
-    return times
+    return "training time without evaluation (minutes)", [run.values("minutes") for run in runs]
 
 
 def check_keys(runs: Sequence[Run], keys: Sequence[str]) -> None:
@@ -119,9 +129,19 @@ def value_limits(key: str, values: Sequence[float]) -> tuple[float, float]:
     return pictures.limits(values, narrowest, 0.0 if min(values) >= 0 else -math.inf)
 
 
-def draw_panel(axes: Any, key: str, runs: Sequence[Run], all_xs: Sequence[Sequence[float | None]]) -> None:
-    """Draw one value of all runs, with a marker at records that have it."""
-    drawn = []
+def draw_panel(
+    axes: Any,
+    key: str,
+    runs: Sequence[Run],
+    all_xs: Sequence[Sequence[float | None]],
+    references: Sequence[Reference] = (),
+) -> None:
+    """Draw one value of all runs, with a marker at records that have it, and a star at each reference."""
+    drawn = [reference.y for reference in references]
+    for index, reference in enumerate(references):
+        style = _reference_style(index)
+        axes.plot([reference.x], [reference.y], **style, clip_on=False)
+        axes.axhline(reference.y, color=style["color"], linestyle=":", linewidth=0.8)
     for index, (run, xs) in enumerate(zip(runs, all_xs, strict=True)):
         points = [(x, y) for x, y in zip(xs, run.values(key), strict=True) if x is not None and y is not None]
         if points:
@@ -135,8 +155,13 @@ def draw_panel(axes: Any, key: str, runs: Sequence[Run], all_xs: Sequence[Sequen
     axes.set_ylabel(pictures.plain(key) + unit)
 
 
-def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path) -> None:
-    """Draw a panel per key with a common legend below.
+def _reference_style(index: int) -> dict[str, Any]:
+    colors = ("#000000", "#808080")
+    return {"color": colors[index % len(colors)], "linestyle": "", "marker": "*", "markersize": 10}
+
+
+def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path, references: Sequence[Reference] = ()) -> None:
+    """Draw a panel per key with a common legend below. The references are in the first panel.
 
     Raises:
         UserError: see `positions`.
@@ -147,7 +172,8 @@ def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path) -> Non
     label, all_xs = positions(runs, axis)
     columns = min(len(keys), 3 if len(keys) in (3, 5, 6, 9) else 2)
     rows = -(-len(keys) // columns)
-    names = [pictures.plain(name) for name in short_names([run.folder for run in runs])]
+    names = [*short_names([run.folder for run in runs]), *(reference.name for reference in references)]
+    names = [pictures.plain(name) for name in names]
     names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides those
     width = 4.8 * columns
     legend_columns = min(len(names), max(1, int(width / (0.085 * max(map(len, names)) + 0.8))))
@@ -156,8 +182,8 @@ def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path) -> Non
         share = legend_height / height
         figure.get_layout_engine().set(rect=(0, share, 1, 1 - share), w_pad=0.1, h_pad=0.1)
         panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
-        for axes, key in zip(panels, keys, strict=False):
-            draw_panel(axes, key, runs, all_xs)
+        for index, (axes, key) in enumerate(zip(panels, keys, strict=False)):
+            draw_panel(axes, key, runs, all_xs, () if index else references)
             axes.set_xlabel(label)
             axes.tick_params(labelbottom=True)  # which sharing turns off, except in the last row
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=axis == "epoch"))
@@ -165,7 +191,9 @@ def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path) -> Non
                 axes.xaxis.set_major_formatter(EngFormatter())
         for axes in panels[len(keys) :]:
             axes.remove()
-        handles = [Line2D([], [], **pictures.line_style(index)) for index in range(len(runs))]
+        styles = [pictures.line_style(index) for index in range(len(runs))]
+        styles += [_reference_style(index) for index in range(len(references))]
+        handles = [Line2D([], [], **style) for style in styles]
         figure.legend(handles, names, loc="lower center", ncol=legend_columns, handlelength=3)
 
 
@@ -176,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders = {os.path.abspath(folder): folder for folder in own.folders}  # each once
         runs, keys = [read_run(folder) for folder in folders.values()], list(dict.fromkeys(own.keys))
         check_keys(runs, keys)
-        plot(runs, keys, own.x, own.output)
+        plot(runs, keys, own.x, own.output, own.reference)
         print(f"{own.output}: {', '.join(keys)} of {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
 
 

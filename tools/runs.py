@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ class Run:
 
     Attributes:
         folder: as the user named it.
-        records: one per epoch, from log.txt, with the number of training `images` so far if config.json tells it.
+        records: one per epoch, from log.txt. If config.json has the images per epoch, with the number of training
+            `images` so far and the `minutes` of training so far, without evaluation, at the logged images/s.
         config: the flags, from config.json; empty if it cannot be read.
     """
 
@@ -46,6 +47,20 @@ class Run:
     def is_comparable(self, record: dict[str, Any]) -> bool:
         """Whether the accuracy of a record counts for the best: at other keep rates, the model is another function."""
         return number(record.get("keep_rate")) in (None, self.final_keep_rate())
+
+    def within(self, minutes: float) -> Run:
+        """The run as it was after this much training.
+
+        Raises:
+            UserError: if its files do not tell the time.
+        """
+        times = self.values("minutes")
+        if None in times:
+            raise UserError(
+                f"--within: {self.folder}: log.txt has no images_per_second, or config.json no images_per_epoch; "
+                "drop the flag or this run"
+            )
+        return replace(self, records=[r for r, time in zip(self.records, times, strict=True) if time <= minutes])
 
 
 def number(value: object) -> float | None:
@@ -75,8 +90,20 @@ def read_run(folder: Path) -> Run:
     config = config if isinstance(config, dict) else {}
     images = number(config.get("images_per_epoch"))
     if images is not None:
-        records = [{"images": images * (record["epoch"] + 1)} | record for record in records]
+        records = _with_time(records, images)
     return Run(folder, records, config)
+
+
+def _with_time(records: Sequence[dict[str, Any]], images_per_epoch: float) -> list[dict[str, Any]]:
+    """The records with `images` and `minutes` up to the end of each; no `minutes` after a record without its rate."""
+    timed, images, minutes = [], 0.0, 0.0
+    for record in records:
+        seen = images_per_epoch * (record["epoch"] + 1)
+        rate = number(record.get("images_per_second"))
+        minutes = None if rate is None or minutes is None else minutes + max(0.0, seen - images) / max(rate, 1e-9) / 60
+        images = seen
+        timed.append({"images": seen} | ({} if minutes is None else {"minutes": minutes}) | record)
+    return timed
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

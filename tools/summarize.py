@@ -4,7 +4,8 @@
 
 `best` is the highest validation top-1, next to its epoch. For an EViT, only
 epochs at the final keep rate count, as for best.pth. Images/s is the median
-over epochs.
+over epochs; minutes are those of training without evaluation. --within M
+compares runs at equal time: it counts the epochs of the first M minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flags import Parser
+from flags import Parser, in_range
 from tools import command
 from tools.runs import Run, number, read_run
 from utils import UserError, escaped
@@ -32,9 +33,11 @@ COLUMNS = {
     "best_epoch": "at epoch",
     "test_ema_acc1": "EMA %",
     "images_per_second": "images/s",
+    "minutes": "minutes",
     "model": "model",
     "data_set": "data set",
 }
+DIGITS = {"images_per_second": 0, "minutes": 1}  # after the point; 2 for accuracies
 FIELDS = ("folder", "epochs", "planned_epochs", *list(COLUMNS)[2:])
 TEXTS = ("folder", "model", "data_set")  # sorted ascending; numbers descending
 
@@ -44,6 +47,9 @@ def build_parser() -> Parser:
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument(
         "--sort", choices=FIELDS, default="best", help="column to sort by: numbers descending, text ascending"
+    )
+    parser.add_argument(
+        "--within", type=in_range(float, 0), metavar="M", help="count the first M minutes of training only"
     )
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="format of the output")
     return parser
@@ -65,6 +71,7 @@ def summarize_run(run: Run) -> dict[str, Any]:
         "best_epoch": at.get("epoch"),
         "test_ema_acc1": _last(run.values("test_ema_acc1")),
         "images_per_second": statistics.median(rates) if rates else None,
+        "minutes": _last(run.values("minutes")),
     } | {key: name if isinstance(name, str) else None for key, name in names.items()}
 
 
@@ -99,7 +106,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
     if name == "epochs":
         return f"{value}/{row['planned_epochs']}" if row["planned_epochs"] else str(value)
     if isinstance(value, float):
-        return f"{value:.0f}" if name == "images_per_second" else f"{value:.2f}"
+        return f"{value:.{DIGITS.get(name, 2)}f}"
     return "-" if value is None else escaped(str(value))
 
 
@@ -118,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows, failed = [], []
         for folder in own.folders:
             try:
-                rows.append(summarize_run(read_run(folder)))
+                run = read_run(folder)
+                rows.append(summarize_run(run if own.within is None else run.within(own.within)))
             except UserError as error:
                 failed.append(error)
         if not rows:
