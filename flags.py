@@ -29,11 +29,11 @@ LONGEST_RECIPE = 2**16  # bytes
 ALTERNATIVES = (("--pretrained", "--finetune"), ("--teacher-pretrained", "--teacher-path"))
 EXAMPLES = """Train and evaluate data-efficient image transformers.
 
-train          python main.py --model deit_tiny_distilled_patch16_224 --data-set CIFAR
-4 GPUs         torchrun --nproc-per-node 4 main.py --model deit_small_patch16_224 --data-path /path/to/imagenet
-your photos    python main.py @recipes/finetune_photos.args --data-path photos
-resume         python main.py FLAGS --resume auto
-evaluate       python main.py --eval --resume output/best.pth
+train        python main.py --model deit_tiny_patch16_224 --data-set CIFAR
+4 GPUs       torchrun --nproc-per-node 4 main.py --data-path /path/to/imagenet
+your photos  python main.py @recipes/finetune_photos.args --data-path photos
+resume       python main.py FLAGS --resume auto
+evaluate     python main.py --eval --resume output/best.pth
 """
 
 
@@ -339,44 +339,44 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="checkpoint to resume or evaluate (file or https address); auto: the newest in --output-dir",
     )
-    start = "first epoch of a run that resumes no checkpoint; schedules and views are those of that epoch"
+    start = "start at epoch N without a checkpoint, with its schedules and views; ignored when resuming"
     add("--start-epoch", type=_NATURAL, default=0, metavar="N", help=start)
     add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
-    overdue = "seconds without an update after a stop signal until the run saves the last update and ends"
+    overdue = "if no update ends within S seconds after a stop signal, save the last one and exit"
     add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
     add(
         "--max-skipped-steps",
         type=_NATURAL,
         default=0,
         metavar="N",
-        help="skip up to N updates per epoch with a non-finite loss or gradient; above 0: one sync per update",
+        help="skip up to N updates per epoch with a non-finite loss or gradient; above 0: one GPU sync per update",
     )
-    dry = "make two updates, evaluate one batch, print the time and memory of the run, and save nothing"
+    dry = "make two updates, evaluate one batch, log the expected time and memory of the run, and save nothing"
     add("--dry-run", action=_SWITCH, default=False, help=dry)
-    add("--log-wandb", metavar="PROJECT", default="", help="log to this project of Weights & Biases too")
-    add("--eval", action=_SWITCH, default=False, help="evaluate only")
+    add("--log-wandb", metavar="PROJECT", default="", help="also log to this Weights & Biases project")
+    add("--eval", action=_SWITCH, default=False, help="evaluate --resume or --pretrained, without training")
     add("--eval-interval", type=_COUNT, default=1, help="epochs between evaluations; the last is always evaluated")
     early = "end after N epochs without a better top-1; default: train all --epochs"
     add("--early-stop", type=_COUNT, metavar="N", help=early)
     add("--log-interval", type=_COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
-    workers = "data-loader workers per rank; default: the CPUs of the rank, at most 10 for views made on the device"
+    workers = "data-loader workers per rank; default: one per CPU of the rank, at most 10 if --augment uses the device"
     add("--num-workers", type=_NATURAL, help=workers)
-    add("--pin-mem", action=_SWITCH, default=True, help="page-locked batches, for faster copies to a GPU")
+    add("--pin-mem", action=_SWITCH, default=True, help="use pinned memory for faster copies to a GPU")
     add(
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),
         default="auto",
         help="mixed precision; auto: bf16 if the hardware has it, fp16 on other GPUs, else off",
     )
-    add("--compile", action=_SWITCH, default=False, help="torch.compile model and teacher")
-    add("--compile-augment", action=_SWITCH, default=True, help="torch.compile the augmentation on a CUDA GPU")
-    add("--deterministic", action=_SWITCH, default=False, help="bitwise reproducible CUDA kernels (slower)")
+    add("--compile", action=_SWITCH, default=False, help="compile model and teacher with torch.compile")
+    add("--compile-augment", action=_SWITCH, default=True, help="compile the augmentation on a CUDA GPU")
+    add("--deterministic", action=_SWITCH, default=False, help="use bitwise reproducible CUDA kernels (slower)")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     extra = {"nargs": "+", "action": _ModelKwargs, "default": {}, "metavar": "K=V"}
-    add("--model", default="deit_base_patch16_224", help="any model of timm's")
+    add("--model", default="deit_base_patch16_224", help="any timm model name")
     add(
         "--input-size",
         type=_COUNT,
@@ -386,28 +386,28 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="image height, and width if it differs; default: 224",
     )
     add("--patch-size", type=_COUNT, help="patch edge in pixels; default: the model's own")
-    add("--model-kwargs", **extra, help="more keyword arguments of timm's model")
+    add("--model-kwargs", **extra, help="more keyword arguments of the timm model")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate before the head")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
-    mode = "train in training mode; --no-train-mode: without dropout, stochastic depth and new batch statistics, as "
-    mode += "the original implementations fine-tune DeiT and EViT"
+    mode = "train with dropout, stochastic depth and batch statistics; --no-train-mode: without, as the original "
+    mode += "implementations fine-tune DeiT and EViT"
     add("--train-mode", action=_SWITCH, default=True, help=mode)
-    add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations: less memory, more time")
+    add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations to save memory (slower)")
     add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
     finetune = "start from the weights of this checkpoint (file or https address)"
     add("--finetune", type=path_name, default="", help=finetune)
     add("--head-init-scale", type=_POSITIVE, metavar="S", help="multiply the weights of a new head by S; default: 1")
-    add("--train-scope", choices=("all", "head", "attn"), default="all", help="what to train; the rest is frozen")
+    add("--train-scope", choices=("all", "head", "attn"), default="all", help="parameters to train; the rest is frozen")
     add(
         "--cache-features",
         action=_SWITCH,
         default=False,
-        help="with --train-scope head: run the frozen part once per image",
+        help="run the frozen part of the model once per image; needs --train-scope head",
     )
     add("--attn-only", dest="train_scope", action="store_const", const="attn", help="same as --train-scope attn")
     add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save EMA weights")
     add("--model-ema-decay", type=_RATE, default=0.99996, help="decay of the EMA weights per update")
-    add("--model-ema-warmup", action=_SWITCH, default=False, help="raise the decay from 0, for runs of few updates")
+    add("--model-ema-warmup", action=_SWITCH, default=False, help="increase the decay from 0, for short runs")
     add("--model-ema-force-cpu", action=_SWITCH, default=False, help="keep and evaluate the EMA weights on the CPU")
 
 
@@ -424,16 +424,14 @@ def keep_rates(text: str) -> float | list[float]:
 
 def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token reorganization (evit_* models)").add_argument
-    rates = "share of the patches to keep, or one per layer: 0.7,0.7,0.5; default: 0.7; *_shrinkNN models: 0.NN"
+    rates = "share of patches to keep, or one per layer: 0.7,0.7,0.5; default: 0.7 (*_shrinkNN models: 0.NN)"
     add("--base-keep-rate", type=keep_rates, metavar="RATE", help=rates)
     add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default: 3,6,9")
     fuse = "fuse the dropped patches into one token; default: on, as in EViT's training scripts"
     add("--fuse-token", action=_SWITCH, default=None, help=fuse)
-    start = "first epoch that drops patches; default: 10, as in the paper from scratch (fine-tuning: 0)"
+    start = "first epoch that drops patches; default: 10 (in the paper: 10 from scratch, 0 for fine-tuning)"
     add("--shrink-start-epoch", type=_NATURAL, help=start)
-    epochs = (
-        "epochs in which the keep rate falls from 1; default: 0, as in the paper for fine-tuning (from scratch: 100)"
-    )
+    epochs = "epochs in which the keep rate falls; default: 0 (in the paper: 100 from scratch, 0 for fine-tuning)"
     add("--shrink-epochs", type=_NATURAL, help=epochs)
 
 
@@ -451,20 +449,20 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     image, label = column.format("images", "their file suffix"), column.format("classes", "a field of the json files")
     add("--image-column", metavar="NAME", help=image)
     add("--label-column", metavar="NAME", help=label)
-    add("--num-classes", type=_COUNT, help="number of classes; default: that of the data")
-    add("--nb-classes", type=_COUNT, metavar="N", help="refuse data that have another number of classes than N")
-    held_out = "hold out this share of each class for validation, if there is no val/ folder or split column"
+    add("--num-classes", type=_COUNT, help="number of classes, if the data do not state it")
+    add("--nb-classes", type=_COUNT, metavar="N", help="refuse data whose number of classes is not N")
+    held_out = "share of each class to hold out for validation, if there is no val/ folder or split column"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
-    upright = "turn photos in folders and CSV files upright by their EXIF orientation"
+    upright = "rotate photos in folders and CSV files by their EXIF orientation"
     add("--upright", action=_SWITCH, default=False, help=upright)
     add("--train-fraction", type=_SHARE, default=1.0, help="class-balanced share of the training data to use")
-    cache = "decode a data set of at most this size once and keep it in memory"
+    cache = "decode data of at most MIB mebibytes once and keep them in memory"
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help=cache)
-    broken = "replace up to N unreadable training images with the image that follows"
+    broken = "replace up to N unreadable training images with the next image"
     add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help=broken)
-    mismatch = "use a checkpoint, teacher or cache although its class names differ from those of the data"
+    mismatch = "accept a checkpoint, teacher or cache whose class names differ from those of the data"
     add("--allow-class-mismatch", action=_SWITCH, default=False, help=mismatch)
-    crop = "side of the evaluation's center crop as a share of the resized image, above 64 px"
+    crop = "side of the center crop in evaluation relative to the resized image, above 64 px"
     add("--eval-crop-ratio", type=_SHARE, default=0.875, help=crop)
 
 
@@ -489,29 +487,44 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         default="bicubic",
         help="interpolation of random crops",
     )
-    repeated = "train on three views of each of a third of the images per epoch (on one process, in one batch)"
+    repeated = "each epoch draws a third of the images, with three views each (repeated augmentation)"
     add("--repeated-aug", action=_SWITCH, default=True, help=repeated)
-    balanced = "draw equally many images of each class per epoch; images of small classes are repeated"
+    balanced = "draw all classes equally often; images of small classes repeat within an epoch"
     add("--class-balanced", action=_SWITCH, default=False, help=balanced)
     add("--reprob", type=_RATE, default=0.25, help="probability of random erasing")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="fill of erased regions")
-    add("--recount", type=_COUNT, default=1, help="largest number of erased regions")
-    add("--mixup", type=_NON_NEGATIVE, default=0.8, help="Mixup α; 0 turns it off")
-    add("--cutmix", type=_NON_NEGATIVE, default=1.0, help="CutMix α; 0 turns it off")
+    add(
+        "--remode",
+        choices=("const", "rand", "pixel"),
+        default="pixel",
+        help="fill of erased regions: zeros, a random color, or noise",
+    )
+    add("--recount", type=_COUNT, default=1, help="maximum number of erased regions")
+    add("--mixup", type=_NON_NEGATIVE, default=0.8, help="alpha of Mixup; 0 turns it off")
+    add("--cutmix", type=_NON_NEGATIVE, default=1.0, help="alpha of CutMix; 0 turns it off")
     add(
         "--cutmix-minmax",
         type=_RATE,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="side of the CutMix region as a share of the image; replaces α",
+        help="range of the CutMix region's side relative to the image; replaces --cutmix",
     )
     add("--mixup-prob", type=_RATE, default=1.0, help="probability that a batch is mixed")
     add("--mixup-switch-prob", type=_RATE, default=0.5, help="probability of CutMix when both are on")
-    add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch", help="draw one λ per batch, pair or image")
-    add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the same views every K epochs; default: never")
+    add(
+        "--mixup-mode",
+        choices=("batch", "pair", "elem"),
+        default="batch",
+        help="draw a mixing ratio per batch, pair or image",
+    )
+    add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
-    add("--bce-loss", action=_SWITCH, default=False, help="binary cross-entropy; every mixed-in class is a positive")
-    cosub = "co-train two submodels that differ by stochastic depth (--drop-path), at twice the cost"
+    add(
+        "--bce-loss",
+        action=_SWITCH,
+        default=False,
+        help="use binary cross-entropy, with all mixed classes as positives",
+    )
+    cosub = "co-train two submodels that differ by stochastic depth (needs --drop-path; twice the cost)"
     add("--cosub", action=_SWITCH, default=False, help=cosub)
 
 
@@ -529,38 +542,38 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_COUNT, default=64, help="images per process and forward pass")
     add("--accum-steps", type=_COUNT, default=1, help="forward passes per update")
     add("--epochs", type=_COUNT, default=300, help="passes over the training data")
-    add("--opt", default="adamw", help="optimizer, by its name in timm")
-    add("--opt-eps", type=_POSITIVE, default=1e-8, help="ε of the optimizer")
-    add("--opt-betas", type=_RATE, nargs="+", help="β of the optimizer; default: timm's")
+    add("--opt", default="adamw", help="timm's name of the optimizer")
+    add("--opt-eps", type=_POSITIVE, default=1e-8, help="epsilon of the optimizer")
+    add("--opt-betas", type=_RATE, nargs="+", help="betas of the optimizer; default: timm's")
     add("--momentum", type=_RATE, default=0.9, help="momentum of optimizers that have it")
     add("--weight-decay", type=_NON_NEGATIVE, default=0.05, help="weight decay; biases and norms have none")
-    add("--clip-grad", type=_POSITIVE, help="largest gradient norm; default: no clipping")
+    add("--clip-grad", type=_POSITIVE, help="maximum gradient norm; default: no clipping")
     add("--lr", type=_POSITIVE, default=5e-4, help="peak learning rate, before scaling")
-    scaling = "multiply --lr by effective batch / 512 (linear), its square root (sqrt), or 1 (none)"
+    scaling = "multiply --lr by r = effective batch size / 512 (linear), sqrt(r) (sqrt), or 1 (none)"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
     layers = "multiply the learning rate by D for each layer below the head; default: the same rate for all layers"
     add("--layer-decay", type=_SHARE, metavar="D", help=layers)
     names = ", ".join(SCHEDULES)
     add("--sched", type=_schedule, default="cosine", metavar="NAME", help=f"learning-rate schedule: {names}")
-    clock = "change the learning rate after each epoch, as the original implementation; default: before each update"
+    clock = "change the learning rate per epoch, like the original implementation; default: per update"
     add("--sched-on-epochs", action=_SWITCH, default=False, help=clock)
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
     floor = "learning rate at the end of the schedule; no effect on step, multistep and constant"
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
-    length = "--sched step: epochs between decays; wsd, rsqrt: epochs of the decay, or a share below 1"
+    length = "epochs between decays of --sched step; length of the decay of wsd and rsqrt (below 1: share of --epochs)"
     add("--decay-epochs", type=_POSITIVE, default=30, help=length)
-    add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="epochs at which --sched multistep decays")
-    add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of a decay, for --sched step and multistep")
-    add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 falls linearly")
+    add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
+    add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of each decay of --sched step and multistep")
+    add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 is linear")
     add(
         "--lr-noise",
         type=_RATE,
         nargs="+",
-        help="start (and end) of the noise on the learning rate, as shares of the schedule",
+        help="add noise to the learning rate from this share of the schedule on, up to a second share",
     )
-    add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="largest noise, as a share of the learning rate")
+    add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="maximum noise relative to the learning rate")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
 
 
@@ -571,15 +584,15 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         "--distillation-type",
         choices=("none", "soft", "hard"),
         default="none",
-        help="hard: learn the teacher's class; soft: its probabilities",
+        help="learn the teacher's arg-max class (hard) or its probabilities (soft)",
     )
-    add("--distillation-alpha", type=_RATE, default=0.5, help="weight α of the distillation loss")
-    add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature τ of soft distillation")
-    scale = "divide the soft loss by the batch size; legacy: also by the number of classes, as the original"
+    add("--distillation-alpha", type=_RATE, default=0.5, help="weight of the distillation loss, from 0 to 1")
+    add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature of soft distillation")
+    scale = "divide the soft loss by the batch size; legacy: also by the number of classes, like the original"
     add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help=scale)
-    one_head = "let the class token learn from labels and teacher; any model can then be a student"
+    one_head = "distill into the class token, next to the labels; works with any student model"
     add("--distill-on-class-token", action=_SWITCH, default=False, help=one_head)
-    add("--teacher-model", default="regnety_160", help="teacher, any model of timm's")
+    add("--teacher-model", default="regnety_160", help="timm's name of the teacher model")
     add("--teacher-path", type=path_name, default="", help="checkpoint of the teacher (file or https address)")
     add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's weights for the teacher (a download)")
     add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
@@ -590,7 +603,7 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     topk = "probabilities to cache per view, for soft distillation"
     add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help=topk)
     add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
-    size = "teacher batch size; default: --batch-size, which gives the predictions of online distillation bitwise"
+    size = "teacher batch size for precomputation; default: --batch-size, bitwise identical to online distillation"
     add("--precompute-batch-size", type=_COUNT, help=size)
     only = "precompute only epochs FROM (inclusive) to TO (exclusive), e.g. to split the work across machines"
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)
