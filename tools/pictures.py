@@ -51,7 +51,7 @@ def check_plot_name(file: Path, flag: str = "--output") -> None:
 
 @contextlib.contextmanager
 def plot(file: Path, width: float, height: float) -> Iterator[Any]:
-    """A matplotlib Figure of this size in inches, written to `file` at the end. It needs no display."""
+    """Yield a matplotlib Figure of this size in inches and write it to `file` at the end; needs no display."""
     import matplotlib  # slow to import
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def plot(file: Path, width: float, height: float) -> Iterator[Any]:
 
 
 def line_style(index: int) -> dict[str, str]:
-    """Color, line and marker of the curve at this index; the first 28 differ in color or line."""
+    """Return color, line and marker of the curve at this index; the first 28 differ in color or line."""
     return {
         "color": COLORS[index % len(COLORS)],
         "linestyle": LINES[index % len(LINES)],
@@ -76,7 +76,7 @@ def line_style(index: int) -> dict[str, str]:
 
 
 def plain(text: str, longest: int = 60) -> str:
-    """Text of a file as matplotlib draws it unchanged: no mathtext, no control characters, not too long.
+    """Make a text safe for matplotlib: no mathtext, no control characters, not too long.
 
     Its font has no glyphs for Chinese, Japanese and Korean: they become question marks.
     """
@@ -89,7 +89,7 @@ def plain(text: str, longest: int = 60) -> str:
 def limits(
     values: Sequence[float], narrowest: float, lowest: float = -math.inf, highest: float = math.inf
 ) -> tuple[float, float]:
-    """Ends of an axis around the values that is at least `narrowest` wide, so that noise does not look like a trend.
+    """Return the ends of an axis around the values, at least `narrowest` apart, so that noise looks like noise.
 
     Args:
         lowest, highest: the values' natural bounds, such as 0 and 100 %, which the axis does not exceed.
@@ -133,7 +133,7 @@ def label_points(axes: Any, points: Sequence[tuple[float, float]], bars: Sequenc
 
 
 def _overlap(one: Box, other: Box) -> bool:
-    """Whether two boxes (x0, y0, x1, y1) share an area."""
+    """Return True if two boxes (x0, y0, x1, y1) overlap."""
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
@@ -149,25 +149,25 @@ Row = tuple[str, Sequence[np.ndarray]]  # a label, and pictures uint8 [H, W, 3]
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along, at a size in pixels."""
+    """Load DejaVu Sans, which matplotlib includes, at a size in pixels."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
 def zoom(width: int) -> int:
-    """The whole factor by which an image of this width in pixels is enlarged to be seen."""
+    """Return the integer factor by which to enlarge an image of this width in pixels."""
     return max(1, -(-SMALLEST_PANEL // width))
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:
-    """The image [H, W, C] with each pixel as a square of `zoom` pixels."""
+    """Enlarge an image [H, W, C]: each pixel becomes a square of `zoom` pixels."""
     factor = zoom(pixels.shape[1])
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def dimmed(pixels: np.ndarray) -> np.ndarray:
-    """The image [H, W, 3] in low-contrast gray with dark diagonal lines, which differs from any image."""
+    """Dim an image [H, W, 3] to low-contrast gray with dark diagonal lines, unlike any image."""
     height, width, _ = pixels.shape
     gray = 0.2 * pixels.mean(axis=2) + 0.8 * 96
     lines = np.add.outer(np.arange(height), np.arange(width)) % HATCH_PERIOD < HATCH_WIDTH
@@ -211,7 +211,7 @@ def sheet(rows: Sequence[Row], headings: Sequence[str], title: str = "", caption
 
 
 def _wrapped(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken at spaces, or within a word that is longer than a line."""
+    """Break a text into lines of at most `width` pixels, at spaces, or within a word longer than a line."""
     lines: list[str] = []
     for word in escaped(text).split():
         if lines and face.getlength(f"{lines[-1]} {word}") <= width:

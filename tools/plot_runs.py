@@ -46,7 +46,7 @@ class Reference:
 
 
 def reference_point(text: str) -> Reference:
-    """`186,78,175 epochs on a GPU` -> `Reference(186.0, 78.0, "175 epochs on a GPU")`."""
+    """Parse `186,78,175 epochs on a GPU` into `Reference(186.0, 78.0, "175 epochs on a GPU")`."""
     x, y, name = text.split(",", 2)
     if not (math.isfinite(float(x)) and math.isfinite(float(y)) and name.strip()):
         raise ValueError
@@ -71,7 +71,7 @@ def build_parser() -> Parser:
 
 
 def positions(runs: Sequence[Run], axis: str) -> tuple[str, list[list[float | None]]]:
-    """Label of the horizontal axis, and where each record of each run is on it.
+    """Return the label of the horizontal axis, and the position of each record of each run on it.
 
     Raises:
         UserError: if a log does not hold what is needed.
@@ -113,12 +113,12 @@ def check_keys(runs: Sequence[Run], keys: Sequence[str]) -> None:
 
 
 def is_accuracy(key: str) -> bool:
-    """Whether the values are percentages of correct predictions."""
+    """Return True if the values are percentages of correct predictions."""
     return key.endswith(("acc1", "acc5"))
 
 
 def value_limits(key: str, values: Sequence[float]) -> tuple[float, float]:
-    """Ends of the vertical axis of a panel."""
+    """Return the ends of the vertical axis of a panel."""
     if is_accuracy(key):
         return pictures.limits(values, NARROWEST_ACCURACY, 0.0, 100.0)
     if key == "keep_rate":

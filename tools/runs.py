@@ -29,11 +29,11 @@ class Run:
     config: dict[str, Any]
 
     def values(self, key: str) -> list[float | None]:
-        """The value of each record, None where a record has none."""
+        """Return the value of each record, None where a record has none."""
         return [number(record.get(key)) for record in self.records]
 
     def final_keep_rate(self) -> float | None:
-        """The lowest final keep rate of any layer, which log.txt holds as `keep_rate`; None without EViT blocks.
+        """Return the lowest final keep rate of any layer (`keep_rate` in log.txt); None without EViT blocks.
 
         Without config.json it is the lowest in the log.
         """
@@ -45,11 +45,11 @@ class Run:
         return min((rate for rate in rates if rate is not None), default=KEEP_RATE)
 
     def is_comparable(self, record: dict[str, Any]) -> bool:
-        """Whether the accuracy of a record counts for the best: at other keep rates, the model is another function."""
+        """Return True if a record's accuracy counts for the best: an EViT must be at its final keep rate."""
         return number(record.get("keep_rate")) in (None, self.final_keep_rate())
 
     def within(self, minutes: float) -> Run:
-        """The run as it was after this much training.
+        """Return the run as it was after this much training.
 
         Raises:
             UserError: if its files do not tell the time.
@@ -64,7 +64,7 @@ class Run:
 
 
 def number(value: object) -> float | None:
-    """A finite number as a float; None for anything else that JSON may hold."""
+    """Convert to a finite float; None for any other JSON value."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _with_time(records: Sequence[dict[str, Any]], images_per_epoch: float) -> list[dict[str, Any]]:
-    """The records with `images` and `minutes` up to the end of each; no `minutes` after a record without its rate."""
+    """Add `images` and `minutes` until the end of each record; no `minutes` once a record has no rate."""
     timed, images, minutes = [], 0.0, 0.0
     for record in records:
         seen = images_per_epoch * (record["epoch"] + 1)
@@ -107,7 +107,7 @@ def _with_time(records: Sequence[dict[str, Any]], images_per_epoch: float) -> li
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """What tells the folders apart: `A` and `B` of `output/A/seed0` and `output/B/seed0`; a single one has its name."""
+    """Return what distinguishes the folders: `A`, `B` for `output/A/seed0`, `output/B/seed0`; else the name."""
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]
     shortest = min(map(len, parts))
     if len(set(parts)) == 1:
