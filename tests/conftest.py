@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures that all tests share."""
 
 import http.server
 import os
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small wait longer for a second thread than they compute."""
+    """Use one thread: such small models take longer to synchronize threads than to compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,13 +40,13 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def warm_tools(monkeypatch):
-    """The runs that these tools start, kill and start again need no new interpreters."""
+    """Let tools that start many runs fork them from a warm process instead of a new interpreter."""
     for tool in (chaos, checkpoint_cost):
         monkeypatch.setattr(tool, "subprocess", types.SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen}))
 
 
 class _Web(http.server.BaseHTTPRequestHandler):
-    """Serves a path, as it was requested, with the bytes in `files`, or sends to the address that is there."""
+    """HTTP handler that serves the bytes in `files` by path; if an entry is a URL, it redirects there."""
 
     files: dict[str, bytes | str] = {}
 
@@ -64,7 +64,7 @@ class _Web(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A key and its self-signed certificate for 127.0.0.1, in one file."""
+    """Return a file with a key and its self-signed certificate for 127.0.0.1."""
     path = tmp_path_factory.mktemp("certificate") / "both.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -78,7 +78,7 @@ def certificate(tmp_path_factory):
 
 @pytest.fixture
 def web(tmp_path, monkeypatch, certificate):
-    """A web server on this machine: (its https address, the files that it serves by their path)."""
+    """Start an https server on this machine; yield its address and the dict of files that it serves."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # is trusted
     for name in ("no_proxy", "NO_PROXY"):

@@ -31,7 +31,7 @@ def meet(kind, loss):
 
 
 def get_stuck_after(batches):
-    """Let `collate`, which runs in the worker if there is one, return that many batches."""
+    """Let `collate` return this many batches and then hang (in the worker, if there is one)."""
     collate, done = loaders.collate, []
 
     def slow(samples):

@@ -284,7 +284,7 @@ def mutated_bytes(content, rng):
 
 
 def mutated_values(value, rng):
-    """The same nested values with one of them replaced, dropped or renamed."""
+    """Copy nested values with one of them replaced, dropped or renamed."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
         if rng.random() < 0.1:
@@ -298,7 +298,7 @@ def mutated_values(value, rng):
 
 
 def mutated_checkpoint(content, rng):
-    """A checkpoint whose values differ, or whose pickle does, with right checksums; or one with other bytes."""
+    """Mutate the values or the pickle of a checkpoint (with valid checksums), or its bytes."""
     kind = rng.randrange(3)
     stream = io.BytesIO()
     if kind == 0:
@@ -315,7 +315,7 @@ def mutated_checkpoint(content, rng):
 
 
 def mutated_array(content, rng):
-    """A `.npy` file with other bytes in its header or its records."""
+    """Mutate bytes in the header or the records of a `.npy` file."""
     start = 10 + int.from_bytes(content[8:10], "little")
     header, records = content[:start], content[start:]
     if rng.random() < 0.3:
@@ -329,7 +329,7 @@ def mutated_array(content, rng):
 
 
 def fit_checksums(path, folder, rng):
-    """Mostly make the checksums that belong to a mutated array fit, so that what is behind them is met."""
+    """Update the checksums of a mutated array in most cases, so that later checks are tested, too."""
     if path.suffix != ".npy" or rng.random() < 0.2:
         return
     with contextlib.suppress(Exception):
@@ -343,7 +343,7 @@ def fit_checksums(path, folder, rng):
 
 
 def mutate(folder, pattern, rng):
-    """Mutate one of the files that the pattern means."""
+    """Mutate one of the files that match the pattern."""
     path = rng.choice(sorted(folder.glob(pattern)))
     kinds = {".pth": mutated_checkpoint, ".npy": mutated_array}
     path.write_bytes(kinds.get(path.suffix, mutated_bytes)(path.read_bytes(), rng))
@@ -354,7 +354,7 @@ def mutate(folder, pattern, rng):
 
 
 def outcome(read, folder):
-    """`read`, `refused`, or what is wrong with how a folder's files are read."""
+    """Read the files of a folder; return `read`, `refused`, or a description of the wrong behavior."""
     try:
         read(folder)
     except (utils.UserError, utils.RunError) as error:
@@ -392,7 +392,7 @@ def read_some(cases, seed, sound, scratch, pipe):
 
 
 def fuzz(mutations, seed, folder, only=None, names=tuple(SUBJECTS)):
-    """Counts of what happened by subject, and the findings as (subject, number, what)."""
+    """Run the mutations; return the outcomes by subject and the findings as (subject, number, description)."""
     os.environ["OMP_NUM_THREADS"] = "1"  # other threads would be missing in a forked process
     torch.set_num_threads(1)
     sound, scratch = folder / "sound", folder / "scratch"

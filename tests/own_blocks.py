@@ -1,4 +1,4 @@
-"""Models of a user's own: registered with timm, without a config that would describe them."""
+"""Models as users write them: registered with timm, without a pretrained config."""
 
 import torch
 from timm.models import build_model_with_cfg, register_model
@@ -24,7 +24,7 @@ def own_vit(pretrained=False, **kwargs):
 
 
 class OwnConvNet(nn.Module):
-    """Nothing of timm: no `pretrained_cfg`, no `get_classifier`, no `num_classes`."""
+    """A model without timm's attributes: no `pretrained_cfg`, no `get_classifier`, no `num_classes`."""
 
     def __init__(self, num_classes):
         super().__init__()

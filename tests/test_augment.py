@@ -1,4 +1,4 @@
-"""The batched augmentation against what it follows: timm's, torchvision's and PIL's own functions on photographs."""
+"""The batched augmentation against the functions of timm, torchvision and PIL, on photographs."""
 
 import itertools
 import math
@@ -71,7 +71,7 @@ PHOTOGRAPHS = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg"
 
 
 def photos(height, width, number=4):
-    """Different parts of two photographs, as they are."""
+    """Return different crops of two photographs."""
     images = []
     for position, share in enumerate(np.linspace(0, 1, number)):
         top, left = int((427 - height) * share), int((640 - width) * share)
@@ -85,7 +85,7 @@ def batch(images):
 
 
 def whole_images(sizes):
-    """The box [top, left, height, width] of each."""
+    """Return the box [top, left, height, width] of each whole image."""
     return 0 * sizes[:, 0].float(), 0 * sizes[:, 0].float(), *sizes.float().unbind(1)
 
 
@@ -131,7 +131,7 @@ def gray_levels(views, mean=MEAN, std=STD):
 
 
 def assert_close(ours, theirs, name, inside=None):
-    """Within TOLERANCES; `inside` is where the last of them holds, by default away from the edges."""
+    """Check TOLERANCES; the last one applies where `inside` is True, by default away from the edges."""
     mean, most, highest = TOLERANCES[name]
     difference = (ours.float() - theirs.float()).abs()
     inside = difference[..., 4:-4, 4:-4] if inside is None else difference[inside.expand_as(difference)]
@@ -140,7 +140,7 @@ def assert_close(ours, theirs, name, inside=None):
 
 
 def assert_alike(ours, theirs, limit=4.5):
-    """Two samples have the same mean and spread, within standard errors."""
+    """Check that two samples have the same mean and spread, within standard errors."""
     ours, theirs = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
     center = np.concatenate([ours, theirs]).mean()
     for power in (1, 2):
@@ -150,7 +150,7 @@ def assert_alike(ours, theirs, limit=4.5):
 
 
 def assert_counts_alike(ours, theirs, limit=4.5):
-    """Two counts of the same number of draws have the same shares, within standard errors."""
+    """Check that two counts have the same shares, within standard errors."""
     total = sum(ours.values())
     assert total == sum(theirs.values())
     for key in ours.keys() | theirs.keys():
@@ -205,7 +205,7 @@ COLORS = {
 
 
 def with_odd_images(images):
-    """And images of one, two and few values, where tables are at their limits."""
+    """Append images with one, two and few distinct values, the limit cases of the tables."""
     size, noise = images[0].size, np.random.default_rng(0).integers(0, 2, (*images[0].size[::-1], 3), np.uint8)
     odd = [Image.new("RGB", size, (7, 200, 255)), Image.new("RGB", size), Image.fromarray(noise * 90 + 40)]
     odd[1].putpixel((0, 0), (3, 255, 0))
@@ -246,7 +246,7 @@ GEOMETRY = {
 
 
 def moved_by(images, step, interpolation, fill):
-    """One geometric step of ours on whole images."""
+    """Apply one of our geometric steps to whole images."""
     height, width = images.shape[2:]
     map = as_affine(step, height, width)
     box = full(0), full(0), full(height), full(width)
@@ -440,7 +440,7 @@ def test_crops_are_drawn_as_timms(height, width):
 
 
 def timm_draws(name, number):
-    """For each of many images, what timm's policy would apply: (kind here, argument here), in order."""
+    """Draw timm's policy for many images; return (our kind, our argument) per operation, in order."""
     policy, drawn = parse_policy(name), []
     ops = policy.ops if isinstance(policy, auto_augment.RandAugment) else [op for row in policy.policy for op in row]
 
@@ -506,7 +506,7 @@ def test_share_of_flips():
 
 
 def erased(number, size=(40, 30), seed=0, **options):
-    """Views of white images, at 1, and where they are erased."""
+    """Return views of white images (value 1) and a mask of their erased pixels."""
     options = {"reprob": 1.0, "remode": "const", **options}
     view = TrainAugmentation(size, ViewOptions(size, **{**PLAIN, **options}), ((0.5,) * 3, (0.5,) * 3))
     view.crop = lambda draws, sizes, size: (
@@ -520,7 +520,7 @@ def erased(number, size=(40, 30), seed=0, **options):
 
 
 def boxes_of(masks):
-    """Top, left, height, width of what is marked in each."""
+    """Return top, left, height and width of the marked region in each mask."""
     boxes = []
     for mask in np.asarray(masks):
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -627,7 +627,7 @@ def test_geometry_fills_with_the_mean_and_colors_change_it(monkeypatch):
 
 
 def black_rows(view):
-    """How many rows at the top are padding, less those at the bottom, in a view of a white image."""
+    """Return the padding rows at the top minus those at the bottom, in a view of a white image."""
     black = (view == 0).all(dim=-1)[0]
     return int(black[:16].sum() - black[16:].sum())
 
@@ -650,7 +650,7 @@ def test_small_images_are_padded_and_shifted():
 
 
 def simple_crops(images, size, keys, **options):
-    """Views, and for each image what PIL and NumPy make of it at the same position."""
+    """Return our views, and the same crops made with PIL and NumPy."""
     height, width = np.array([image.size[::-1] for image in images]).max(axis=0).tolist()
     view, boxes = train_view((height, width), (size, size), **{**PLAIN, **options}, src=True), []
     crop = view.crop
@@ -821,7 +821,7 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
 
 
 def traces_cuda():
-    """Whether tensors without values can be moved to a GPU that is not there, which not every torch can."""
+    """Return True if this torch can move fake tensors to a GPU that does not exist."""
     try:
         with FakeTensorMode():
             torch.empty(1).to("cuda")
@@ -884,7 +884,7 @@ def test_supported_policies_give_views(policy):
 
 
 def picture_of(folder, capsys, *flags):
-    """Rows and columns of the picture that the tool draws, and its panels [rows, columns, 224, 224, 3]."""
+    """Return the rows and columns of the tool's picture, and its panels [rows, columns, 224, 224, 3]."""
     file = folder / "shown.png"
     show_augmentation.main([*map(str, flags), "--output", str(file)])
     images, rows = map(int, re.search(r"shown.png: (\d+) images, (\d+) rows", capsys.readouterr().out).groups())

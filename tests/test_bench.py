@@ -1,4 +1,4 @@
-"""The benchmark at a tiny size; what it times is not judged here."""
+"""The benchmark at a tiny size; its timings are not checked."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def run(folder, capsys, *sections):
-    """The rows of these sections, as they are in the file, and what was printed."""
+    """Run these sections; return their rows in the file, and the printed text."""
     file = folder / "bench.json"
     bench.main([*SMALL, "--only", *sections, "--output", str(file)])
     written = json.loads(file.read_text())

@@ -231,7 +231,7 @@ def test_a_checkpoint_with_its_flags_in_a_namespace_is_read(tmp_path):
 
 
 def rename_globals(path, old, new):
-    """Give the classes in a checkpoint's pickle the names that another version or system has for them."""
+    """Rename classes in a checkpoint's pickle to their names in another version or system."""
     with zipfile.ZipFile(path) as file:
         contents = {name: file.read(name) for name in file.namelist()}
     assert any(old in content for name, content in contents.items() if name.endswith("data.pkl"))
@@ -285,7 +285,7 @@ def test_numpy_scalars_are_read_as_python_values(tmp_path, core, legacy):
 
 
 class Smuggler:
-    """Pickled as a NumPy scalar of a dtype that it chooses, around any value."""
+    """Pickles as a NumPy scalar of a chosen dtype that contains any value."""
 
     def __init__(self, code, value):
         self.code, self.value = code, value

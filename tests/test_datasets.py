@@ -73,7 +73,7 @@ def save(image, path):
 
 
 def write_tree(root, parts=("train", "val"), classes=("cat", "dog"), each=2, **size):
-    """`PART/CLASS/N.png`, all images different; their paths by part, in the order of the data set."""
+    """Write `PART/CLASS/N.png`, all different; return the paths by part, in the order of the data set."""
     paths = {part: [root / part / name / f"{n}.png" for name in classes for n in range(each)] for part in parts}
     for number, path in enumerate(path for part in parts for path in paths[part]):
         save(picture(number, **size), path)
@@ -500,7 +500,7 @@ def test_unknown_name_is_a_user_error_that_lists_the_known_ones():
 
 
 def write_cifar(root, monkeypatch, kind):
-    """Files of the official layout, whose checksums torchvision is told to want; images and labels of both parts."""
+    """Write files in the official layout and patch torchvision's checksums; return images and labels by part."""
     rng = np.random.default_rng(0)
     fine = kind is torchvision.datasets.CIFAR100
     labels_key, names_key, classes = ("fine_labels", "fine_label_names", 100) if fine else ("labels", "label_names", 10)
@@ -1118,7 +1118,7 @@ def test_broken_image_stops_the_copy_to_memory(tmp_path):
 
 
 def normalized(pixels, mean=MEAN, std=STD):
-    """[H, W, 3] bytes -> [3, H, W] by hand, in float64."""
+    """Normalize [H, W, 3] bytes to [3, H, W] by hand, in float64."""
     scaled = (np.asarray(pixels) / 255 - np.array(mean)) / np.array(std)
     return torch.from_numpy(scaled.transpose(2, 0, 1))
 
@@ -1203,7 +1203,7 @@ COLORS = [
 
 
 def published_three_augment(size, src, color):
-    """The published 3-Augment, of torchvision's, timm's and PIL's parts, with a certain choice of color."""
+    """Apply the original 3-Augment (torchvision, timm, PIL) with a given color operation."""
     parts = torchvision.transforms
     crop = [RandomResizedCropAndInterpolation(size, scale=(0.08, 1.0), interpolation="bicubic")]
     if src:

@@ -1,4 +1,4 @@
-"""Whole runs, most in real processes: launchers, exact evaluation, runs that are functions of their flags."""
+"""Whole runs, mostly in real processes: launchers, exact evaluation, reproducibility."""
 
 import contextlib
 import os
@@ -161,7 +161,7 @@ def test_a_poll_gives_the_largest_numbers_of_the_call_before(tmp_path):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces, of which each reaches the other through its own end of a cable: commands to enter them.
+    """Create two connected network namespaces; yield the commands to enter them.
 
     Neither has an interface with the address of this machine's name.
     """

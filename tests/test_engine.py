@@ -1,4 +1,4 @@
-"""The loop, the evaluation and the state that they move, on tiny real models."""
+"""The training loop, the evaluation and `TrainState`, on tiny real models."""
 
 import contextlib
 import copy
@@ -82,7 +82,7 @@ def weights_in(module):
 
 
 def assert_same_bits(first, second):
-    """Equal nested dictionaries of tensors and numbers, to the last bit."""
+    """Check that two nested dictionaries of tensors and numbers are bitwise identical."""
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second)
     elif isinstance(first, dict):
@@ -105,7 +105,7 @@ def same_bits(first, second):
 
 
 def naive_evaluation(model, batches):
-    """One image at a time, in float64 after the model."""
+    """Evaluate one image at a time, in float64 after the model."""
     model.eval()
     losses, top1, top5 = [], 0, 0
     for batch in batches:
@@ -282,7 +282,7 @@ def test_ema_weights_follow_their_formula():
 
 
 def two_nets(dtype):
-    """Equal networks with a layer of this type, statistics, a counter and one shared weight."""
+    """Build two equal networks with a layer of this dtype, batch statistics, a counter and a shared weight."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 5).to(dtype))
     net.append(torch.nn.Linear(5, 5))[3].weight = net[0].weight
@@ -747,7 +747,7 @@ def test_a_rate_that_is_never_reached_is_worth_a_warning(caplog):
 
 
 def by_hand(words, update, updates_per_epoch=10, epochs=20, warmup=2, peak=0.00768, floor=7.68e-6, start=1e-6):
-    """The rate that these flags of the schedule give an update; timm's definitions, written down once more."""
+    """Compute the learning rate of an update from the flags, by timm's definitions."""
     e, last = update / updates_per_epoch, epochs * updates_per_epoch
     if e < warmup:
         # linear to the peak; timm's tanh aims at the rate that follows
@@ -870,7 +870,7 @@ def test_the_share_of_the_first_weights_that_is_told_is_true(caplog, monkeypatch
 
 
 class Blobs(Dataset):
-    """Noisy images whose mean color tells their class; the noise follows from the sample's key."""
+    """Noisy images whose mean color encodes their class; the noise depends on the sample's key."""
 
     def __init__(self, length=BATCH * STEPS + 3):
         generator = torch.Generator().manual_seed(11)
@@ -902,7 +902,7 @@ class WatchedLoader(EpochLoader):
 
 
 def epoch_of(batches, num_batches, *, accum_steps=1, watch=None, mixes=True, counter=None, **options):
-    """These batches as an epoch of the training."""
+    """Wrap batches as one training epoch."""
     loader = WatchedLoader(
         loader=batches,
         device=CPU,
@@ -1061,7 +1061,7 @@ def test_frozen_parts_stay_in_eval_mode(scope):
 
 
 class Waits(TorchDispatchMode):
-    """Notes what a GPU would be waited for: a number that is read, or a shape that depends on numbers."""
+    """Records GPU syncs: reading a number, or a shape that depends on values."""
 
     OPERATIONS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
 
@@ -1078,7 +1078,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of_an_epoch(criterion):
-    """What an epoch with all that DeiT's recipe has on the device waits for before its first report."""
+    """Return the GPU syncs of an epoch with DeiT's full recipe, before its first report."""
     model = build_deit(drop_rate=0.1, drop_path_rate=0.3)
     model.set_distilled_training(True)
     state, log = build_state(model, amp_dtype=torch.bfloat16), StepLog(0, 100, BATCH, 50)

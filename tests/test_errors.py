@@ -1,4 +1,4 @@
-"""What goes wrong ends in one line that names flag or file and remedy: status 2 before training, 1 during it."""
+"""Errors exit with one line that names flag or file and remedy: status 2 before training, 1 during it."""
 
 import errno
 import gc
@@ -50,7 +50,7 @@ def in_process(text, folder):
 
 
 def the_one_line(captured):
-    """The only line of a run's output besides its dated log lines (and torch's word of a download)."""
+    """Return the only line of a run's output that is no log line (and no download message of torch)."""
     lines = [line for line in (captured.out + captured.err).splitlines() if not line.startswith("Downloading: ")]
     lines = [line for line in lines if not re.match(r"\d\d:\d\d:\d\d ", line)]
     assert len(lines) == 1, captured
@@ -72,7 +72,7 @@ def folder_tree(root, train=("a", "b"), val=("a", "b"), number=8):
 
 
 def inaturalist(root, changes=None, text=None):
-    """The official files for six images of three species; `changes` replace entries of the training annotations."""
+    """Write iNaturalist's files for six images of three species; `changes` replace training annotations."""
     save_images(root / "images", 6)
     part = {
         "images": [{"id": index, "file_name": f"images/{index}.png"} for index in range(6)],
@@ -98,7 +98,7 @@ def one_process_one_thread(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Data folders, checkpoints and recipes, good and bad, that the cases name."""
+    """Create the data folders, checkpoints and recipes, valid and invalid, that the cases use."""
     w = tmp_path_factory.mktemp("workspace")
     (w / "regular_file").write_text("not a folder\n")
     # data
@@ -479,7 +479,7 @@ def test_the_malicious_files_would_run_if_they_were_trusted(workspace):
 
 @pytest.mark.process
 def test_a_mistake_as_a_process_without_network(tmp_path):
-    """A real process: its exit status, and the weights that no network brings."""
+    """A real process exits with the right status, also when weights cannot be downloaded."""
     words = shlex.split(f"main.py {RUN} --model deit_tiny_patch16_224 --pretrained".replace("{w}", str(tmp_path)))
     output = tiny.run(*words, status=2, HF_HUB_OFFLINE="1", HF_HOME=tmp_path)
     (line,) = output.splitlines()
@@ -491,7 +491,7 @@ def test_a_mistake_as_a_process_without_network(tmp_path):
 
 
 def intact_checkpoint(folder, epoch):
-    """A faulty run leaves a checkpoint of that epoch behind, readable and finite, and the log up to there."""
+    """Check that a failed run left a readable, finite checkpoint of that epoch, and the log until there."""
     checkpoint = checkpoints.read_checkpoint(str(folder / "checkpoint.pth"), "--resume")
     assert checkpoint["epoch"] == epoch
     assert all(value.isfinite().all() for value in checkpoint["model"].values())

@@ -1,4 +1,4 @@
-"""Models that are handed over: files and folders that say and compute what the model does, without this repository."""
+"""Exported models: files and folders compute the same as the model, without this repository."""
 
 import json
 import os
@@ -35,7 +35,7 @@ MODELS = {  # name -> (timm's name, image size, flags of tokens)
 
 
 def save(path, name, size, tokens, **more):
-    """A checkpoint of a model with random weights; returns the model."""
+    """Save a checkpoint of a model with random weights; return the model."""
     options = ModelOptions(name, size, patch_size=8, model_kwargs=KWARGS, drop_path=0.0, **tokens)
     model = build_model(options, 10).eval()
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def save(path, name, size, tokens, **more):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """By name: the model, its checkpoint, and the folder of its export."""
+    """Return, by name, the model, its checkpoint, and the folder of its export."""
     root = tmp_path_factory.mktemp("export")
     models = {name: save(root / f"{name}.pth", *settings) for name, settings in MODELS.items()}
     for name in models:
@@ -326,7 +326,7 @@ def own_evit(pretrained=False, keep_rate=0.7, **kwargs):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """By name, the checkpoint of a run of an epoch."""
+    """Return, by name, the checkpoint of a run of one epoch."""
     root = tmp_path_factory.mktemp("own")
     for name in ("own_vit", "own_convnet", "own_evit"):
         drop = ["--drop-path", "0"] if name == "own_convnet" else []

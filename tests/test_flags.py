@@ -1,4 +1,4 @@
-"""Flags: how they are parsed and checked, the table of what they shape, and the option classes that they fill."""
+"""Flags: parsing and checks, the table of what they affect, and the option classes."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Files that were made to hurt: checkpoints and downloads that lead to an error of one line and nothing else."""
+"""Hostile files: malicious checkpoints and downloads lead to a one-line error and nothing else."""
 
 import contextlib
 import copy
@@ -155,7 +155,7 @@ def test_values_without_end_are_refused(tmp_path, kind):
 
 
 def rewritten(content, change, compression=zipfile.ZIP_STORED):
-    """A file of torch's with right checksums, after `change` of the pickle in it."""
+    """Rewrite a torch file with `change` applied to its pickle, and valid checksums."""
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(stream, "w", compression) as new:
         for name in old.namelist():
@@ -377,7 +377,7 @@ def test_a_local_folder_without_a_model_is_refused(tmp_path, content):
 
 
 def test_mutated_checkpoints_lead_to_one_line_errors_only(tmp_path, trained):
-    """80 times a few random changes of the pickle in a checkpoint, whose checksums are right."""
+    """80 checkpoints with a few random changes of the pickle and valid checksums."""
     content, path, generator = content_of(trained | {"args": {"model": "x"}}), tmp_path / "x.pth", random.Random(0)
     state, outcomes = new_state(), {"read": 0, "refused": 0}
 
@@ -414,7 +414,7 @@ ABOUT = {
 
 
 def with_an_odd_value(value, generator, depth=0):
-    """A copy in which something, anywhere, is another thing or is missing."""
+    """Copy nested values with a random one replaced or removed."""
     if not isinstance(value, dict | list) or not value or (depth and generator.random() < 0.25):
         return generator.choice(ODD_VALUES)
     value = copy.copy(value)

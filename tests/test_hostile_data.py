@@ -95,7 +95,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch):
-    """A program of that name, which leaves the returned file behind when anyone starts it."""
+    """Install a fake Ghostscript that creates the returned file when it is started."""
     program, marker = tmp_path / "bin" / "gs", tmp_path / "started"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ntouch {marker}\nexit 1\n")
@@ -112,7 +112,7 @@ def test_pillow_alone_would_start_ghostscript(ghostscript):
 
 
 def eps_data(name, root):
-    """Data of which every image is an EPS, for each reader."""
+    """Write data whose images are all EPS files, for each reader."""
     if name == "wds/":
         return write_stream(root, files=lambda number, _: {"png": EPS, "cls": str(number % 3).encode()})
     if name == "hfds/":
@@ -232,7 +232,7 @@ def test_a_shard_of_a_stream_must_be_a_regular_file(tmp_path, name):
 
 @pytest.fixture
 def pack(tmp_path):
-    """A sound pack of two kinds of things to lie about: three classes, several shards."""
+    """Write a valid pack with three classes and several shards, for later corruption."""
     write(tmp_path / "pack", shard_bytes=2000)
     return tmp_path / "pack"
 
@@ -484,7 +484,7 @@ def test_a_value_of_a_fingerprint_is_said_in_one_printable_line(tmp_path, value)
 
 
 def adopt(folder, barrier, results, seed):
-    """Take this seed for the cache's, together with others who take theirs."""
+    """Store this seed as the cache's fingerprint, concurrently with other processes."""
     barrier.wait()
     try:
         check_fingerprint(folder, {"seed": seed, "padding": list(range(200))}, NAMELESS)

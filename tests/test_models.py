@@ -74,7 +74,7 @@ def images(height=32, width=32, count=2):
 
 
 def assert_same(found, expected, but=()):
-    """State dicts are equal, except for the names in `but`."""
+    """Check that state dicts are equal, except for the names in `but`."""
     assert set(found) - set(but) == set(expected) - set(but)
     for key in set(expected) - set(but):
         assert torch.equal(found[key], expected[key]), key
@@ -581,7 +581,7 @@ FAMILIES = {
 
 
 def family(name, seed=0, **options):
-    """A tiny model whose parameters, those that start as ones and zeros included, are all different."""
+    """Build a tiny model whose parameters are all random, including those initialized with ones or zeros."""
     name, kwargs = FAMILIES[name]
     model = build(name, seed, **{"patch_size": 8 if kwargs else None, "model_kwargs": kwargs} | options)
     generator = torch.Generator().manual_seed(seed)

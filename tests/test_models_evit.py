@@ -170,7 +170,7 @@ def test_under_autocast_it_reduces_alike(dtype):
 
 
 class Squares(TorchDispatchMode):
-    """Counts the tensors that operators make of square matrices, with their sides."""
+    """Counts the square matrices that operators create, by side."""
 
     def __init__(self):
         super().__init__()
@@ -328,7 +328,7 @@ DEIT3 |= {"huge_patch14": 632.1}
 
 
 def on_meta(name, **options):
-    """The model without memory for its weights."""
+    """Build the model on the meta device."""
     with torch.device("meta"):
         return timm.create_model(name, **options)
 

@@ -1,4 +1,4 @@
-"""The original DeiT and EViT code: its training states are continued, and its views are ours."""
+"""Compatibility with the original DeiT and EViT code: training states resume, views are the same."""
 
 import argparse
 import contextlib
@@ -244,7 +244,7 @@ def without(mapping, key):
 
 
 def changed(checkpoint, position, change):
-    """The same with the state of one parameter changed."""
+    """Copy a checkpoint with the state of one parameter changed."""
     optimizer = checkpoint["optimizer"]
     state = optimizer["state"] | {position: change(optimizer["state"][position])}
     return {"optimizer": optimizer | {"state": state}}

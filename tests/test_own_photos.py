@@ -1,4 +1,4 @@
-"""From a folder of photos to a model for a friend: the commands of README, one after the other, on tiny photos."""
+"""The commands of README for your own photos, one after the other, on tiny photos."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Packed data sets: what is written is what Pillow makes of the images, what is damaged is said, and the tool."""
+"""Packed data sets: records equal Pillow's result, damage is reported, and the tool works."""
 
 import json
 import multiprocessing
@@ -74,13 +74,13 @@ def write(folder, images=IMAGES, **changes):
 
 @pytest.fixture
 def pack(tmp_path):
-    """A sound pack with several shards."""
+    """Write a valid pack with several shards."""
     write(tmp_path / "pack", shard_bytes=2000)
     return tmp_path / "pack"
 
 
 def expected(image):
-    """What Pillow makes of an image for a pack."""
+    """Resize an image for a pack with Pillow."""
     return np.asarray(image.resize(SIZES[image.size], Image.Resampling.BICUBIC))
 
 

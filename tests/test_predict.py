@@ -24,7 +24,7 @@ DISTILLED, PLAIN = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
 
 
 def new_model(name, num_classes=4, **options):
-    """A model whose logits differ by several units, so that the order of the classes means something."""
+    """Build a model whose logits differ by several units, so that the class order is unambiguous."""
     torch.manual_seed(1)
     model = timm.create_model(name, num_classes=num_classes, **SIZE, **options).eval()
     with torch.no_grad():

@@ -34,7 +34,7 @@ DEST = {"batch": "batch_size"}
 
 
 def words_of(line):
-    """The words after the script of a line, its typo fixed and its shell variables replaced; and the script."""
+    """Return a line's words after the script (typo fixed, shell variables replaced) and the script."""
     for old, new in (TYPOS | VARIABLES).items():
         line = line.replace(old, new)
     words = shlex.split(line)
@@ -49,7 +49,7 @@ def parsed(line):
 
 
 def said(words):
-    """What the words say of each flag, read without our parser."""
+    """Read the value of each flag from the words, without our parser."""
     values, pending = {}, list(words)
     while pending:
         flag = pending.pop(0)
@@ -168,13 +168,13 @@ def small(*changes):
 
 
 def run(words, script="main.py"):
-    """Run these words in this process; of a job, what each of its tasks runs."""
+    """Run these words in this process; for a job, run its tasks."""
     parser = {"main.py": flags.get_parser, "run_with_submitit.py": run_with_submitit.get_parser}[script]()
     main.main(flags.parse_command([str(word) for word in words], parser))
 
 
 def run_line(line, folder, *changes):
-    """Run a line, but small; its log.txt and its checkpoint."""
+    """Run a line at a small size; return its log.txt and its checkpoint."""
     script, words = words_of(line)
     run([*words, *small(*changes), "--output-dir", folder], script)
     if "--eval" not in words:
@@ -195,7 +195,7 @@ def assert_evaluated(folder, said):
 
 
 def assert_tuned(checkpoint, folder):
-    """The weights began as those of another run, and were trained."""
+    """Check that training started from the weights of another run and changed them."""
     before = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]["blocks.1.mlp.fc1.weight"]
     change = (checkpoint["model"]["blocks.1.mlp.fc1.weight"] - before).abs().max()
     assert 0 < change < 2e-3 < before.abs().max()

@@ -96,7 +96,7 @@ def commands(recipe):
 
 
 def processes(words):
-    """How many processes a command starts."""
+    """Return the number of processes that a command starts."""
     flags = ("--nproc-per-node", "--nodes", "--ngpus")
     return math.prod(int(words[words.index(flag) + 1]) for flag in flags if flag in words)
 

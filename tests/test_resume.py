@@ -40,7 +40,7 @@ WARNING = "the run continues but is no longer bitwise identical: "
 
 
 def run(folder, *flags, status=None):
-    """main.py in this process; with that exit status, if it is to have one."""
+    """Run main.py in this process; check its exit status if `status` is given."""
     command = [*FLAGS, "--output-dir", str(folder), *map(str, flags)]
     if status is None:
         return main.cli(command)
@@ -69,7 +69,7 @@ def send(number):
 
 
 class Killed(Exception):
-    """Stands for SIGKILL, of which a process cannot learn."""
+    """Simulates SIGKILL, which a process cannot handle."""
 
 
 def kill(state):
@@ -82,7 +82,7 @@ def checkpoint(folder, name="checkpoint.pth"):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nobody stops."""
+    """Return an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder)
     return folder
@@ -399,7 +399,7 @@ def test_a_signal_to_one_rank_stops_both_one_update_later(more, tmp_path):
 
 
 def start_ranks(kind, folder, *flags, workers=1):
-    """Two ranks without a launcher that would end one when the other does; rank 1 fails."""
+    """Start two ranks without a launcher, which would end one when the other fails; rank 1 fails."""
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port()}
     command = ["tests/faults.py", kind, 1, 50, *tiny.PLAIN, "--epochs", "3", "--batch-size", "32", "--num-workers"]
     command += [workers, "--output-dir", folder, *flags]

@@ -1,4 +1,4 @@
-"""Which sample goes where, and the keys that make every draw a function of counters."""
+"""The sampling order, and the random keys of all draws."""
 
 import random
 import zlib

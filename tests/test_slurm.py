@@ -1,4 +1,4 @@
-"""A job on a real SLURM, which `slurm.sh` starts on this machine: everything a cluster does to it, in a row."""
+"""A job on a real SLURM, started by `slurm.sh`: time limit, requeue, preemption, cancellation in sequence."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ JOB = ["--nodes", "1", "--ngpus", "0", "--tasks-per-node", "2", "--cpus-per-task
 
 @pytest.fixture(scope="module")
 def slurm():
-    """Variables of a running SLURM."""
+    """Return the environment variables of a running SLURM."""
     if shutil.which("slurmctld", path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
         pytest.skip("slurmctld not found")
     folder = tempfile.mkdtemp(prefix="slurm", dir="/tmp")
@@ -36,7 +36,7 @@ def slurm():
 
 
 class Submitted:
-    """A job, and the story of what happens to it."""
+    """A submitted job and the events in its life."""
 
     def __init__(self, slurm, job, folder):
         self.environment, self.id, self.folder = tiny.environment(**slurm), job, folder
@@ -86,12 +86,12 @@ def submit(slurm, job_dir, *flags):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Folder of the same two processes where nobody disturbs them."""
+    """Return the folder of the same two-process run without interruptions."""
     return tmp_path_factory.mktemp("undisturbed") / "output"
 
 
 def assert_same_epochs(undisturbed, job):
-    """All epochs are in log.txt once, with the losses of the undisturbed run to the last digit."""
+    """Check that log.txt has each epoch once, with exactly the losses of the uninterrupted run."""
     ours = tiny.log_of(job.folder)
     run = chaos.Run(undisturbed, FLAGS, processes=2, restarts=0)  # next to the job, it would slow its start down
     logged = undisturbed / "log.txt"

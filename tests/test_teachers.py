@@ -73,7 +73,7 @@ def test_logits_of_any_size_are_stored():
 
 @pytest.fixture
 def fill(tmp_path):
-    """Fills an epoch of 12 views in batches of two per rank, as far as told; returns each rank's cache."""
+    """Fill an epoch of 12 views in batches of two per rank, up to a number; return each rank's cache."""
 
     def run(world_size=1, epoch=0, batches=None, codec=None, folder=tmp_path):
         caches = []

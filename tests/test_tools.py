@@ -1,4 +1,4 @@
-"""Tools on tiny inputs; what they time is not judged here."""
+"""Tools on tiny inputs; their timings are not checked."""
 
 import csv
 import io
@@ -153,7 +153,7 @@ def test_summary_of_no_run_is_a_one_line_error(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are written, each after it has been."""
+    """Record the figures that are written."""
     written, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), written.append(self)))
     return written

@@ -151,7 +151,7 @@ def test_checkpoints_that_do_not_say_enough_are_a_one_line_error(checkpoint, tmp
 
 
 def naive_follow(model, image):
-    """The kept patches by lists of names: a fused token has the name None, whatever it was made of."""
+    """Follow kept patches with lists of names; a fused token has the name None."""
     said = []
     hooks = [block.keep.register_forward_hook(lambda _m, args, _o: said.append(args)) for block in evit_blocks(model)]
     with torch.no_grad():

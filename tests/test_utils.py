@@ -67,7 +67,7 @@ SRUN |= {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What this process would learn of the run from an environment with these variables."""
+    """Return the world of this process under a launcher with these variables."""
 
     def ask(**variables):
         with monkeypatch.context() as patch:
@@ -307,7 +307,7 @@ def screen(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The seconds that `utils` sees, to be set."""
+    """Replace the clock of `utils` by a settable one."""
     clock = types.SimpleNamespace(now=100.0)
     monkeypatch.setattr(utils, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -380,7 +380,7 @@ def test_progress_is_silent_on_other_ranks(screen, clock, is_terminal):
 
 @pytest.fixture
 def lines(caplog):
-    """Log lines, also after a run in this process has taken the logger for itself."""
+    """Capture log lines, even after a run in this process has reconfigured the logger."""
     level = utils.logger.level
     utils.logger.addHandler(caplog.handler)
     utils.logger.setLevel(logging.INFO)
@@ -461,7 +461,7 @@ def test_the_step_log_keeps_no_graph_alive():
 
 
 class Device:
-    """Stands in for a GPU: a table is blank on the host until the device has come to its end, or was waited for."""
+    """Simulates a GPU: a table arrives on the host when the device is done or is waited for."""
 
     def __init__(self):
         self.tables, self.waits = [], 0  # of the tables not yet there, the blank ones and what is to be in them

@@ -1,4 +1,4 @@
-"""Four steps on each of three ranks, and two of them made again from where two were done: are the weights equal?"""
+"""Train four steps on three ranks; repeat the last two from a restart; compare the weights."""
 
 import copy
 import sys
@@ -18,7 +18,7 @@ SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_head
 
 
 def steps(module, state_dict, first, last, rank):
-    """The weights after these steps, by a new optimizer and a new DDP, as after a start."""
+    """Train these steps with a new optimizer and a new DDP, as after a restart; return the weights."""
     module.load_state_dict(state_dict)
     model = DistributedDataParallel(module, gradient_as_bucket_view=True)
     engine.settle_buckets(model, torch.zeros(2, 3, 32, 32))

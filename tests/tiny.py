@@ -28,14 +28,14 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 
 def environment(**changes):
-    """This environment without any launcher's variables, one thread per process; a change to None leaves one out."""
+    """Return the environment without launcher variables, one thread per process; None removes a variable."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("SLURM_")}
     changed = {**kept, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "TINY_RUN": uuid.uuid4().hex, **changes}
     return {key: str(value) for key, value in changed.items() if value is not None}
 
 
 class Process(warm.Popen):
-    """A command of this repository, its output kept; with its children it can be found by its environment."""
+    """A running command of this repository with its output; its processes share a marker in the environment."""
 
     def __init__(self, command, cold=False, **changes):
         self.variables = environment(**changes)
@@ -44,7 +44,7 @@ class Process(warm.Popen):
         super().__init__([sys.executable, *map(str, command)], **options, **out)
 
     def output(self, seconds=240):
-        """The output once it has ended; if that takes too long, all its processes write what they are at and end."""
+        """Wait for the end and return the output; after a timeout, end all processes with stack traces."""
         try:
             return self.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
@@ -53,7 +53,7 @@ class Process(warm.Popen):
 
 
 def run(*command, status=0, **changes):
-    """Run to the end; the output, which must come with that exit status."""
+    """Run to the end, check the exit status, and return the output."""
     process = Process(command, **changes)
     output = process.output()
     assert process.returncode == status, output
@@ -66,7 +66,7 @@ def torchrun(processes, *command, **options):
 
 
 def write_folders(root, names, per_class=12, parts=("train", "val")):
-    """PART/NAME/NUMBER.png: noise about one color for each class, so that a few updates tell them apart."""
+    """Write PART/NAME/NUMBER.png: noise around one color per class, which a few updates can learn."""
     for part in parts:
         generator = np.random.default_rng(len(part))
         for label, name in enumerate(names):
@@ -91,7 +91,7 @@ def log_of(folder):
 
 @contextlib.contextmanager
 def user_error(*words):
-    """Wants a UserError of one line which holds all these words."""
+    """Expect a one-line UserError that contains all these words."""
     with pytest.raises(UserError) as info:
         yield info
     message = str(info.value)

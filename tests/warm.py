@@ -34,7 +34,7 @@ SET_CHILD_SUBREAPER = 36  # of prctl(2)
 
 
 def at_startup(environment):
-    """What a process reads while it imports, or what libraries read while they load.
+    """Return the variables that Python or libraries read while importing.
 
     Not PYTHONFAULTHANDLER, which harms nobody: a warm process always has it.
     """
@@ -42,7 +42,7 @@ def at_startup(environment):
 
 
 def receive(connection, length):
-    """That many bytes; none at the end."""
+    """Receive this many bytes; b"" at the end."""
     content = b""
     while len(content) < length:
         part = connection.recv(length - len(content))
@@ -75,7 +75,7 @@ class Server:
         atexit.register(self.close)
 
     def fork(self, request, streams):
-        """The process id of a child of this process that runs the request."""
+        """Fork a child that runs the request; return its process id."""
         prctl = ctypes.CDLL(None).prctl
         content = json.dumps(request).encode()
         socket.send_fds(self.socket, [LENGTH.pack(len(content))], streams)
@@ -120,7 +120,7 @@ class Popen(subprocess.Popen):
 
 
 def streams_of(pipes):
-    """The child's ends, by its file descriptors 0 to 2, of subprocess's six."""
+    """Return the child's ends of subprocess's six pipe descriptors, by number 0 to 2."""
     given = pipes[0], pipes[3], pipes[5]
     return [number if stream == -1 else stream for number, stream in enumerate(given)]
 
@@ -129,7 +129,7 @@ def streams_of(pipes):
 
 
 def serve(connection):
-    """Fork for each request until there are no more; returns only in a fork: what to run, and its streams."""
+    """Fork for each request until none are left; return only in a fork, with the request and its streams."""
     while True:
         length, streams, *_ = socket.recv_fds(connection, LENGTH.size, 3)
         if not length:
@@ -185,7 +185,7 @@ def end_with(request, streams):
 
 
 def show(environment):
-    """Write the environment to where /proc/PID/environ has that of the server."""
+    """Overwrite the environment in /proc/PID/environ, which is that of the server."""
     content = b"\0".join(os.fsencode(f"{key}={value}") for key, value in environment.items())
     if len(content) >= CHARACTERS - 2:
         raise RuntimeError(f"an environment of {len(content)} bytes does not fit")
@@ -193,7 +193,7 @@ def show(environment):
 
 
 def run(request, streams):
-    """What `python WORDS` does in this environment."""
+    """Do what `python WORDS` does in this environment."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
