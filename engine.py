@@ -331,7 +331,7 @@ def autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
 
 
 class Ema(ModelEmaV3):
-    """timm's EMA of weights and buffers, with the tensors listed only once, since listing takes longer than the update.
+    """timm's EMA of weights and buffers; it lists the tensors only once, since listing takes longer than the update.
 
     Args:
         model: on its device; its tensors may be updated in place, but not replaced.

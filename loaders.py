@@ -102,7 +102,11 @@ class PaddedImages(Dataset):
     """
 
     def __init__(self, source: Source) -> None:
-        """Args: source: images in memory or packed, which have `shapes`."""
+        """Keep the source and the size of its padded buffer.
+
+        Args:
+            source: images in memory or packed, which have `shapes`.
+        """
         self.source, self.size = source, padded_size(source)
 
     def __len__(self) -> int:

@@ -226,7 +226,7 @@ def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, rep
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `model.compile()` was called."""
+    """Return True if `model.compile()` was called."""
     return getattr(model, "_compiled_call_impl", None) is not None
 
 

@@ -118,7 +118,12 @@ class PackImages:
     """
 
     def __init__(self, folder: str | Path, split: str, flag: str = "--data-path") -> None:
-        """Args: split: "train" or "val"; flag: the flag that named the folder, for error messages."""
+        """Open a split and check all files but the shards.
+
+        Args:
+            split: "train" or "val".
+            flag: the flag that named the folder, for error messages.
+        """
         self.folder, self.split = Path(folder), split
         about = read_about(self.folder, flag)
         try:

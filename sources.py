@@ -46,7 +46,12 @@ class BrokenImages:
     """Indices of unreadable images, up to a limit, shared by all data-loader workers of this process."""
 
     def __init__(self, images: Images, limit: int) -> None:
-        """Args: images: to get their names; limit: how many different ones to tolerate over all ranks."""
+        """Start without broken images.
+
+        Args:
+            images: used for the names in messages.
+            limit: number of different broken images to tolerate over all ranks.
+        """
         self.images, self.limit = images, limit
         self.found = torch.full((limit + 1,), -1).share_memory_()  # indices, then -1
         self.lock = torch.multiprocessing.Lock()
@@ -158,7 +163,11 @@ class PathImages:
     """Image files; paths are stored in one array, because each worker would copy a list of a million strings."""
 
     def __init__(self, paths: Sequence[str | Path], upright: bool = False) -> None:
-        """Args: upright: rotate photos as their EXIF orientation says."""
+        """Keep the paths.
+
+        Args:
+            upright: rotate photos as their EXIF orientation says.
+        """
         self.paths, self.upright = np.array([os.fsencode(path) for path in paths]), upright
 
     def __getitem__(self, index: int) -> Image.Image:
@@ -175,7 +184,12 @@ class MemoryImages:
     """Decoded images in one uint8 buffer, shared with forked data-loader workers."""
 
     def __init__(self, arrays: Sequence[np.ndarray], names: bytes = b"") -> None:
-        """Args: arrays: uint8 [H, W, 3] each, of any sizes; names: names of their files."""
+        """Copy the images into the buffer.
+
+        Args:
+            arrays: uint8 [H, W, 3] each, of any sizes.
+            names: names of the files that they are from.
+        """
         self.names = names
         self.shapes = np.array([array.shape for array in arrays])
         self.ends = np.cumsum(self.shapes.prod(axis=1))

@@ -50,7 +50,7 @@ class RunError(Exception):
 
 
 class Preempted(Exception):
-    """The run stopped because of a signal; exit status 75 (EX_TEMPFAIL: try again later).
+    """A stop of the run because of a signal; exit status 75 (EX_TEMPFAIL: try again later).
 
     Attributes:
         signal: number of that signal.

@@ -66,7 +66,7 @@ def _centers(number: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _bicubic(x: torch.Tensor) -> torch.Tensor:
-    """Keys' cubic kernel with a = -1/2, which PIL uses."""
+    """Evaluate Keys' cubic kernel with a = -1/2, which PIL uses."""
     x = x.abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
