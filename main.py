@@ -230,6 +230,7 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
     data = " ".join(filter(None, (args.data_set, args.data_path)))
     logger.info("data      %s: %s, %d classes", data, images, run.train.num_classes)
     logger.info("device    %d x %s (%s), %s", run.world.size, device.type, name, precision)
+    utils.suggest_allocator(device)
     logger.info("training  %d epochs of %s", args.epochs, updates)
     logger.info("output    %s", args.output_dir or "none")
     if len(run.train) < engine.FEW_IMAGES and not (args.pretrained or args.finetune or args.resume):

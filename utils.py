@@ -335,6 +335,20 @@ def set_up_kernels(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def suggest_allocator(device: torch.device) -> None:
+    """Log how to preload tcmalloc if this process trains on a CPU with glibc's allocator.
+
+    glibc returns the memory of large activations to the system and maps it again in each step.
+    """
+    with contextlib.suppress(OSError):  # no such file outside Linux
+        libraries = Path("/proc/self/maps").read_text(errors="replace")
+        if device.type == "cpu" and not any(name in libraries for name in ("tcmalloc", "jemalloc", "mimalloc")):
+            logger.info(
+                "memory    glibc's allocator; small models train faster with LD_PRELOAD=libtcmalloc_minimal.so.4 "
+                "(Debian: libtcmalloc-minimal4)"
+            )
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 

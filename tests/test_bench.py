@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import types
 
 import pytest
 import tiny
@@ -126,6 +127,44 @@ def test_whole_runs_are_timed(tmp_path, capfd, monkeypatch):
         assert_spread(row, "ratio", "images_per_second_bare")
     (row,) = starts
     assert row["starts"] == 1 and row["seconds"] < time.perf_counter() - begin
+
+
+def test_runs_on_a_cpu_are_timed_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
+    started = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command, env, **options):
+            folder = bench.Path(command[-1])
+            folder.mkdir()
+            started.append((env.get("LD_PRELOAD"), env.get("OMP_NUM_THREADS")))
+            rates = (0.5, len(started))
+            (folder / "log.txt").write_text("".join(json.dumps({"images_per_second": r}) + "\n" for r in rates))
+
+        def communicate(self):
+            return "", ""
+
+    monkeypatch.setattr(bench, "subprocess", types.SimpleNamespace(Popen=Process, PIPE=None))
+    monkeypatch.setattr(bench, "available_cpus", lambda: 2)
+    monkeypatch.setattr(bench.ctypes.util, "find_library", lambda name: f"lib{name}.so.4")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (rows,) = run(tmp_path, capsys, "cpu")
+    library = "libtcmalloc_minimal.so.4"
+    assert started == [(None, None), (None, "1"), (None, "1"), (library, None), (library, "1"), (library, "1")]
+    assert [row["images_per_second"] for row in rows] == [1, 2 + 3, 4, 5 + 6]
+    assert rows[3]["ratio"] == 11 and rows[3]["name"] == "tcmalloc, one run per core"
+    monkeypatch.setattr(Process, "returncode", 2)
+    monkeypatch.setattr(Process, "communicate", lambda self: ("", "a line\nmain.py: error: no space\n"))
+    with pytest.raises(RunError, match="status 2: .*main.py: error: no space"):
+        bench.cpu(settled(), CPU)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_run_on_a_cpu_tells_its_images_per_second():
+    assert bench._rate_of_runs({"OMP_NUM_THREADS": "1"}, 1) > 0
 
 
 def test_an_epoch_is_held_against_what_was_timed_before_and_after_it(tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def test_recipes_of_deit_and_evit_fine_tune_without_stochastic_depth():
 def test_recipes_of_evit_state_what_its_scripts_state():
     for recipe in RECIPES:
         args = parse(f"@{recipe}")
-        assert (args.fuse_token is True) is recipe.stem.startswith("evit")
+        assert (args.fuse_token is True) is ("evit" in recipe.stem)
 
 
 IMAGES = {"IMNET": 1281167, "INAT": 437513, "INAT19": 265213, "CIFAR10": 50000, "CIFAR100": 50000}

@@ -37,6 +37,30 @@ def test_a_device_that_is_not_there_is_the_user_s_mistake(name, monkeypatch):
         select_device(name, local_rank=0)
 
 
+@pytest.mark.parametrize(
+    "device, libraries, lines",
+    [
+        ("cpu", "/usr/lib/libc.so.6", 1),
+        ("cpu", "/usr/lib/libc.so.6\n/usr/lib/libtcmalloc_minimal.so.4.5.10", 0),
+        ("cpu", "/usr/lib/libjemalloc.so.2", 0),
+        ("cuda", "/usr/lib/libc.so.6", 0),
+        ("cpu", None, 0),  # not on Linux
+    ],
+)
+def test_another_allocator_is_suggested_on_a_cpu(device, libraries, lines, monkeypatch, caplog):
+    def read_text(path, errors):
+        assert str(path) == "/proc/self/maps"
+        if libraries is None:
+            raise FileNotFoundError
+        return libraries
+
+    monkeypatch.setattr(utils.Path, "read_text", read_text)
+    with caplog.at_level(logging.INFO, utils.logger.name):
+        monkeypatch.setattr(utils.logger, "propagate", True)
+        utils.suggest_allocator(torch.device(device))
+    assert caplog.text.count("LD_PRELOAD=libtcmalloc_minimal.so.4") == lines
+
+
 def test_auto_without_an_accelerator_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

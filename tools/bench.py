@@ -7,24 +7,30 @@
     end-to-end    runs of main.py, augmenting on the host and on the device,
                   against a bare training step
     start         seconds from `python main.py` to the end of its first step
+    cpu           runs of a small model on the CPU: glibc's allocator, tcmalloc,
+                  one run per core
 
-Everything runs interleaved in this process. Each number is a median with
-minimum and maximum, each claim a ratio within the run. The results file is
-rewritten after each section, so an interrupted run keeps the finished ones.
+Everything runs interleaved, start and cpu in processes of their own, the rest
+in this process. Each number is a median with minimum and maximum, each claim a
+ratio within the run. The results file is rewritten after each section, so an
+interrupted run keeps the finished ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes.util
 import gc
 import itertools
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,11 +59,16 @@ from tools.chaos import REPOSITORY
 from tools.checkpoint_cost import until_step
 from tools.command import one_line_errors
 from tools.timing import compare, describe_environment, interleaved_rates, ratio_row, spread, write_results
-from utils import StepLog, UserError, World, available_cpus, select_device, set_up_kernels
+from utils import RunError, StepLog, UserError, World, available_cpus, select_device, set_up_kernels
 
 CLASSES = 1000
 EPOCHS = 5  # of a run of main.py; the first one warms up
 STARTS = 3  # maximum
+SMALL_RUN = [  # flags of the runs in section cpu
+    *("--data-set", "DIGITS", "--model", "deit_tiny_patch16_224", "--model-kwargs", "embed_dim=96", "depth=6"),
+    *("--input-size", "32", "--patch-size", "4", "--batch-size", "64", "--epochs", "2", "--eval-interval", "2"),
+    *("--warmup-epochs", "0", "--no-model-ema", "--augment", "device", "--num-workers", "0", "--device", "cpu"),
+]
 DISTINCT = 64  # number of different images to augment
 PEAK_FLOPS = {  # dense 16-bit FLOP/s, as stated by the manufacturer
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -301,6 +312,55 @@ def start(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
     return [{"name": "from the command to its first step", "starts": len(seconds)} | spread("seconds", seconds)]
 
 
+def cpu(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Epochs of main.py with a small model on the CPU, in processes of their own; the device of the tool is not used.
+
+    tcmalloc is compared only if it is installed. The images/s of runs side by side are added up.
+    """
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    ways: dict[str, tuple[dict[str, str], int]] = {
+        "glibc's allocator": ({}, 1),
+        "glibc's allocator, one run per core": (one_thread, available_cpus()),
+    }
+    library = ctypes.util.find_library("tcmalloc_minimal")
+    if library:
+        preload = {"LD_PRELOAD": library}
+        ways["tcmalloc"] = preload, 1
+        ways["tcmalloc, one run per core"] = preload | one_thread, available_cpus()
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, (environment, runs) in ways.items():
+            rates[name].append(_rate_of_runs(environment, runs))
+    first = next(iter(ways))
+    return [{"name": name, "against": first} | ratio_row(found, rates[first]) for name, found in rates.items()]
+
+
+def _rate_of_runs(environment: Mapping[str, str], runs: int) -> float:
+    """Images/s of the second epoch of runs side by side, added up.
+
+    Raises:
+        RunError: if one of them fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / str(number) for number in range(runs)]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "main.py", *SMALL_RUN, "--output-dir", str(own)],
+                cwd=REPOSITORY,
+                env=os.environ | environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for own in folders
+        ]
+        errors = [process.communicate()[1] for process in started]
+        for process, error in zip(started, errors, strict=True):
+            if process.returncode:
+                raise RunError(f"main.py ended with status {process.returncode}: {error.strip().splitlines()[-1:]}")
+        logs = [(own / "log.txt").read_text().splitlines() for own in folders]
+    return sum(json.loads(log[-1])["images_per_second"] for log in logs)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 SECTIONS = {
@@ -310,6 +370,7 @@ SECTIONS = {
     "distillation": distillation,
     "end-to-end": end_to_end,
     "start": start,
+    "cpu": cpu,
 }
 
 
