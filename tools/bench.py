@@ -313,9 +313,9 @@ def start(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
 
 
 def cpu(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Epochs of main.py with a small model on the CPU, in processes of their own; the device of the tool is not used.
+    """Measure epochs of main.py with a small model on the CPU, in separate processes; `device` is not used.
 
-    tcmalloc is compared only if it is installed. The images/s of runs side by side are added up.
+    tcmalloc is compared if it is installed. The images/s of parallel runs are added.
     """
     one_thread = {"OMP_NUM_THREADS": "1"}
     ways: dict[str, tuple[dict[str, str], int]] = {
@@ -336,7 +336,7 @@ def cpu(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
 
 
 def _rate_of_runs(environment: Mapping[str, str], runs: int) -> float:
-    """Images/s of the second epoch of runs side by side, added up.
+    """Return the sum of images/s of parallel runs, in their second epoch.
 
     Raises:
         RunError: if one of them fails.
