@@ -65,8 +65,8 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
     parser = flags.Parser(
         prog=f"python -m tools.{tool}",
         description=description,
-        epilog="The model and the data are those that the checkpoint names. Flags of main.py may be\nadded and take "
-        "precedence: --data-path, --device, --batch-size, --num-workers, --amp,\n--model, --base-keep-rate, ...",
+        epilog="Model and data come from the checkpoint. Flags of main.py override them:\n--data-path, --device, "
+        "--batch-size, --num-workers, --amp, --model,\n--base-keep-rate, ...",
     )
     # Set before the flags are added, so that they are hidden from the help, which mentions them in words.
     parser.set_defaults(resume="", main_flags=[])
