@@ -230,9 +230,12 @@ def image_files(
     found = {}
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         folders[:] = [name for name in sorted(filter(_is_visible, folders)) if _is_new(os.path.join(root, name), seen)]
-        visible = sorted(filter(_is_visible, names))
-        found[root] = [os.path.join(root, name) for name in visible if is_image_file(name)]
-        skipped.update(Path(name).suffix.lower() or "no suffix" for name in visible if not is_image_file(name))
+        prefix, found[root] = os.path.join(root, ""), []
+        for name in sorted(filter(_is_visible, names)):
+            if is_image_file(name):
+                found[root].append(prefix + name)
+            else:
+                skipped[Path(name).suffix.lower() or "no suffix"] += 1
         if progress:
             progress.advance(len(names))
     return [path for root in sorted(found) for path in found[root]]

@@ -195,7 +195,7 @@ class Paths:
     def file_names(self, order: np.ndarray) -> bytes:
         """The names without folders, with NULs between them."""
         parts = []
-        for part in np.array_split(order, len(order) // 2**16 + 1):
+        for part in np.array_split(order, len(order) // 2**13 + 1):
             starts, lengths = self.starts[part], self.starts[part + 1] - self.starts[part]
             shifts = starts - np.cumsum(lengths) + lengths
             parts.append(self.names[np.repeat(shifts, lengths) + np.arange(lengths.sum())].tobytes())

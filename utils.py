@@ -646,8 +646,8 @@ def _read_result(path: Path) -> Any:
         content = torch.load(path, weights_only=True, mmap=is_utf8(str(path)))
     except OSError:
         raise UserError(
-            f"TMPDIR {path.parent}: the first process of this machine has written nothing there; set TMPDIR to a "
-            f"folder that all processes of the machine share"
+            f"TMPDIR {path.parent}: the first process of this machine has written nothing there; if it does not say "
+            f"why, set TMPDIR to a folder that all of them share"
         ) from None
     if "mistake" in content:
         raise UserError(content["mistake"])
