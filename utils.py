@@ -594,8 +594,8 @@ def main_process_first(local_rank: int = 0) -> Iterator[None]:
 def once_per_machine(make: Callable[[], Any], local_rank: int = 0) -> Any:
     """Call `make` on the first process of each machine; all of its processes get the result.
 
-    They map its tensors from one temporary file, so that they share the memory. The file is deleted before this
-    returns: no later run can read it.
+    They map its tensors from one temporary file, so that they share the memory. The first process deletes the file as
+    soon as all have mapped it: no later run can read it.
 
     Args:
         make: returns what `torch.load(weights_only=True)` reads.

@@ -224,6 +224,7 @@ for case in ("good", "empty class", "unexpected", "not shared"):
         except Exception as error:
             parts, result["error"] = (), f"{type(error).__name__}: {error}"
     result["walks"] = walk.call_count
+    utils.barrier()  # the first rank deletes the file
     result["temporary files"] = os.listdir(tempfile.tempdir)
     for part, name in zip(parts, ("train", "val")):
         theirs = torchvision.datasets.ImageFolder(folder / "good" / name)
