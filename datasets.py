@@ -41,13 +41,25 @@ from sources import (
     PathImages,
     Source,
     StreamingImages,
+    as_tensors,
     class_index,
+    from_tensors,
     hold_out,
     keep_in_memory,
     take_fraction,
     whole_source,
 )
-from utils import RunError, UserError, logger, main_process_first, read_json, reason, regular_file
+from utils import (
+    Progress,
+    RunError,
+    UserError,
+    logger,
+    main_process_first,
+    once_per_machine,
+    read_json,
+    reason,
+    regular_file,
+)
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NAMES = ("CIFAR", "CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "FLOWERS", "CARS", "DIGITS", "PACKED")
@@ -141,19 +153,27 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
     if name == "DIGITS":
         return _digits()
     if name.startswith(CSV):
-        return _csv(options)
+        return _listed_once(partial(_csv, options), local_rank)
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
         return _cifar(root, name, local_rank, eval_only)
+    if name == "FLOWERS":
+        return _flowers(root, local_rank)
+    if name == "PACKED":
+        return _packed(root)
     readers = {
-        "IMNET": lambda: _image_folders(root, options.val_fraction, eval_only),
-        "FLOWERS": lambda: _flowers(root, local_rank),
-        "CARS": lambda: _cars(root),
-        "PACKED": lambda: _packed(root),
-        "INAT": lambda: _inaturalist(root, 2018, options),
-        "INAT19": lambda: _inaturalist(root, 2019, options),
+        "IMNET": partial(_image_folders, root, options.val_fraction, eval_only),
+        "CARS": partial(_cars, root),
+        "INAT": partial(_inaturalist, root, 2018, options),
+        "INAT19": partial(_inaturalist, root, 2019, options),
     }
-    return readers[name]()
+    return _listed_once(readers[name], local_rank)
+
+
+def _listed_once(read: Callable[[], tuple[Source, Source]], local_rank: int) -> tuple[Source, Source]:
+    """Find image files on the first process of each machine; the others map its list of them."""
+    train, val = from_tensors(once_per_machine(lambda: as_tensors(read()), local_rank))
+    return train, val
 
 
 def _upright(part: Data, options: DataOptions) -> Data:
@@ -166,7 +186,7 @@ def _upright(part: Data, options: DataOptions) -> Data:
         return part
     if not (isinstance(part, Source) and isinstance(part.images, PathImages)):
         raise UserError(f"--upright: {options.data_set} is not read from image files; drop the flag")
-    return replace(part, images=PathImages(part.images.paths.tolist(), upright=True))
+    return replace(part, images=PathImages(part.images.paths, upright=True))
 
 
 def _folder_of(name: str, data_path: str | None) -> Path:
@@ -193,12 +213,15 @@ def _digits() -> tuple[Source, Source]:
     return replace(source, order=np.flatnonzero(~held_out)), replace(source, order=np.flatnonzero(held_out))
 
 
-def image_files(folder: str | Path, seen: set[Any], skipped: Counter[str]) -> list[str]:
-    """List the image files under a folder, sorted by folder and name; skip hidden files and leftovers of archives.
+def image_files(
+    folder: str | Path, seen: set[Any], skipped: Counter[str], progress: Progress | None = None
+) -> list[str]:
+    """The image files under a folder, sorted by folder and name, without hidden ones and what archives leave behind.
 
     Args:
-        seen: folders that must not be entered (again), since links may lead back to them; updated.
-        skipped: counts other files by suffix; updated.
+        seen: folders that are not entered (again), as links may lead to them; grows.
+        skipped: counts the other files by suffix.
+        progress: counts the files of each folder.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -207,9 +230,14 @@ def image_files(folder: str | Path, seen: set[Any], skipped: Counter[str]) -> li
     found = {}
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         folders[:] = [name for name in sorted(filter(_is_visible, folders)) if _is_new(os.path.join(root, name), seen)]
-        visible = sorted(filter(_is_visible, names))
-        found[root] = [os.path.join(root, name) for name in visible if is_image_file(name)]
-        skipped.update(Path(name).suffix.lower() or "no suffix" for name in visible if not is_image_file(name))
+        prefix, found[root] = os.path.join(root, ""), []
+        for name in sorted(filter(_is_visible, names)):
+            if is_image_file(name):
+                found[root].append(prefix + name)
+            else:
+                skipped[Path(name).suffix.lower() or "no suffix"] += 1
+        if progress:
+            progress.advance(len(names))
     return [path for root in sorted(found) for path in found[root]]
 
 
@@ -323,22 +351,27 @@ def _folder_part(
             raise UserError(f"--data-path {root}: {path} is a link to a folder that is already read; remove it")
     loose = sum(_is_visible(path.name) and path.is_file() for path in folder.iterdir())
     skipped = Counter({"outside of class folders": loose} if loose else {})
-    paths: list[str] = []
-    targets: list[int] = []
-    for label, name in enumerate(class_names):
-        found = [file for path in folders.get(name, ()) for file in image_files(path, seen, skipped)]
-        if not found and not allow_empty:
-            raise UserError(
-                f"--data-path {root}: no images in {folder.name}/ for class {name}; fill or remove the folder"
-            )
-        paths += found
-        targets += [label] * len(found)
-    if not paths:
+    counts = np.zeros(len(class_names), dtype=np.int64)
+    progress = Progress(f"listing {folder}", None, "file")
+
+    def files() -> Iterator[str]:
+        for label, name in enumerate(class_names):
+            found = [file for path in folders.get(name, ()) for file in image_files(path, seen, skipped, progress)]
+            if not found and not allow_empty:
+                raise UserError(
+                    f"--data-path {root}: no images in {folder.name}/ for class {name}; fill or remove the folder"
+                )
+            counts[label] = len(found)
+            yield from found
+
+    with contextlib.closing(progress):
+        images = PathImages(files())
+    if not len(images):
         raise UserError(f"--data-path {root}: no images in {folder.name}/; it needs {folder.name}/CLASS/IMAGE")
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         logger.warning("--data-path %s: %d files in %s/ are not read: %s", root, skipped.total(), folder.name, kinds)
-    source = whole_source(PathImages(paths), targets, class_names)
+    source = whole_source(images, np.repeat(np.arange(len(class_names)), counts), class_names)
     return replace(source, class_samples=_class_samples(source))
 
 
@@ -465,7 +498,7 @@ def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Sou
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
     needed = (root / "train").is_dir() or (eval_only and not (root / kind.base_folder).is_dir())
     if held_out is not None and needed:
-        return _folder_tree(root / "train", held_out, eval_only)
+        return _listed_once(partial(_folder_tree, root / "train", held_out, eval_only), local_rank)
     with main_process_first(local_rank):
         parts = [
             _downloaded(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)
@@ -579,7 +612,7 @@ def _timm_sources(options: DataOptions, local_rank: int, eval_only: bool) -> Tra
     """Read any data set that timm supports; streams (`wds/`, `tfds/`, `hfids/`) have no index, the others do."""
     name, kind = options.data_set, options.data_set.lower().rpartition("/")[2]
     if name.startswith("torch/") and kind in ("folder", "image_folder"):
-        return _torch_folders(options, eval_only)
+        return _listed_once(partial(_torch_folders, options, eval_only), local_rank)
     if name.startswith("torch/") and kind in TRAIN_OR_TEST:
         accepted = [*TORCH_SPLITS["train"], *TORCH_SPLITS["test"]]
         for flag, split in (("--train-split", options.train_split), ("--val-split", options.val_split)):

@@ -10,7 +10,8 @@ import io
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,8 +143,8 @@ class Source:
             ) from error
 
     def label_checksum(self) -> int:
-        """Return the CRC-32 of the classes in order."""
-        return zlib.crc32(self.targets[self.order].tobytes())
+        """CRC-32 of the classes in order."""
+        return zlib.crc32(self.targets[self.order])
 
     def file_names(self) -> bytes:
         """Return the image file names in order, without folders, which may move; b"" if there are none."""
@@ -159,25 +160,115 @@ def whole_source(
     return Source(images, targets, len(names) or num_classes, np.arange(len(targets)), class_names=names)
 
 
+@dataclass(frozen=True)
+class Paths:
+    """File paths in a few arrays, which processes can share; a list of a million strings takes several times as much.
+
+    A path is a folder, which ends with a slash, and a name. In `folders` and `names`, each is followed by a NUL.
+    """
+
+    names: np.ndarray  # uint8
+    starts: np.ndarray  # int64 [N + 1], of each name; then the end
+    folders: np.ndarray  # uint8
+    folder_starts: np.ndarray  # int64 [number of folders + 1]
+    folder_of: np.ndarray  # int32 [N]
+
+    @classmethod
+    def listed(cls, paths: Iterable[str | Path]) -> Paths:
+        """The paths in their order."""
+        index: dict[bytes, int] = {}
+        folder_of = array("i")
+
+        def names() -> Iterator[bytes]:
+            for path in map(os.fsencode, paths):
+                length = path.rfind(b"/") + 1
+                folder_of.append(index.setdefault(path[:length], len(index)))
+                yield path[length:]
+
+        joined, starts = _joined(names())
+        return cls(joined, starts, *_joined(index), np.frombuffer(folder_of, np.int32))
+
+    def __len__(self) -> int:
+        return len(self.folder_of)
+
+    def __getitem__(self, index: int) -> bytes:
+        folder = self.folder_of[index]
+        start, end = self.folder_starts[folder : folder + 2]
+        first, last = self.starts[index : index + 2]
+        return self.folders[start : end - 1].tobytes() + self.names[first : last - 1].tobytes()
+
+    def file_names(self, order: np.ndarray) -> bytes:
+        """The names without folders, with NULs between them."""
+        parts = []
+        for part in np.array_split(order, len(order) // 2**13 + 1):
+            starts, lengths = self.starts[part], self.starts[part + 1] - self.starts[part]
+            shifts = starts - np.cumsum(lengths) + lengths
+            parts.append(self.names[np.repeat(shifts, lengths) + np.arange(lengths.sum())].tobytes())
+        return b"".join(parts)[:-1]
+
+
+def _joined(texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The texts, each followed by a NUL, as uint8; where each starts, and the end."""
+    joined, starts = bytearray(), array("q", [0])
+    for text in texts:
+        joined += text + b"\0"
+        starts.append(len(joined))
+    return np.frombuffer(joined, np.uint8), np.frombuffer(starts, np.int64)
+
+
 class PathImages:
-    """Image files; paths are stored in one array, because each worker would copy a list of a million strings."""
+    """Image files."""
 
-    def __init__(self, paths: Sequence[str | Path], upright: bool = False) -> None:
-        """Keep the paths.
+    def __init__(self, paths: Paths | Iterable[str | Path], upright: bool = False) -> None:
+        """Args: upright: turn photos as their EXIF orientation says."""
+        self.paths, self.upright = paths if isinstance(paths, Paths) else Paths.listed(paths), upright
 
-        Args:
-            upright: rotate photos as their EXIF orientation says.
-        """
-        self.paths, self.upright = np.array([os.fsencode(path) for path in paths]), upright
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return open_rgb(os.fsdecode(self.paths[index]), upright=self.upright)
+        return open_rgb(self.describe(index), upright=self.upright)
 
     def describe(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
 
     def file_names(self, order: np.ndarray) -> bytes:
-        return b"\0".join(path.rpartition(b"/")[2] for path in self.paths[order].tolist())
+        return self.paths.file_names(order)
+
+
+def as_tensors(parts: Sequence[Source]) -> list[dict[str, Any]]:
+    """Sources of image files as plain values, for `from_tensors`. What they share stays shared."""
+    tensors: dict[int, torch.Tensor] = {}
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return tensors.setdefault(id(values), torch.from_numpy(values))
+
+    return [
+        {
+            "paths": {name: tensor(values) for name, values in vars(part.images.paths).items()},
+            "targets": tensor(part.targets),
+            "order": tensor(part.order),
+            "num_classes": part.num_classes,
+            "class_names": list(part.class_names),
+            "class_samples": list(part.class_samples),
+        }
+        for part in parts
+    ]
+
+
+def from_tensors(parts: Sequence[dict[str, Any]]) -> list[Source]:
+    """The sources of `as_tensors`, without a copy."""
+    return [
+        Source(
+            images=PathImages(Paths(**{name: values.numpy() for name, values in part["paths"].items()})),
+            targets=part["targets"].numpy(),
+            num_classes=part["num_classes"],
+            order=part["order"].numpy(),
+            class_names=tuple(part["class_names"]),
+            class_samples=tuple(part["class_samples"]),
+        )
+        for part in parts
+    ]
 
 
 class MemoryImages:
@@ -280,7 +371,6 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
     Raises:
         UserError: if a class has only one image.
     """
-    names = np.array(source.file_names().split(b"\0"))
     is_held_out = np.zeros(len(source), dtype=bool)
     for label in range(source.num_classes):
         members = np.flatnonzero(source.targets[source.order] == label)
@@ -289,7 +379,8 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
             raise UserError(
                 f"--val-fraction {fraction:g}: class {name} has {len(members)} images, at least 2 are needed"
             )
-        keys = [hashlib.sha256(name).digest() for name in names[members]]
+        names = source.images.file_names(source.order[members]).split(b"\0")
+        keys = [hashlib.sha256(name).digest() for name in names]
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         is_held_out[members[sorted(range(len(members)), key=keys.__getitem__)[:count]]] = True
     return replace(source, order=source.order[~is_held_out]), replace(source, order=source.order[is_held_out])

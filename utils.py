@@ -12,12 +12,14 @@ import math
 import multiprocessing
 import os
 import resource
+import secrets
 import shutil
 import signal
 import socket
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -603,6 +605,71 @@ def main_process_first(local_rank: int = 0) -> Iterator[None]:
             barrier(is_long=True)
 
 
+def once_per_machine(make: Callable[[], Any], local_rank: int = 0) -> Any:
+    """Call `make` on the first process of each machine; all of its processes get the result.
+
+    They map its tensors from one temporary file, so that they share the memory. The first process deletes the file as
+    soon as all have mapped it: no later run can read it.
+
+    Args:
+        make: returns what `torch.load(weights_only=True)` reads.
+
+    Raises:
+        UserError: on all processes of the machine, if `make` raises it, or if they do not share TMPDIR.
+        RunError: on the others, if `make` raises anything else.
+    """
+    if not is_distributed():
+        return make()
+    path = Path(tempfile.gettempdir(), f"deit-{int(*agree(secrets.randbits(48))):012x}")
+    try:
+        with main_process_first(local_rank):
+            if local_rank == 0:
+                _write_result(make, path)
+            return _read_result(path)
+    finally:
+        barrier(is_long=True)  # all have mapped the file
+        if local_rank == 0:
+            path.unlink(missing_ok=True)
+
+
+def _write_result(make: Callable[[], Any], path: Path) -> None:
+    """Write what `make` returns or raises. Machines that share the folder replace each other's equal files."""
+    failure: Exception | None = None
+    try:
+        content = {"result": make()}
+    except Exception as error:
+        kind, said = ("mistake", "") if isinstance(error, UserError) else ("error", f"{type(error).__name__}: ")
+        failure, content = error, {kind: f"{said}{reason(error)}"}
+    own = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    try:
+        with open(own, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+            torch.save(content, stream)
+        os.replace(own, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        failure = failure or UserError(
+            f"TMPDIR {path.parent}: cannot be written ({reason(error)}); name another folder"
+        )
+    finally:
+        own.unlink(missing_ok=True)
+    if failure is not None:
+        raise failure
+
+
+def _read_result(path: Path) -> Any:
+    try:
+        content = torch.load(path, weights_only=True, mmap=is_utf8(str(path)))
+    except OSError:
+        raise UserError(
+            f"TMPDIR {path.parent}: the first process of this machine has written nothing there; if it does not say "
+            f"why, set TMPDIR to a folder that all of them share"
+        ) from None
+    if "mistake" in content:
+        raise UserError(content["mistake"])
+    if "error" in content:
+        raise RunError(f"the first process of this machine: {content['error']}")
+    return content["result"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1088,18 +1155,19 @@ class Progress:
     """A progress bar on a terminal, otherwise log lines; silent if this process does not log.
 
     Args:
-        description: name of the task.
-        total: number of units.
+        description: what is done.
+        total: number of units to do, or None if it is not known.
         unit: what is counted.
         done: units already done.
     """
 
     LINE_SECONDS = 10.0  # minimum time between two default lines
 
-    def __init__(self, description: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, description: str, total: int | None, unit: str, done: int = 0) -> None:
         self.description, self.unit, self.first = description, unit, done
         on_terminal = logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()  # only rank 0 logs
         options = {"total": total, "initial": done, "desc": description, "unit": unit}
+        options["delay"] = 1 if total is None else 0  # s: it may be over at once
         self.bar = tqdm(**options, disable=not on_terminal, leave=False)
         self.done, self.start = done, time.perf_counter()
         self.said = self.start
@@ -1130,6 +1198,8 @@ class Progress:
 
     def _default_line(self, now: float) -> str:
         rate = (self.done - self.first) / max(1e-9, now - self.start)
+        if self.bar.total is None:
+            return f"{self.description}: {self.done} {self.unit}s, {rate:.0f} {self.unit}s/s"
         left = (self.bar.total - self.done) / max(1e-9, rate)
         counted = f"{self.done} of {self.bar.total} {self.unit}s"
         return f"{self.description}: {counted}, {rate:.0f} {self.unit}s/s, {left:.0f} s left"

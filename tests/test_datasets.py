@@ -405,6 +405,38 @@ def test_samples_are_in_the_order_of_torchvision(tmp_path):
     assert list(zip(paths_of(train), train.targets.tolist(), strict=True)) == theirs.samples
 
 
+ODD_NAMES = ["x.png", "/x.png", "a//b.png", "./a/x.png", "a b/\n.png", "é/\udce9.png", "-.png", "a/b/c/x" * 40 + ".png"]
+
+
+def test_paths_in_arrays_are_the_paths_that_were_listed():
+    images = PathImages(path for path in [*ODD_NAMES, Path("a/x.png")])
+    paths = [*ODD_NAMES, "a/x.png"]
+    assert [images.describe(index) for index in range(len(images))] == paths
+    for order in ([], [3], [0, 1, 2], [8, 8, 5, 0], range(len(paths))):
+        names = [os.fsencode(paths[index]).rpartition(b"/")[2] for index in order]
+        assert images.file_names(np.array(order, dtype=np.int64)) == b"\0".join(names)
+
+
+def test_names_of_many_files_are_joined_in_their_order():
+    images, order = (
+        PathImages(f"{n % 7}/{n:x}.png" for n in range(70_000)),
+        np.random.default_rng(0).permutation(70_000),
+    )
+    assert images.file_names(order) == b"\0".join(b"%x.png" % n for n in order)
+
+
+def test_odd_names_are_listed_as_by_os_walk(tmp_path):
+    for part, label, name in itertools.product(("train", "val"), ("b", "a \udce9", "a"), ODD_NAMES):
+        path = f"{tmp_path}/{part}/{label}/{name[-200:]}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).touch()
+    for source, part in zip(read("IMNET", tmp_path), ("train", "val"), strict=True):
+        found = sorted((root, name) for root, _, names in os.walk(tmp_path / part) for name in names)
+        assert sorted(paths_of(source)) == sorted(os.path.join(*pair) for pair in found)
+        samples = torchvision.datasets.ImageFolder(tmp_path / part).samples
+        assert list(zip(paths_of(source), source.targets.tolist(), strict=True)) == samples
+
+
 def test_files_that_are_not_read_are_counted_in_one_warning_per_part(tmp_path, caplog):
     write_tree(tmp_path)
     for file in ("cat/a.gif", "cat/b.GIF", "dog/deep/c.avif", "dog/d.jfif", "cat/README", "loose.png"):

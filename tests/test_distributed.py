@@ -1,6 +1,7 @@
 """Whole runs, mostly in real processes: launchers, exact evaluation, reproducibility."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -203,6 +204,83 @@ def test_ranks_of_two_hosts_meet_through_the_interface_between_them(two_hosts):
             rank.kill()
     # before that, torch may say that the other has no name
     assert [output.splitlines()[-1] for output in outputs] == [f"[1.0, 0.0] {link}" for link in two_hosts[1]], outputs
+
+
+LISTING = """
+import json, os, sys, tempfile
+from pathlib import Path
+from unittest import mock
+sys.path.insert(0, os.getcwd())
+import torchvision, datasets, utils
+folder, world, results = Path(sys.argv[1]), utils.init_distributed("cpu"), {}
+for case in ("good", "empty class", "unexpected", "not shared"):
+    tempfile.tempdir = str(folder / ("other" if world.rank and case == "not shared" else "temporary"))
+    images = None if case == "unexpected" else datasets.PathImages
+    options = datasets.DataOptions("IMNET", str(folder / ("bad" if case == "empty class" else "good")))
+    result = results[case] = {}
+    with mock.patch("os.walk", wraps=os.walk) as walk, mock.patch.object(datasets, "PathImages", images):
+        try:
+            parts = datasets.read_sources(options, world.local_rank)
+        except Exception as error:
+            parts, result["error"] = (), f"{type(error).__name__}: {error}"
+    result["walks"] = walk.call_count
+    utils.barrier()  # the first rank deletes the file
+    result["temporary files"] = os.listdir(tempfile.tempdir)
+    for part, name in zip(parts, ("train", "val")):
+        theirs = torchvision.datasets.ImageFolder(folder / "good" / name)
+        samples = [(part.images.describe(index), int(part.targets[index])) for index in part.order]
+        result[name] = samples == theirs.samples and part.class_names == tuple(theirs.classes)
+        result["samples"] = part.class_samples
+        result["mapped"] = any("deit-" in line for line in Path("/proc/self/maps").read_text().splitlines())
+Path(folder, f"rank{world.rank}.json").write_text(json.dumps(results))
+utils.shut_down_distributed()
+"""
+
+
+@pytest.fixture(scope="module")
+def listings(tmp_path_factory):
+    """What two ranks found in folders, by case."""
+    folder = tmp_path_factory.mktemp("listings")
+    for name in ("good", "bad"):
+        tiny.write_folders(folder / name, ["cat", "caf\udce9", "dog"], per_class=2)
+    (folder / "good/train/cat/\udce9 \n.png").touch()
+    (folder / "bad/train/emu").mkdir()
+    for name in ("temporary", "other"):
+        (folder / name).mkdir()
+    (folder / "listing.py").write_text(LISTING)
+    tiny.torchrun(2, folder / "listing.py", folder)
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return {case: [rank[case] for rank in ranks] for case in ranks[0]}
+
+
+@pytest.mark.process
+def test_two_ranks_share_one_list_of_a_folder(listings):
+    first, second = listings["good"]
+    assert first == {"walks": 6, "temporary files": [], "train": True, "val": True, "mapped": True} | {
+        "samples": first["samples"]
+    }
+    assert second == first | {"walks": 0} and len(set(first["samples"])) == 3
+
+
+@pytest.mark.process
+def test_what_is_wrong_with_a_folder_is_said_on_both_ranks(listings):
+    first, second = listings["empty class"]
+    assert first["error"].startswith("UserError: --data-path") and "train/ for class emu" in first["error"]
+    assert second["error"] == first["error"] and second["walks"] == 0 and second["temporary files"] == []
+
+
+@pytest.mark.process
+def test_an_unexpected_error_of_the_list_ends_both_ranks(listings):
+    first, second = listings["unexpected"]
+    assert first["error"].startswith("TypeError: ")
+    assert second["error"] == f"RunError: the first process of this machine: {first['error']}"
+
+
+@pytest.mark.process
+def test_ranks_without_a_common_temporary_folder_are_a_user_error(listings):
+    first, second = listings["not shared"]
+    assert first["train"] and "error" not in first
+    assert second["error"].startswith("UserError: TMPDIR ") and "/other: the first process" in second["error"]
 
 
 @pytest.mark.process

@@ -362,6 +362,21 @@ def test_progress_counts_no_work_that_was_already_done(screen, clock):
     assert screen.lines() == ["teacher: 600 of 900 images, 5 images/s, 60 s left"]
 
 
+def test_progress_without_a_total_says_the_count_and_the_rate(screen, clock):
+    screen, progress = screen(), Progress("listing train", None, "file")
+    progress.advance(100)  # a small folder is listed without a word
+    clock.now += 1.5 * Progress.LINE_SECONDS
+    progress.advance(200)
+    assert screen.lines() == ["listing train: 300 files, 20 files/s"]
+
+
+def test_progress_without_a_total_shows_no_bar_for_a_moment(screen):
+    screen, progress = screen(is_terminal=True), Progress("listing train", None, "file")
+    progress.advance(100)
+    progress.close()
+    assert "listing" not in screen.getvalue()
+
+
 def test_progress_says_a_given_line_at_once(screen, clock):
     screen, progress = screen(), Progress("epoch 0", 100, "step")
     for step in range(3):

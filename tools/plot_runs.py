@@ -187,6 +187,8 @@ def plot(runs: Sequence[Run], keys: Sequence[str], axis: str, file: Path, refere
             axes.set_xlabel(label)
             axes.tick_params(labelbottom=True)  # which sharing turns off, except in the last row
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=axis == "epoch"))
+            if axis != "epoch":
+                axes.set_xlim(left=0)
             if axis == "images":
                 axes.xaxis.set_major_formatter(EngFormatter())
         for axes in panels[len(keys) :]:
