@@ -216,11 +216,11 @@ def _digits() -> tuple[Source, Source]:
 def image_files(
     folder: str | Path, seen: set[Any], skipped: Counter[str], progress: Progress | None = None
 ) -> list[str]:
-    """The image files under a folder, sorted by folder and name, without hidden ones and what archives leave behind.
+    """List the image files under a folder, sorted by folder and name; skip hidden files and leftovers of archives.
 
     Args:
-        seen: folders that are not entered (again), as links may lead to them; grows.
-        skipped: counts the other files by suffix.
+        seen: folders that must not be entered (again), since links may lead back to them; updated.
+        skipped: counts other files by suffix; updated.
         progress: counts the files of each folder.
 
     Raises:

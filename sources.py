@@ -143,7 +143,7 @@ class Source:
             ) from error
 
     def label_checksum(self) -> int:
-        """CRC-32 of the classes in order."""
+        """Return the CRC-32 of the classes in order."""
         return zlib.crc32(self.targets[self.order])
 
     def file_names(self) -> bytes:
@@ -175,7 +175,7 @@ class Paths:
 
     @classmethod
     def listed(cls, paths: Iterable[str | Path]) -> Paths:
-        """The paths in their order."""
+        """Store paths in their order."""
         index: dict[bytes, int] = {}
         folder_of = array("i")
 
@@ -198,7 +198,7 @@ class Paths:
         return self.folders[start : end - 1].tobytes() + self.names[first : last - 1].tobytes()
 
     def file_names(self, order: np.ndarray) -> bytes:
-        """The names without folders, with NULs between them."""
+        """Return the names without folders, separated by NULs."""
         parts = []
         for part in np.array_split(order, len(order) // 2**13 + 1):
             starts, lengths = self.starts[part], self.starts[part + 1] - self.starts[part]
@@ -208,7 +208,7 @@ class Paths:
 
 
 def _joined(texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The texts, each followed by a NUL, as uint8; where each starts, and the end."""
+    """Join texts, each followed by a NUL; return them as uint8, and the start of each plus the end."""
     joined, starts = bytearray(), array("q", [0])
     for text in texts:
         joined += text + b"\0"
@@ -220,7 +220,11 @@ class PathImages:
     """Image files."""
 
     def __init__(self, paths: Paths | Iterable[str | Path], upright: bool = False) -> None:
-        """Args: upright: turn photos as their EXIF orientation says."""
+        """Keep the paths.
+
+        Args:
+            upright: rotate photos as their EXIF orientation says.
+        """
         self.paths, self.upright = paths if isinstance(paths, Paths) else Paths.listed(paths), upright
 
     def __len__(self) -> int:
@@ -237,7 +241,7 @@ class PathImages:
 
 
 def as_tensors(parts: Sequence[Source]) -> list[dict[str, Any]]:
-    """Sources of image files as plain values, for `from_tensors`. What they share stays shared."""
+    """Convert sources of image files to plain values, for `from_tensors`; shared arrays stay shared."""
     tensors: dict[int, torch.Tensor] = {}
 
     def tensor(values: np.ndarray) -> torch.Tensor:
@@ -257,7 +261,7 @@ def as_tensors(parts: Sequence[Source]) -> list[dict[str, Any]]:
 
 
 def from_tensors(parts: Sequence[dict[str, Any]]) -> list[Source]:
-    """The sources of `as_tensors`, without a copy."""
+    """Rebuild the sources of `as_tensors` without copying."""
     return [
         Source(
             images=PathImages(Paths(**{name: values.numpy() for name, values in part["paths"].items()})),
