@@ -1,8 +1,9 @@
-"""Plot values of several runs from their log.txt: one panel per value, one curve per run.
+"""Plot values of several runs from their log.txt, one panel per value.
 
-    python -m tools.plot_runs output/A output/B --keys test_acc1 train_loss --output curves.png
+    python -m tools.plot_runs output/A output/B --keys test_acc1 train_loss
 
-An axis of accuracy spans at least 5 points, one of loss at least a tenth of its largest value. Throughput starts at 0.
+An axis of accuracy spans at least 5 points, one of loss at least a tenth of its
+largest value. Throughput and times start at 0.
 """
 
 from __future__ import annotations
