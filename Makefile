@@ -7,8 +7,6 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # A worker takes whole files, in their order, so that module fixtures are built once.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 FAST := -m "not process and not slurm and not slow and not compile"
-# tcmalloc speeds up training on a CPU.
-PRELOAD := $(addprefix LD_PRELOAD=,$(notdir $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))))
 
 .PHONY: quickstart lint test test-all test-oldest clean
 
@@ -22,8 +20,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(PRELOAD) $(BIN)/python main.py @recipes/quickstart_teacher.args
-	$(PRELOAD) $(BIN)/python main.py @recipes/quickstart.args
+	$(BIN)/python main.py @recipes/quickstart_teacher.args
+	$(BIN)/python main.py @recipes/quickstart.args
 	$(BIN)/python -m tools.summarize output/quickstart_teacher output/quickstart
 
 lint: $(VENV)/.installed-dev

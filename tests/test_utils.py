@@ -38,16 +38,17 @@ def test_a_device_that_is_not_there_is_the_user_s_mistake(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, libraries, lines",
+    "device, threads, libraries, lines",
     [
-        ("cpu", "/usr/lib/libc.so.6", 1),
-        ("cpu", "/usr/lib/libc.so.6\n/usr/lib/libtcmalloc_minimal.so.4.5.10", 0),
-        ("cpu", "/usr/lib/libjemalloc.so.2", 0),
-        ("cuda", "/usr/lib/libc.so.6", 0),
-        ("cpu", None, 0),  # not on Linux
+        ("cpu", 1, "/usr/lib/libc.so.6", 1),
+        ("cpu", 1, "/usr/lib/libc.so.6\n/usr/lib/libtcmalloc_minimal.so.4.5.10", 0),
+        ("cpu", 1, "/usr/lib/libjemalloc.so.2", 0),
+        ("cpu", 2, "/usr/lib/libc.so.6", 0),
+        ("cuda", 1, "/usr/lib/libc.so.6", 0),
+        ("cpu", 1, None, 0),  # not on Linux
     ],
 )
-def test_another_allocator_is_suggested_on_a_cpu(device, libraries, lines, monkeypatch):
+def test_another_allocator_is_suggested_on_one_cpu_thread(device, threads, libraries, lines, monkeypatch):
     def read_text(path, errors):
         assert str(path) == "/proc/self/maps"
         if libraries is None:
@@ -57,6 +58,7 @@ def test_another_allocator_is_suggested_on_a_cpu(device, libraries, lines, monke
     said = []
     monkeypatch.setattr(utils.Path, "read_text", read_text)
     monkeypatch.setattr(utils.logger, "info", said.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     utils.suggest_allocator(torch.device(device))
     assert len(said) == lines and all("LD_PRELOAD=libtcmalloc_minimal.so.4" in line for line in said)
 
