@@ -1,5 +1,6 @@
 """Recipes, and how flags are read: published spellings, published defaults, comments, quotes, literals."""
 
+import json
 import math
 import re
 import shlex
@@ -14,6 +15,7 @@ import datasets
 import engine
 import run_with_submitit
 from flags import check_flags, fill, get_parser, parse_args, without_effect
+from utils import read_log
 
 RECIPES = sorted((tiny.REPOSITORY / "recipes").glob("*.args"))
 # facebookresearch/deit main.py; `--color-jitter` is 0.3 in its last version
@@ -335,3 +337,22 @@ def test_values_of_model_kwargs_are_never_evaluated(tmp_path):
     assert parse("--model-kwargs", f"key={attack}").model_kwargs == {"key": attack}
     assert parse(f"@{recipe}").model_kwargs == {"key": attack}
     assert not marker.exists()
+
+
+STUDY = sorted(log.parent for log in (tiny.REPOSITORY / "results" / "study").glob("*/log.txt"))
+
+
+@pytest.mark.parametrize("folder", STUDY, ids=lambda path: path.name)
+def test_a_committed_log_is_that_of_its_recipe(folder):
+    """Compare flags, except for the copy of the data, the file of the weights, and where the run resumed."""
+    config = json.loads((folder / "config.json").read_text())
+    recipe = vars(parse(f"@{tiny.REPOSITORY / 'recipes' / f'study_{folder.name}.args'}"))
+    assert config["output_dir"] == recipe["output_dir"]
+    free = {"data_set", "data_path", "resume", "overwrite", "pretrained", "finetune", "checkpoint_minutes"}
+    differing = {
+        name: (value, config[name])
+        for name, value in recipe.items()
+        if name not in free and name in config and json.loads(json.dumps(value)) != config[name]
+    }
+    assert not differing
+    assert [record["epoch"] for record in read_log(folder)] == list(range(len(read_log(folder))))
