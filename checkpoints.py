@@ -538,7 +538,7 @@ def _examples(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, dict
                 stand_ins[key].grad = torch.full_like(stand_ins[key], 1e-3)
             memo[id(parameter)] = stand_ins[key]
             positions.append(stand_ins[key])
-    trial = _without_state(optimizer, memo)
+    trial = _copy_for_trial(optimizer, memo)
     for group in trial.param_groups:
         group["params"] = list(dict.fromkeys(group["params"]))
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
@@ -547,13 +547,20 @@ def _examples(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, dict
     return [(stand_in.detach(), dict(state.get(stand_in) or {})) for stand_in in positions]
 
 
-def _without_state(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
-    """Copy an optimizer without its state but with all attributes, which deepcopy would drop."""
-    memo[id(optimizer.state)] = collections.defaultdict(dict)
+def _copy_for_trial(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
+    """Copy an optimizer with all attributes, which deepcopy would drop, and one state per stand-in in `memo`.
+
+    A new optimizer has a state only if it makes one before its first step, as Adagrad does in torch 2.11.
+    """
+    memo[id(optimizer.state)] = states = collections.defaultdict(dict)
+    for parameter, state in optimizer.state.items():
+        stand_in = memo.get(id(parameter))
+        if stand_in is not None and stand_in not in states:
+            states[stand_in] = copy.deepcopy(state, memo)
     memo[id(optimizer)] = twin = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         nested = isinstance(value, torch.optim.Optimizer)
-        vars(twin)[name] = _without_state(value, memo) if nested else copy.deepcopy(value, memo)
+        vars(twin)[name] = _copy_for_trial(value, memo) if nested else copy.deepcopy(value, memo)
     return twin
 
 
