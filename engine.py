@@ -295,7 +295,7 @@ def build_optimizer(
 def _orthogonalize_in_float32() -> None:
     """Make timm's Muon compute its Newton-Schulz iteration in float32, for the whole process.
 
-    timm uses bf16, which is about 50 times slower on a CPU without bf16 instructions.
+    timm uses bf16, which takes a CPU without bf16 instructions about 12 times as long.
     """
     compute = muon.zeropower_via_newtonschulz
     if not isinstance(compute, functools.partial):
