@@ -226,8 +226,8 @@ def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, rep
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return True if `model.compile()` was called."""
-    return getattr(model, "_compiled_call_impl", None) is not None
+    """Return True if `compile()` was called on the model or on a part of it."""
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

@@ -16,7 +16,7 @@ from timm.data import create_transform
 
 import engine
 import main
-from tools import report, report_page
+from tools import outcomes, report, report_page
 
 MODEL = ["--model", "evit_tiny_patch16_224", "--input-size", "32", "--patch-size", "8", "--drop-loc", "0"]
 MODEL += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
@@ -154,7 +154,7 @@ def test_calibration_of_random_outcomes_and_of_its_limits(seed):
     generator = np.random.default_rng(seed)
     rows, targets = generator.dirichlet([0.4] * 6, 300), generator.integers(0, 6, 300)
     rows[0] = [1, 0, 0, 0, 0, 0]
-    outcome = report.Outcome({}, np.arange(300), targets, rows.argmax(1), rows.max(1), rows.max(1))
+    outcome = outcomes.Outcome({}, np.arange(300), targets, rows.argmax(1), rows.max(1), rows.max(1))
     assert report.calibration(outcome)["ece"] == pytest.approx(naive_ece(targets, rows))
 
 
@@ -176,11 +176,23 @@ def test_mistakes_are_the_most_confident_ones(folder, outputs, data):
 def test_intervals_are_those_of_wilson():
     """The solutions of |hits/n - p| = z sqrt(p (1 - p) / n)."""
     for hits, n in ((0, 10), (3, 10), (10, 10), (700, 1000)):
-        low, high = (bound / 100 for bound in report.wilson(hits, n))
-        z2, share = report.Z**2, hits / n
+        low, high = (bound / 100 for bound in outcomes.wilson(hits, n))
+        z2, share = outcomes.Z**2, hits / n
         roots = sorted(np.roots([1 + z2 / n, -(2 * share + z2 / n), share * share]).real)
         assert (low, high) == pytest.approx(roots, abs=1e-9)
-    assert report.wilson(0, 0) is None
+    assert outcomes.wilson(0, 0) is None
+
+
+def test_a_difference_on_the_same_images_has_the_interval_of_its_pairs():
+    generator = np.random.default_rng(0)
+    one, other = generator.random(500) < 0.7, generator.random(500) < 0.6
+    difference, (low, high) = outcomes.paired_difference(one, other)
+    gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    assert difference == pytest.approx(100 * (gained - lost) / 500)
+    # variance of McNemar's counts
+    error = 100 * np.sqrt(gained + lost - (gained - lost) ** 2 / 500) / 500
+    assert (low, high) == pytest.approx((difference - outcomes.Z * error, difference + outcomes.Z * error))
+    assert outcomes.paired_difference(one, one) == (0.0, [0.0, 0.0])
 
 
 def test_keep_rates_have_the_accuracy_of_their_evaluation(checkpoint, tmp_path, monkeypatch):

@@ -16,7 +16,17 @@ from timm.layers import resample_abs_pos_embed
 
 import main
 from models_evit import EViTBlock, evit_blocks, reduce_tokens
-from tools import command, export, pictures, plot_runs, show_augmentation, summarize, tradeoff, visualize_tokens
+from tools import (
+    command,
+    export,
+    outcomes,
+    pictures,
+    plot_runs,
+    show_augmentation,
+    summarize,
+    tradeoff,
+    visualize_tokens,
+)
 
 MODEL = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, "--drop-loc", "0", "--base-keep-rate", "0.5"]
 
@@ -325,9 +335,14 @@ def test_the_tradeoff_has_the_accuracy_of_the_run_at_its_own_rate(run, checkpoin
     assert whole["ratio"] == 1.0 and half["ratio"] == pytest.approx(
         half["images_per_second"] / whole["images_per_second"]
     )
+    assert whole["acc1_change"] == 0.0 and whole["acc1_change_interval"] == [0.0, 0.0]
+    assert half["acc1_change"] == pytest.approx(half["acc1"] - whole["acc1"])
+    for row in (whole, half):
+        assert row["acc1_interval"] == outcomes.wilson(round(row["acc1"] * 3.55), 355)
     assert written["settings"]["batch_size"] == 50 and "date" in written["environment"]
     assert Image.open(file.with_suffix(".png")).width > 100
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 80
 
 
 def row_of(keep_rate, acc1, speed, images=400, spread=0.1):
@@ -347,18 +362,13 @@ def test_tradeoff_plot_has_error_bars_and_a_wide_axis(tmp_path, monkeypatch):
     axes = plotted(monkeypatch, tmp_path, [row_of(1.0, 50.0, 100.0, 10000), row_of([0.7, 0.5], 50.2, 200.0, 10000)])
     across, along = axes.collections
     bars = [segment.tolist() for segment in along.get_segments()]
-    # sqrt(0.5 * 0.5 / 10000) = 0.5 percentage points
-    assert bars[0] == [[100, pytest.approx(49.5)], [100, pytest.approx(50.5)]]
+    # 1.96 sqrt(0.5 * 0.5 / 10000) = 0.98 percentage points; Wilson center 50
+    assert bars[0] == [[100, pytest.approx(49.02, abs=1e-3)], [100, pytest.approx(50.98, abs=1e-3)]]
     assert across.get_segments()[1].tolist() == [[pytest.approx(180), 50.2], [pytest.approx(220), 50.2]]
     assert [text.get_text() for text in axes.texts] == ["1", "0.7,0.5"]
     assert np.ptp(axes.get_ylim()) == pytest.approx(5) and axes.get_xlim()[0] == 0
     assert "images/s" in axes.get_xlabel() and "10,000 images" in axes.get_xlabel() and "%" in axes.get_ylabel()
     assert axes.get_title() == r"model on \$data\$"
-
-
-@pytest.mark.parametrize("accuracy, images, error", [(50, 100, 5.0), (90, 900, 1.0), (0, 10, 0.0), (100, 10, 0.0)])
-def test_standard_error_is_binomial(accuracy, images, error):
-    assert tradeoff.standard_error(accuracy, images) == pytest.approx(error)
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 50.0, 100.0])

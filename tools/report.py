@@ -14,14 +14,13 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 import engine
 from augment import ViewOptions
@@ -31,13 +30,12 @@ from flags import TRAINED, Parser, fill, in_range, keep_rates
 from loaders import DeviceLoader, LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import KEEP_RATE, is_evit
-from samplers import Batch
 from sources import Data, Source, keep_in_memory, with_classes
 from tools import command, report_page
-from tools.predict import probabilities, score_name
+from tools.outcomes import Outcome, evaluate_images, wilson
+from tools.predict import score_name
 from tools.timing import describe_environment
 from utils import (
-    Progress,
     UserError,
     World,
     init_distributed,
@@ -52,93 +50,9 @@ FORMAT = "deit report 1"  # in report.json; marks a folder that may be replaced
 DEFAULT_RATES = [1.0, 0.9, 0.7, 0.5]
 BINS = 15  # of the calibration
 MOST_CLASSES = 100  # limit for storing and drawing the confusion matrix
-Z = 1.959964  # normal quantile of 95 % intervals
-
-
-# -- evaluation --------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class RecordedLoader(DeviceLoader):
-    """A loader that remembers the current batch and reports progress."""
-
-    batch: Batch | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        progress = Progress("evaluation", self.num_images, "image")
-        for self.batch in super().__iter__():
-            yield self.batch
-            progress.advance(len(self.batch.positions))
-        progress.close()
-
-
-class Recorder(nn.Module):
-    """A model wrapper that records what the report needs of each image.
-
-    Attributes:
-        rows: per batch: positions, targets, predicted class, its probability, probability of the true class.
-    """
-
-    def __init__(self, model: nn.Module, loader: RecordedLoader, score: str) -> None:
-        super().__init__()
-        self.model, self.loader, self.score = model, loader, score
-        self.rows: list[list[torch.Tensor]] = []
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits = self.model(images)
-        batch, scores = self.loader.batch, probabilities(logits, self.score)
-        # As in engine.evaluate, so that ties are decided alike.
-        predicted = logits.float().topk(min(5, logits.shape[1])).indices[:, :1]
-        chosen = [scores.gather(1, index)[:, 0] for index in (predicted, batch.targets[:, None])]
-        self.rows.append([each.cpu() for each in (batch.positions, batch.targets, predicted[:, 0], *chosen)])
-        return logits
-
-
-@dataclasses.dataclass
-class Outcome:
-    """The result of each image, in the order of the data.
-
-    Attributes:
-        stats: result of `engine.evaluate`.
-        positions, targets, predicted: [N] int64.
-        confidence, true_probability: [N] float64, probability of the predicted and of the true class.
-    """
-
-    stats: dict[str, float]
-    positions: np.ndarray
-    targets: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-    true_probability: np.ndarray
-
-    @property
-    def hits(self) -> np.ndarray:
-        """Which images are predicted correctly, [N] bool."""
-        return self.targets == self.predicted
-
-
-def evaluate_images(model: nn.Module, loader: DeviceLoader, score: str, amp_dtype: torch.dtype | None) -> Outcome:
-    """Run `engine.evaluate` and record the result of each image."""
-    recorded = RecordedLoader(**vars(loader))
-    recorder = Recorder(model, recorded, score)
-    stats = engine.evaluate(recorder, recorded, engine.autocast(model, amp_dtype))
-    columns = [torch.cat(parts).numpy() for parts in zip(*recorder.rows, strict=True)]
-    order = np.argsort(columns[0], kind="stable")
-    positions, targets, predicted, *chosen = (column[order] for column in columns)
-    return Outcome(stats, positions, targets, predicted, *(each.astype(np.float64) for each in chosen))
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def wilson(hits: int, images: int) -> list[float] | None:
-    """Return Wilson's 95 % interval of a share in percent; None without images."""
-    if not images:
-        return None
-    share, spread = hits / images, Z * Z / images
-    center, scale = share + spread / 2, 1 + spread
-    margin = Z * np.sqrt(share * (1 - share) / images + spread / (4 * images))
-    return [100 * max(0.0, float(center - margin) / scale), 100 * min(1.0, float(center + margin) / scale)]
 
 
 def calibration(outcome: Outcome, bins: int = BINS) -> dict[str, Any]:

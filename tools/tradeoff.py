@@ -3,14 +3,15 @@
     python -m tools.tradeoff --resume output/best.pth --keep-rates 1 0.9 0.8 0.7
 
 For a DeiT checkpoint, add `--model` with the evit_* model of its size. A model
-of your own needs EViT blocks and an entry point that takes `keep_rate`. Speed
-is that of inference; the rates are interleaved in one process.
+of your own needs EViT blocks and an entry point that takes `keep_rate`. All
+rates see the same images: `change` is the top-1 minus that of the first rate,
+in points. Intervals are those of 95 %. Speed is that of inference; the rates
+are interleaved in one process, and `ratio` is relative to the first one.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from loaders import LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import evit_blocks, is_evit
 from tools import command, pictures
+from tools.outcomes import Outcome, evaluate_images, paired_difference, wilson
+from tools.predict import score_name
 from tools.speed_test import describe, inference
 from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import UserError, World, available_cpus, init_distributed
@@ -35,7 +38,7 @@ NARROWEST_ACCURACY = 5.0  # minimum span of the axis in percentage points
 
 
 def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
-    """Return a row for each keep rate; ratios of images/s refer to the first one."""
+    """Return a row for each keep rate; changes of top-1 and ratios of images/s are relative to the first one."""
     own, run = trained.own, trained.run
     if not is_evit(run.model) and not evit_blocks(command.load_model(run, trained.weights, own.resume, world.device)):
         raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
@@ -54,27 +57,39 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
     compare_classes(trained.about, {"val": val}, f"--resume {own.resume}", run.allow_class_mismatch)
     views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
     loader = build_val_loader(val, views, normalization(models[0]), options, world)
-    stats = [engine.evaluate(model, loader, engine.autocast(model, amp)) for model in models]
+    results = [evaluate_images(model, loader, score_name(trained.about), amp) for model in models]
     height, width = run.input_size[0], run.input_size[-1]
     images = torch.randn(run.batch_size, 3, height, width, device=world.device)
     works = [inference(model, images, amp, own.steps) for model in models]
     rates = interleaved_rates(works, own.rounds, world.device)
     return [
         {"keep_rate": rate}
-        | {name: stat[name] for name in ("acc1", "acc5", "loss", "images")}
+        | accuracies(result, results[0])
         | ratio_row(own_rates, rates[0])
         | describe(model, (height, width))
-        for rate, stat, own_rates, model in zip(own.keep_rates, stats, rates, models, strict=True)
+        for rate, result, own_rates, model in zip(own.keep_rates, results, rates, models, strict=True)
     ]
 
 
+def accuracies(result: Outcome, first: Outcome) -> dict[str, Any]:
+    """Return accuracies and loss, and the difference to the first keep rate with its interval."""
+    change, interval = paired_difference(result.hits, first.hits)
+    stats = {name: result.stats[name] for name in ("acc1", "acc5", "loss", "images")}
+    known = {"acc1_interval": wilson(int(result.hits.sum()), len(result.hits))}
+    return stats | known | {"acc1_change": change, "acc1_change_interval": interval}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the rows for a terminal."""
-    lines = [f"{'keep rate':>12s} {'top-1 %':>8s} {'top-5 %':>8s} {'images/s':>9s} {'ratio':>6s} {'GMACs':>7s}"]
+    """Format the rows for a terminal of 80 columns."""
+    heads = f"{'keep rate':>11s} {'top-1 %':>8s} {'interval':>13s} {'change':>7s} {'interval':>13s}"
+    lines = [f"{heads} {'images/s':>9s} {'ratio':>6s} {'GMACs':>6s}"]
     for row in rows:
+        low, high = row["acc1_interval"]
+        less, more = row["acc1_change_interval"]
+        around, changed = f"{low:.2f}-{high:.2f}", f"{less:+.2f} {more:+.2f}"
         lines.append(
-            f"{label(row['keep_rate']):>12s} {row['acc1']:8.2f} {row['acc5']:8.2f} {row['images_per_second']:9.1f} "
-            f"{row['ratio']:6.2f} {row['macs'] / 1e9:7.3f}"
+            f"{label(row['keep_rate']):>11s} {row['acc1']:8.2f} {around:>13s} {row['acc1_change']:+7.2f} "
+            f"{changed:>13s} {row['images_per_second']:9.1f} {row['ratio']:6.2f} {row['macs'] / 1e9:6.3f}"
         )
     return "\n".join(lines)
 
@@ -84,29 +99,23 @@ def label(keep_rate: float | Sequence[float]) -> str:
     return ",".join(f"{rate:g}" for rate in ([keep_rate] if isinstance(keep_rate, float) else keep_rate))
 
 
-def standard_error(accuracy: float, images: float) -> float:
-    """Return the binomial standard error, in percentage points, of an accuracy in percent over this many images."""
-    return math.sqrt(max(0.0, accuracy * (100 - accuracy)) / images)
-
-
 def plot(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     """Plot accuracy over images/s, one point with error bars per keep rate.
 
-    All rates see the same images, so differences are more certain than the error bars suggest.
+    All rates see the same images, so differences are more certain than the error bars suggest: see `change`.
     """
     rows = sorted(rows, key=lambda row: -np.mean(row["keep_rate"]))  # order along the line
     speed, accuracy = (np.array([row[name] for row in rows]) for name in ("images_per_second", "acc1"))
-    error = np.array([standard_error(row["acc1"], row["images"]) for row in rows])
-    low, high = accuracy - error, accuracy + error
+    low, high = np.array([wilson(round(row["acc1"] * row["images"] / 100), row["images"]) for row in rows]).T
     ends = [f"images_per_second_{end}" for end in ("min", "max")]  # older files do not have them
     slowest, fastest = (np.array([row.get(end, row["images_per_second"]) for row in rows]) for end in ends)
-    notes = f"Numbers: keep rates. Vertical bars: ± 1 standard error for {rows[0]['images']:,.0f} images."
+    notes = f"Numbers: keep rates. Vertical bars: 95 % intervals for {rows[0]['images']:,.0f} images."
     notes += "\nHorizontal bars: slowest to fastest round." if (fastest > slowest).any() else ""
     with pictures.plot(file, 6.4, 4.4) as figure:
         axes = figure.subplots()
         axes.plot(speed, accuracy, color="lightgray", zorder=0)
-        across = (speed - slowest, fastest - speed)
-        axes.errorbar(speed, accuracy, error, across, fmt="o", color=pictures.COLORS[0], capsize=3, linewidth=1)
+        along, across = np.maximum([accuracy - low, high - accuracy], 0), (speed - slowest, fastest - speed)
+        axes.errorbar(speed, accuracy, along, across, fmt="o", color=pictures.COLORS[0], capsize=3, linewidth=1)
         for artist in (*axes.lines, *axes.collections):
             artist.set_clip_on(False)  # for points at 0 or 100 %
         axes.set_xlim(0, 1.1 * fastest.max())
