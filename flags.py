@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from timm.optim import get_optimizer_info, list_optimizers
@@ -43,12 +44,21 @@ class _Help(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "PATH" if action.type is Path else getattr(action.type, "metavar", "NAME")
+
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is True:
-            return f"{action.help}; default: on"
-        is_said = "default" in (action.help or "") or action.default is argparse.SUPPRESS
-        says_nothing = action.default is False or action.default in (None, "", {}) and action.default != 0
-        return (action.help or "") + ("" if is_said or says_nothing else "; default: %(default)s")
+        text, default = action.help or "", action.default
+        if default is True:
+            return f"{text}; default: on"
+        if (
+            "default" in text
+            or default in ("", {})
+            or any(default is none for none in (None, False, argparse.SUPPRESS))
+        ):
+            return text
+        values = default if isinstance(default, list) else [default]
+        return f"{text}; default: {' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,6 +147,7 @@ def in_range(kind: type, low: float, high: float = float("inf"), open_low: bool 
             )
         return value
 
+    parse.metavar = "N" if kind is int else "X"
     return parse
 
 
@@ -150,6 +161,9 @@ def path_name(text: str) -> str:
     except OSError as error:  # too long, a loop of links, a folder without permission
         raise argparse.ArgumentTypeError(f"{text[:80]}: {error.strerror}; name another path") from None
     return text
+
+
+path_name.metavar = "PATH"
 
 
 class _ModelKwargs(argparse.Action):
@@ -320,7 +334,7 @@ _SIZES = ("input_size", "teacher_input_size")
 # Arguments of timm models that download or read files.
 _FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
-_COUNT, _NATURAL = in_range(int, 1), in_range(int, 0)
+COUNT, _NATURAL = in_range(int, 1), in_range(int, 0)
 _RATE, _SHARE, _NON_NEGATIVE = in_range(float, 0, 1), in_range(float, 0, 1, open_low=True), in_range(float, 0)
 _POSITIVE = in_range(float, 0, open_low=True)
 _SWITCH = argparse.BooleanOptionalAction
@@ -355,10 +369,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action=_SWITCH, default=False, help=dry)
     add("--log-wandb", metavar="PROJECT", default="", help="also log to this Weights & Biases project")
     add("--eval", action=_SWITCH, default=False, help="evaluate --resume or --pretrained, without training")
-    add("--eval-interval", type=_COUNT, default=1, help="epochs between evaluations; the last is always evaluated")
+    add("--eval-interval", type=COUNT, default=1, help="epochs between evaluations; the last is always evaluated")
     early = "end after N epochs without a better top-1; default: train all --epochs"
-    add("--early-stop", type=_COUNT, metavar="N", help=early)
-    add("--log-interval", type=_COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
+    add("--early-stop", type=COUNT, metavar="N", help=early)
+    add("--log-interval", type=COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
     workers = "data-loader workers per rank; default: one per CPU of the rank, at most 10 if --augment uses the device"
     add("--num-workers", type=_NATURAL, help=workers)
     add("--pin-mem", action=_SWITCH, default=True, help="use pinned memory for faster copies to a GPU")
@@ -379,13 +393,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="deit_base_patch16_224", help="any timm model name")
     add(
         "--input-size",
-        type=_COUNT,
+        type=COUNT,
         nargs="+",
         default=[224],
         metavar="PIXELS",
         help="image height, and width if it differs; default: 224",
     )
-    add("--patch-size", type=_COUNT, help="patch edge in pixels; default: the model's own")
+    add("--patch-size", type=COUNT, help="patch edge in pixels; default: the model's own")
     add("--model-kwargs", **extra, help="more keyword arguments of the timm model")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate before the head")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
@@ -404,7 +418,6 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="run the frozen part of the model once per image; needs --train-scope head",
     )
-    add("--attn-only", dest="train_scope", action="store_const", const="attn", help="same as --train-scope attn")
     add("--model-ema", action=_SWITCH, default=True, help="keep, evaluate and save EMA weights")
     add("--model-ema-decay", type=_RATE, default=0.99996, help="decay of the EMA weights per update")
     add("--model-ema-warmup", action=_SWITCH, default=False, help="increase the decay from 0, for short runs")
@@ -440,7 +453,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data-set", default="IMNET", help=datasets.KNOWN_NAMES)
     add("--data-path", type=path_name, help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
-    add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", help="level of iNaturalist's taxonomy")
+    levels = f"level of iNaturalist's taxonomy: {', '.join(datasets.INAT_CATEGORIES)}"
+    add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", metavar="LEVEL", help=levels)
     order = "number iNaturalist's classes by category id; original: by first appearance in the training annotations"
     add("--inat-numbering", choices=("id", "original"), default="id", help=order)
     add("--train-split", default="train", help="name of the training split, for CSV files and timm's data sets")
@@ -449,8 +463,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     image, label = column.format("images", "their file suffix"), column.format("classes", "a field of the json files")
     add("--image-column", metavar="NAME", help=image)
     add("--label-column", metavar="NAME", help=label)
-    add("--num-classes", type=_COUNT, help="number of classes, if the data do not state it")
-    add("--nb-classes", type=_COUNT, metavar="N", help="refuse data whose number of classes is not N")
+    add("--num-classes", type=COUNT, help="number of classes, if the data do not state it")
+    add("--nb-classes", type=COUNT, metavar="N", help="refuse data whose number of classes is not N")
     held_out = "share of each class to hold out for validation, if there is no val/ folder or split column"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     upright = "rotate photos in folders and CSV files by their EXIF orientation"
@@ -470,14 +484,10 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
     where = "where to augment images; auto: on a GPU if the images are in memory or packed, else on the host"
     add("--augment", choices=("auto", "host", "device"), default="auto", help=where)
-    add(
-        "--color-jitter",
-        type=_NON_NEGATIVE,
-        default=0.3,
-        help="strength of color jitter; AutoAugment policies replace it",
-    )
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
-    add("--ThreeAugment", dest="aa", action="store_const", const="3a", help="DeiT III's augmentation; same as --aa 3a")
+    jitter = "strength of color jitter; AutoAugment policies replace it"
+    add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help=jitter)
+    policy = "AutoAugment policy in timm's notation, 3a (DeiT III), or none"
+    add("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1", help=policy)
     crop = "simple random crop: resize the short side, pad 4 px by reflection, crop; instead of random resized crops"
     add("--src", action=_SWITCH, default=False, help=crop)
     add("--hflip", type=_RATE, default=0.5, help="probability of a horizontal flip")
@@ -498,7 +508,7 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         default="pixel",
         help="fill of erased regions: zeros, a random color, or noise",
     )
-    add("--recount", type=_COUNT, default=1, help="maximum number of erased regions")
+    add("--recount", type=COUNT, default=1, help="maximum number of erased regions")
     add("--mixup", type=_NON_NEGATIVE, default=0.8, help="alpha of Mixup; 0 turns it off")
     add("--cutmix", type=_NON_NEGATIVE, default=1.0, help="alpha of CutMix; 0 turns it off")
     add(
@@ -516,7 +526,7 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         default="batch",
         help="draw a mixing ratio per batch, pair or image",
     )
-    add("--augmentation-epochs", type=_COUNT, metavar="K", help="repeat the views every K epochs; default: never")
+    add("--augmentation-epochs", type=COUNT, metavar="K", help="repeat the views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add(
         "--bce-loss",
@@ -539,9 +549,9 @@ def _schedule(text: str) -> str:
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch-size", type=_COUNT, default=64, help="images per process and forward pass")
-    add("--accum-steps", type=_COUNT, default=1, help="forward passes per update")
-    add("--epochs", type=_COUNT, default=300, help="passes over the training data")
+    add("--batch-size", type=COUNT, default=64, help="images per process and forward pass")
+    add("--accum-steps", type=COUNT, default=1, help="forward passes per update")
+    add("--epochs", type=COUNT, default=300, help="passes over the training data")
     add("--opt", default="adamw", help="timm's name of the optimizer")
     add("--opt-eps", type=_POSITIVE, default=1e-8, help="epsilon of the optimizer")
     add("--opt-betas", type=_RATE, nargs="+", help="betas of the optimizer; default: timm's")
@@ -551,7 +561,6 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=_POSITIVE, default=5e-4, help="peak learning rate, before scaling")
     scaling = "multiply --lr by r = effective batch size / 512 (linear), sqrt(r) (sqrt), or 1 (none)"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
-    add("--unscale-lr", dest="lr_scaling", action="store_const", const="none", help="same as --lr-scaling none")
     layers = "multiply the learning rate by D for each layer below the head; default: the same rate for all layers"
     add("--layer-decay", type=_SHARE, metavar="D", help=layers)
     names = ", ".join(SCHEDULES)
@@ -564,7 +573,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
     length = "epochs between decays of --sched step; length of the decay of wsd and rsqrt (below 1: share of --epochs)"
     add("--decay-epochs", type=_POSITIVE, default=30, help=length)
-    add("--decay-milestones", type=_COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
+    add("--decay-milestones", type=COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of each decay of --sched step and multistep")
     add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 is linear")
     add(
@@ -597,14 +606,14 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's weights for the teacher (a download)")
     add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
     size = "resize the views to this size for the teacher; default: --input-size"
-    add("--teacher-input-size", type=_COUNT, nargs="+", metavar="PIXELS", help=size)
+    add("--teacher-input-size", type=COUNT, nargs="+", metavar="PIXELS", help=size)
     cache = "folder of cached teacher predictions; missing ones are computed and added"
     add("--teacher-cache", type=path_name, default="", metavar="FOLDER", help=cache)
     topk = "probabilities to cache per view, for soft distillation"
-    add("--teacher-cache-topk", type=_COUNT, default=50, metavar="K", help=topk)
+    add("--teacher-cache-topk", type=COUNT, default=50, metavar="K", help=topk)
     add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
     size = "teacher batch size for precomputation; default: --batch-size, bitwise identical to online distillation"
-    add("--precompute-batch-size", type=_COUNT, help=size)
+    add("--precompute-batch-size", type=COUNT, help=size)
     only = "precompute only epochs FROM (inclusive) to TO (exclusive), e.g. to split the work across machines"
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)
 
@@ -613,9 +622,13 @@ def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
     """Add flags that exist for original command lines only; `_check_original` refuses some of them."""
     add = parser.add_argument_group("flags of the original command lines").add_argument
     same = {"default": argparse.SUPPRESS}  # keep the default of the flag itself
-    add("--batch", dest="batch_size", type=_COUNT, **same, help="same as --batch-size")
+    add("--batch", dest="batch_size", type=COUNT, **same, help="same as --batch-size")
     add("--dr", dest="decay_rate", type=_POSITIVE, **same, help="same as --decay-rate")
-    add("--eval-gap", dest="eval_interval", type=_COUNT, **same, help="same as --eval-interval")
+    add("--eval-gap", dest="eval_interval", type=COUNT, **same, help="same as --eval-interval")
+    constant = {"action": "store_const"} | same
+    add("--ThreeAugment", dest="aa", const="3a", **constant, help="same as --aa 3a")
+    add("--attn-only", dest="train_scope", const="attn", **constant, help="same as --train-scope attn")
+    add("--unscale-lr", dest="lr_scaling", const="none", **constant, help="same as --lr-scaling none")
     for name in ("--dist-eval", "--distributed"):
         add(name, action="store_true", help="accepted without effect: always on")
     for name in ("--world-size", "--dist-url", "--local-rank"):
@@ -626,7 +639,7 @@ def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("--test-speed", "--only-test-speed"):
         add(name, action="store_true", help="refused: python -m tools.speed_test measures the speed")
     add("--visualize-mask", action="store_true", help="refused: python -m tools.visualize_tokens draws the patches")
-    add("--n-visualization", type=_COUNT, default=128, help="number of images of --visualize-mask")
+    add("--n-visualization", type=COUNT, default=128, help="number of images of --visualize-mask")
 
 
 def _epoch_range(text: str) -> range:

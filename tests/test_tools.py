@@ -13,7 +13,17 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tools import checkpoint_cost, distillation_cost, pictures, plot_runs, speed_test, summarize
+from tools import (
+    bench,
+    chaos,
+    checkpoint_cost,
+    distillation_cost,
+    loop_overhead,
+    pictures,
+    plot_runs,
+    speed_test,
+    summarize,
+)
 from tools.runs import read_run, short_names
 from tools.timing import describe_environment, interleaved_rates, ratio_row
 
@@ -371,6 +381,35 @@ def test_speed_of_an_unknown_model_is_a_one_line_error(capsys):
     with pytest.raises(SystemExit):
         speed_test.main(["--models", "deit_tinny_patch16_224", "--device", "cpu"])
     assert "did you mean deit_tiny_patch16_224" in capsys.readouterr().err
+
+
+BENCHMARKS = (bench, checkpoint_cost, distillation_cost, loop_overhead, speed_test)
+
+
+@pytest.mark.parametrize("tool", BENCHMARKS, ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("flags", [("--rounds", "0"), ("--steps", "-1"), ("--device", "gpu"), ("--ronds", "1")])
+def test_wrong_flags_of_a_benchmark_are_a_one_line_error(tool, flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tool.main(list(flags))
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert flags[0] in line or flags[1] in line
+
+
+def test_chaos_needs_a_process(capsys):
+    with pytest.raises(SystemExit) as ended:
+        chaos.main(["--processes", "0"])
+    assert ended.value.code == 2 and "0 is not at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", (speed_test, distillation_cost), ids=lambda tool: tool.__name__)
+def test_an_unwritable_output_costs_no_figures(tool, tmp_path, capsys, monkeypatch):
+    """The table is printed before the file is written."""
+    monkeypatch.setattr(tool, "measure", lambda *_: [])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--device", "cpu", "--output", str(tmp_path / "file" / "out.json")])
+    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_peak_memory_is_what_was_held_at_once():

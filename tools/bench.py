@@ -52,7 +52,7 @@ import loaders
 import losses
 import models
 import sources
-from flags import fill, parse_args
+from flags import COUNT, Parser, fill, parse_args
 from samplers import Batch
 from tools import distillation_cost, speed_test
 from tools.chaos import REPOSITORY
@@ -410,9 +410,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[di
     return results
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> Parser:
     """Build the parser; defaults of None depend on the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.bench", description=__doc__)
     add = parser.add_argument
     add(
         "--only",
@@ -422,9 +422,9 @@ def get_parser() -> argparse.ArgumentParser:
         help=f"sections to measure: {', '.join(SECTIONS)}; default: all",
     )
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--batch-size", type=int, help="images per step; default: 256 on CUDA, else 32")
-    add("--steps", type=int, help="steps per round; default: 5 on CUDA, else 2")
-    add("--rounds", type=int, help="counted rounds of each; default: 7 on CUDA, else 3")
+    add("--batch-size", type=COUNT, help="images per step; default: 256 on CUDA, else 32")
+    add("--steps", type=COUNT, help="steps per round; default: 5 on CUDA, else 2")
+    add("--rounds", type=COUNT, help="counted rounds of each; default: 7 on CUDA, else 3")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the models; default: on CUDA")
     add(
         "--models",
@@ -432,8 +432,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="models to time; the first is also trained end to end; default: DeiT-Ti, on CUDA also DeiT-S and DeiT-B",
     )
     add("--teacher", default="regnety_160", help="teacher, any model of timm's")
-    add("--input-size", type=int, default=224, help="side of the images in pixels")
-    add("--data-path", help="folder of CIFAR-10, for whole runs; default: the bundled digits")
+    add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
+    add("--data-path", metavar="PATH", help="folder of CIFAR-10, for whole runs; default: the bundled digits")
     add("--output", type=Path, help="JSON file of the results; default: results/bench-DEVICE-DATE.json")
     return parser
 

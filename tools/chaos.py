@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from checkpoints import BEST, LATEST
+from flags import COUNT, Parser, in_range
 from tools.command import one_line_errors
 from tools.timing import write_results
 from utils import UserError
@@ -192,14 +193,14 @@ def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.chaos", description=__doc__)
     add = parser.add_argument
-    add("--kills", type=int, default=20, help="number of kills")
-    add("--processes", type=int, default=1, help="processes of the run; above 1 under torchrun")
+    add("--kills", type=in_range(int, 0), default=20, help="number of kills")
+    add("--processes", type=COUNT, default=1, help="processes of the run; above 1 under torchrun")
     add("--restarts", action="store_true", help="kill one rank and leave the restart to torchrun --max-restarts")
-    add("--epochs", type=int, default=40, help="epochs of the run")
-    add("--start", type=float, default=4.0, help="approximate seconds from the command to the first step")
-    add("--seed", type=int, default=0, help="seed of the random moments")
+    add("--epochs", type=COUNT, default=40, help="epochs of the run")
+    add("--start", type=in_range(float, 0), default=4.0, help="approximate seconds from the command to the first step")
+    add("--seed", type=in_range(int, 0), default=0, help="seed of the random moments")
     add("--output", type=Path, help="write the report to this JSON file as well")
     add("flags", nargs="*", help="flags of main.py, after --")
     args = parser.parse_args(argv)
@@ -207,10 +208,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.restarts and args.processes < 2:
             raise UserError("--restarts: torchrun restarts runs of several processes; add --processes 2")
         report = torture(args, Path(folder))
-    equal = "no difference" if not report["differences"] else ", ".join(report["differences"])
-    print(f"{report['kills']} kills, {report['inside_a_write']} inside a write, {report['seconds']:.0f} s: {equal}")
-    if args.output:
-        write_results(args.output, torch.device("cpu"), vars(args), report)
+        equal = "no difference" if not report["differences"] else ", ".join(report["differences"])
+        print(f"{report['kills']} kills, {report['inside_a_write']} inside a write, {report['seconds']:.0f} s: {equal}")
+        if args.output:
+            write_results(args.output, torch.device("cpu"), vars(args), report)
     if report["differences"] or report["kills"] < args.kills:
         sys.exit(1)
 

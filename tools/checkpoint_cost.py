@@ -24,6 +24,7 @@ from timm.utils import ModelEmaV3
 
 import engine
 from checkpoints import LATEST
+from flags import COUNT, Parser
 from losses import SupervisedLoss, build_base_criterion
 from models import create_model
 from samplers import Batch
@@ -129,16 +130,21 @@ def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[s
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.checkpoint_cost", description=__doc__)
     add = parser.add_argument
     add("--model", default="deit_tiny_patch16_224", help="model whose saving is measured")
-    add("--input-size", type=int, default=224, help="side of the images in pixels")
-    add("--batch-size", type=int, default=32, help="images per step")
+    add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
+    add("--batch-size", type=COUNT, default=32, help="images per step")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off: float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--steps", type=int, default=4, help="training steps for one checkpoint")
-    add("--rounds", type=int, default=5, help="counted rounds of each")
-    add("--middle", type=int, default=300, help="step of the first epoch at which a run is stopped and resumed")
+    add("--steps", type=COUNT, default=4, help="training steps for one checkpoint")
+    add("--rounds", type=COUNT, default=5, help="counted rounds of each")
+    add(
+        "--middle",
+        type=COUNT,
+        default=300,
+        help="step of the first epoch at which a run is stopped and resumed",
+    )
     add("--output", type=Path, help="write the report to this JSON file as well")
     add("flags", nargs="*", help="flags of main.py for the runs that are resumed, after --")
     args = parser.parse_args(argv)
@@ -158,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
                 row = report["resuming"][kind]
                 print(f"{kind:8s} {row['seconds']:6.1f} s to the first step, {row['mebibytes_read']:7.1f} MiB read")
             print(f"{report['resuming']['images_skipped']} images skipped")
-    if args.output:
-        write_results(args.output, device, vars(args), report)
+        if args.output:
+            write_results(args.output, device, vars(args), report)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def get_parser(tool: str, description: str | None, weights: str = "") -> flags.P
     resume = "checkpoint (file or https address), such as output/best.pth" + (
         f"; default: {weights}" if weights else ""
     )
-    parser.add_argument("--resume", required=not weights, default=argparse.SUPPRESS, help=resume)
+    parser.add_argument("--resume", required=not weights, default=argparse.SUPPRESS, metavar="PATH", help=resume)
     parser.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoint")
     # This parser must know these flags, or it would take their values for arguments of the tool.
     for action in flags.get_parser()._actions:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import engine
+from flags import COUNT, Parser
 from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
 from models import create_model, place
 from samplers import Batch
@@ -93,20 +94,20 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     return [{"teacher": way} | ratio_row(own, rates[0]) for way, own in zip(ways, rates, strict=True)]
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> Parser:
     """Build the parser."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.distillation_cost", description=__doc__)
     add = parser.add_argument
     add("--student", default="deit_tiny_patch16_224", help="model trained without a teacher")
     add("--distilled", default="deit_tiny_distilled_patch16_224", help="model trained with the teacher")
     add("--teacher", default="regnety_160", help="teacher, any model of timm's")
-    add("--input-size", type=int, default=224, help="side of the images in pixels")
-    add("--batch-size", type=int, default=32, help="images per step")
+    add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
+    add("--batch-size", type=COUNT, default=32, help="images per step")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off: float32")
     add("--compile", action="store_true", help="torch.compile the students")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--steps", type=int, default=2, help="steps per round")
-    add("--rounds", type=int, default=7, help="counted rounds of each")
+    add("--steps", type=COUNT, default=2, help="steps per round")
+    add("--rounds", type=COUNT, default=7, help="counted rounds of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
     return parser
 
@@ -117,11 +118,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("distillation_cost"), tempfile.TemporaryDirectory() as folder:
         device = select_device(args.device, 0)
         rows = measure(args, device, Path(folder))
-    for row in rows:
-        spread = f"(from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
-        print(f"{row['teacher']:32s} {row['images_per_second']:9.1f} images/s  ratio {row['ratio']:.3f} {spread}")
-    if args.output:
-        write_results(args.output, device, vars(args), {"rows": rows})
+        for row in rows:
+            spread = f"(from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
+            print(f"{row['teacher']:32s} {row['images_per_second']:9.1f} images/s  ratio {row['ratio']:.3f} {spread}")
+        if args.output:
+            write_results(args.output, device, vars(args), {"rows": rows})
 
 
 if __name__ == "__main__":

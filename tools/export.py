@@ -349,7 +349,7 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("export", __doc__)
     parser.add_argument(
-        "--output", required=True, help="NAME.onnx, NAME.pt2, or a folder for timm: no suffix, or NAME/"
+        "--output", required=True, metavar="PATH", help="NAME.onnx, NAME.pt2, or a folder for timm: no suffix, or NAME/"
     )
     with command.one_line_errors("export"):
         trained = command.parse(parser, argv)

@@ -29,9 +29,11 @@ import engine
 import loaders
 import sources
 from augment import ViewOptions
+from flags import COUNT, Parser, in_range
 from losses import SupervisedLoss, build_base_criterion
 from models import set_train_mode
 from samplers import Batch, KeyedSampler
+from tools.command import one_line_errors
 from tools.timing import compare, interleaved_rates, spread, write_results
 from utils import StepLog, World, available_cpus, select_device
 
@@ -152,34 +154,41 @@ def measure_loader(input_size: int, views: int, rounds: int) -> dict:
     return compare(lambda: read(keyed), lambda: read(unkeyed), rounds, torch.device("cpu"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
-    parser.add_argument("--steps", type=int, default=20, help="steps per round")
-    parser.add_argument("--views", type=int, default=1000, help="views per round at 32 px; at 224 px a fifth")
-    parser.add_argument("--rounds", type=int, default=9, help="counted rounds of each")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file as well")
-    args = parser.parse_args()
-    device = select_device(args.device, 0)
+def get_parser() -> Parser:
+    """Build the parser."""
+    parser = Parser(prog="python -m tools.loop_overhead", description=__doc__)
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--batch-size", type=COUNT, default=64, help="images per step")
+    add("--steps", type=COUNT, default=20, help="steps per round")
+    add("--views", type=in_range(int, 5), default=1000, help="views per round at 32 px; at 224 px a fifth")
+    add("--rounds", type=COUNT, default=9, help="counted rounds of each")
+    add("--output", type=Path, help="write the figures to this JSON file as well")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
     torch.set_num_threads(available_cpus())
-    results = {
-        "loop": measure_loop(args, device),
-        "loader_32px": measure_loader(32, args.views, args.rounds),
-        "loader_224px": measure_loader(224, args.views // 5, args.rounds),
-    }
-    update = measure_update(args)
-    for name, row in results.items():
+    with one_line_errors("loop_overhead"):
+        device = select_device(args.device, 0)
+        results = {
+            "loop": measure_loop(args, device),
+            "loader_32px": measure_loader(32, args.views, args.rounds),
+            "loader_224px": measure_loader(224, args.views // 5, args.rounds),
+        }
+        update = measure_update(args)
+        for name, row in results.items():
+            print(
+                f"{name:13s} {row['images_per_second']:8.0f} images/s, bare {row['images_per_second_bare']:8.0f}, "
+                f"ratio {row['ratio']:.3f} (from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
+            )
         print(
-            f"{name:13s} {row['images_per_second']:8.0f} images/s, bare {row['images_per_second_bare']:8.0f}, "
-            f"ratio {row['ratio']:.3f} (from {row['ratio_min']:.3f} to {row['ratio_max']:.3f})"
+            f"{'update':13s} {update['microseconds']:8.0f} us of the loop's own (from {update['microseconds_min']:.0f} "
+            f"to {update['microseconds_max']:.0f})"
         )
-    print(
-        f"{'update':13s} {update['microseconds']:8.0f} us of the loop's own (from {update['microseconds_min']:.0f} to "
-        f"{update['microseconds_max']:.0f})"
-    )
-    if args.output:
-        write_results(args.output, device, vars(args), results | {"update": update})
+        if args.output:
+            write_results(args.output, device, vars(args), results | {"update": update})
 
 
 if __name__ == "__main__":

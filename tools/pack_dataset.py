@@ -43,7 +43,9 @@ T, R = TypeVar("T"), TypeVar("R")
 
 def build_parser() -> Parser:
     # main.py replaces broken images by others. This tool drops them.
-    parser = Parser(prog="python -m tools.pack_dataset", description=__doc__, conflict_handler="resolve")
+    parser = Parser(
+        prog="python -m tools.pack_dataset", usage="%(prog)s [flags]", description=__doc__, conflict_handler="resolve"
+    )
     add_data_arguments(parser)
     parser.set_defaults(data_set=None)
     add = parser.add_argument_group("pack").add_argument

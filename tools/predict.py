@@ -27,7 +27,7 @@ import engine
 from augment import ImageError, ViewOptions, decoding, open_rgb
 from checkpoints import class_names_of, flags_of
 from datasets import build_eval_transform
-from flags import Parser, fill, in_range
+from flags import COUNT, Parser, fill
 from loaders import LoaderOptions, num_workers
 from models import normalization
 from sources import HostView
@@ -191,7 +191,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     photos = "files and folders (searched recursively); name them before flags that take several values"
     add("images", nargs="+", help=photos)
-    add("--topk", type=in_range(int, 1), default=5, help="classes per image")
+    add("--topk", type=COUNT, default=5, help="classes per image")
     add(
         "--format",
         choices=("table", "csv", "json"),

@@ -25,7 +25,7 @@ from augment import Policy, TrainAugmentation, ViewOptions
 from augment.image_ops import Resampler, paint
 from augment.policy import KINDS, OPERATIONS, Step, as_affine, parse_policy, recolor
 from datasets import KNOWN_NAMES, DataOptions, build_sources, build_train_transform
-from flags import Parser, add_data_arguments, fill, in_range
+from flags import COUNT, Parser, add_data_arguments, fill, in_range
 from packs import PACK
 from samplers import random_keys, seed_generators
 from sources import Source
@@ -39,16 +39,21 @@ FILL = tuple(round(255 * value) for value in MEAN)
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m tools.show_augmentation", description=__doc__, conflict_handler="resolve")
+    parser = Parser(
+        prog="python -m tools.show_augmentation",
+        usage="%(prog)s [flags]",
+        description=__doc__,
+        conflict_handler="resolve",
+    )
     add_data_arguments(parser)
     default = "default: what --data-path holds (class folders, a pack, images), without it DIGITS"
     parser.add_argument("--data-set", help=f"{KNOWN_NAMES}; {default}")
     add = parser.add_argument_group("picture").add_argument
-    add("--images", nargs="+", help="files and folders; default: the training data")
-    add("--num-images", type=in_range(int, 1), default=3, help="number of images")
+    add("--images", nargs="+", metavar="PATH", help="files and folders; default: the training data")
+    add("--num-images", type=COUNT, default=3, help="number of images")
     add("--views", type=in_range(int, 0), default=6, help="number of rows of random views")
     add("--input-size", type=in_range(int, 8), default=224, help="side of the views, in pixels")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
+    add("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
     add("--seed", type=in_range(int, 0), default=0, help="seed of the random views and of the signs of operations")
     add("--output", type=Path, default=Path("augmentation.png"), help="file of the picture")
     return parser

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import engine
 import models_evit
+from flags import COUNT, Parser, in_range
 from models import count_macs, create_model
 from tools.command import one_line_errors
 from tools.timing import interleaved_rates, ratio_row, write_results
@@ -151,9 +152,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> Parser:
     """Build the parser."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m tools.speed_test", description=__doc__)
     add = parser.add_argument
     add(
         "--models",
@@ -161,9 +162,15 @@ def get_parser() -> argparse.ArgumentParser:
         default=["deit_small_patch16_224", "evit_small_patch16_224"],
         help="names of models, timm's or ours",
     )
-    add("--batch-sizes", nargs="+", type=int, default=[32], help="batch sizes to time")
-    add("--keep-rates", nargs="+", type=float, default=[0.7], help="keep rates of every EViT model")
-    add("--input-size", type=int, default=224, help="side of the images in pixels")
+    add("--batch-sizes", nargs="+", type=COUNT, default=[32], help="batch sizes to time")
+    add(
+        "--keep-rates",
+        nargs="+",
+        type=in_range(float, 0, 1, open_low=True),
+        default=[0.7],
+        help="keep rates of every EViT model",
+    )
+    add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
     add("--train", action="store_true", help="time forward, backward and update instead of inference")
     add("--compile", action="store_true", help="torch.compile the models")
     add(
@@ -174,8 +181,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off: float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--steps", type=int, default=2, help="passes per round")
-    add("--rounds", type=int, default=9, help="counted rounds of each")
+    add("--steps", type=COUNT, default=2, help="passes per round")
+    add("--rounds", type=COUNT, default=9, help="counted rounds of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
     return parser
 
@@ -186,9 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("speed_test"):
         device = select_device(args.device, 0)
         rows = measure(args, device)
-    print(table(rows))
-    if args.output:
-        write_results(args.output, device, vars(args), {"rows": rows})
+        print(table(rows))
+        if args.output:
+            write_results(args.output, device, vars(args), {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -45,9 +45,8 @@ TEXTS = ("folder", "model", "data_set")  # sorted ascending; numbers descending
 def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.summarize", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of runs")
-    parser.add_argument(
-        "--sort", choices=FIELDS, default="best", help="column to sort by: numbers descending, text ascending"
-    )
+    columns = f"column to sort by, numbers descending, text ascending: {', '.join(FIELDS)}"
+    parser.add_argument("--sort", choices=FIELDS, default="best", metavar="COLUMN", help=columns)
     parser.add_argument(
         "--within", type=in_range(float, 0), metavar="M", help="count the first M minutes of training only"
     )

@@ -23,7 +23,7 @@ import engine
 from augment import ViewOptions
 from checkpoints import compare_classes
 from datasets import DataOptions, build_sources
-from flags import TRAINED, fill, in_range, keep_rates
+from flags import COUNT, TRAINED, fill, keep_rates
 from loaders import LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import evit_blocks, is_evit
@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="RATE",
         help="keep rates to evaluate: one for all reducing layers, or one per layer: 0.7,0.7,0.5",
     )
-    add("--steps", type=in_range(int, 1), default=2, help="passes per round of the speed measurement")
-    add("--rounds", type=in_range(int, 1), default=5, help="counted rounds of each keep rate")
+    add("--steps", type=COUNT, default=2, help="passes per round of the speed measurement")
+    add("--rounds", type=COUNT, default=5, help="counted rounds of each keep rate")
     add("--output", type=Path, help="write the rows to this JSON file, and a plot next to it")
     with command.one_line_errors("tradeoff"):
         trained = command.parse(parser, argv)

@@ -24,7 +24,7 @@ from torch import nn
 import datasets
 import sources
 from augment import ViewOptions
-from flags import fill, in_range
+from flags import COUNT, fill
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
 from tools import command, pictures
@@ -134,9 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--images",
         nargs="+",
+        metavar="PATH",
         help="files and folders, turned upright by their EXIF orientation; default: the validation data",
     )
-    parser.add_argument("--num-images", type=in_range(int, 1), default=8, help="number of validation images")
+    parser.add_argument("--num-images", type=COUNT, default=8, help="number of validation images")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
     with command.one_line_errors("visualize_tokens"):
         own, run, weights, _ = command.parse(parser, argv)
