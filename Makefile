@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 FAST := -m "not process and not slurm and not slow and not compile"
 
-.PHONY: quickstart lint test test-all test-oldest clean
+.PHONY: quickstart study lint test test-all test-oldest clean
 
 $(VENV)/.installed: requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python main.py @recipes/quickstart_teacher.args
 	$(BIN)/python main.py @recipes/quickstart.args
 	$(BIN)/python -m tools.summarize output/quickstart_teacher output/quickstart
+
+# The figure and the table of docs/study.md, from the logs in results/study.
+study: $(VENV)/.installed
+	$(BIN)/python -m tools.plot_runs results/study/*/ --x minutes --keys test_acc1 \
+		--reference "186,78,GPU study: 175 epochs at 785 images/s" --output results/study/accuracy.png
+	$(BIN)/python -m tools.summarize results/study/*/ --sort folder --format json > results/study/summary.json
+	$(BIN)/python -m tools.summarize results/study/*/ --sort folder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -83,7 +83,6 @@ class LearningRate:
         scheduler: steps per update, or per epoch.
         updates_per_epoch: updates per epoch if the scheduler steps per epoch, else None. Such a schedule behaves like
             `scheduler.step(epoch)` after each epoch: epoch 0 keeps the initial rate, epoch n has the value of n - 1.
-            were called after each epoch: epoch 0 has the rate that the scheduler starts with, epoch n that of n - 1.
     """
 
     name, is_comparable = "lr", True

@@ -368,7 +368,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     dry = "make two updates, evaluate one batch, log the expected time and memory of the run, and save nothing"
     add("--dry-run", action=_SWITCH, default=False, help=dry)
     add("--log-wandb", metavar="PROJECT", default="", help="also log to this Weights & Biases project")
-    add("--eval", action=_SWITCH, default=False, help="evaluate --resume or --pretrained, without training")
+    add("--eval", action=_SWITCH, default=False, help="evaluate --resume, --finetune or --pretrained")
     add("--eval-interval", type=COUNT, default=1, help="epochs between evaluations; the last is always evaluated")
     early = "end after N epochs without a better top-1; default: train all --epochs"
     add("--early-stop", type=COUNT, metavar="N", help=early)
@@ -411,7 +411,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     finetune = "start from the weights of this checkpoint (file or https address)"
     add("--finetune", type=path_name, default="", help=finetune)
     add("--head-init-scale", type=_POSITIVE, metavar="S", help="multiply the weights of a new head by S; default: 1")
-    add("--train-scope", choices=("all", "head", "attn"), default="all", help="parameters to train; the rest is frozen")
+    scope = "parameters to train: all; head; attn: attention, position embedding and head"
+    add("--train-scope", choices=("all", "head", "attn"), default="all", help=scope)
     add(
         "--cache-features",
         action=_SWITCH,
@@ -612,7 +613,7 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     topk = "probabilities to cache per view, for soft distillation"
     add("--teacher-cache-topk", type=COUNT, default=50, metavar="K", help=topk)
     add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
-    size = "teacher batch size for precomputation; default: --batch-size, bitwise identical to online distillation"
+    size = "teacher batch size for precomputation, a multiple of --batch-size; default: --batch-size, bitwise as live"
     add("--precompute-batch-size", type=COUNT, help=size)
     only = "precompute only epochs FROM (inclusive) to TO (exclusive), e.g. to split the work across machines"
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)

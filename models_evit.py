@@ -83,7 +83,6 @@ class EViTBlock(Block):
 
     With keep rate 1 it equals timm's block. A fused token of an earlier layer counts as a patch, as in the original
     implementation. `reduce_tokens` sets the attributes below.
-    implementation. `reduce_tokens` sets the attributes below.
     """
 
     keep_rate: float = 1.0

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,6 +16,8 @@ import datasets
 import engine
 import run_with_submitit
 from flags import check_flags, fill, get_parser, parse_args, without_effect
+from tools.runs import read_run
+from tools.summarize import summarize_run
 from utils import read_log
 
 RECIPES = sorted((tiny.REPOSITORY / "recipes").glob("*.args"))
@@ -356,3 +359,31 @@ def test_a_committed_log_is_that_of_its_recipe(folder):
     }
     assert not differing
     assert [record["epoch"] for record in read_log(folder)] == list(range(len(read_log(folder))))
+
+
+def row_of(file, recipe):
+    """The cells of a recipe's row in a table of a page."""
+    [line] = [line for line in file.read_text().splitlines() if line.startswith(f"| `{recipe}` |")]
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+@pytest.mark.parametrize("folder", STUDY, ids=lambda path: path.name)
+def test_accuracies_of_the_study_are_those_of_its_logs(folder):
+    """In the table of the study, and for finished runs in the table of results and in the recipe's header."""
+    run, name = read_run(folder), f"study_{folder.name}"
+    accuracy, epochs = f"{run.values('test_acc1')[-1]:.1f}", len(run.records)
+    row = row_of(tiny.REPOSITORY / "docs" / "study.md", name)
+    assert f"{epochs} of {run.config['epochs']}" in row and accuracy in " ".join(row).split()
+    if epochs == run.config["epochs"]:
+        assert accuracy in row_of(tiny.REPOSITORY / "docs" / "results.md", name)
+        header = (tiny.REPOSITORY / "recipes" / f"{name}.args").read_text().partition("# Measured:")[2]
+        assert header.split()[:2] == [accuracy, "%"]
+
+
+def test_the_summary_of_the_study_is_that_of_its_logs():
+    committed = json.loads((tiny.REPOSITORY / "results" / "study" / "summary.json").read_text())
+    assert [Path(row.pop("folder")).name for row in committed] == [folder.name for folder in STUDY]
+    for row, folder in zip(committed, STUDY, strict=True):
+        own = summarize_run(read_run(folder))
+        del own["folder"]
+        assert row == pytest.approx(own)
