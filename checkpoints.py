@@ -33,6 +33,7 @@ from utils import (
     is_utf8,
     logger,
     open_log,
+    read_log,
     reason,
     regular_file,
     temporary_name,
@@ -132,11 +133,26 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
     Raises:
         UserError: if the folder holds another run, which would be lost.
     """
-    if overwrite or _is_in(resume, folder) or not (holds_checkpoint(folder) or (folder / BEST).exists()):
+    if overwrite or _is_in(resume, folder):
+        return
+    if not (holds_checkpoint(folder) or (folder / BEST).exists()):
+        # A run that was killed after its first epoch may have a line and no checkpoint yet.
+        if _count_logged(folder) > 1:
+            raise UserError(
+                f"--output-dir {folder}: holds the log.txt of an earlier run without checkpoints; name another folder, "
+                "move the file, or add --overwrite"
+            )
         return
     of = f"another run than --resume {resume}" if resume else "an earlier run"
     remedy = "resume it with --resume auto, " if holds_checkpoint(folder) and not resume else ""
     raise UserError(f"--output-dir {folder}: holds {of}; {remedy}name another folder, or add --overwrite")
+
+
+def _count_logged(folder: Path) -> int:
+    try:
+        return len(read_log(folder))
+    except OSError:  # there is no log.txt
+        return 0
 
 
 def _is_in(path: str, folder: Path) -> bool:

@@ -138,6 +138,8 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
     for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
         if column is not None and (name in NAMES or name.startswith("torch/")):
             raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
+    if options.val_fraction and name != "IMNET" and not name.startswith(CSV):
+        raise UserError(f"--val-fraction {options.val_fraction:g}: {name} has a validation part; drop the flag")
     if name.startswith(SCHEMES):
         train, val = _timm_sources(options, local_rank, eval_only)
         if not eval_only and _share_images(train, val, options):
@@ -146,8 +148,6 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
                 f"{name}; name two splits that differ"
             )
         return train, val
-    if options.val_fraction and name != "IMNET" and not name.startswith(CSV):
-        raise UserError(f"--val-fraction {options.val_fraction:g}: {name} has a validation part; drop the flag")
     if options.num_classes is not None:
         raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
     if name == "DIGITS":
@@ -415,13 +415,17 @@ def _csv(options: DataOptions) -> tuple[Source, Source]:
             f"name their folder with --data-path"
         )
     labels = [row[label] for row in rows]
-    names = sorted(set(labels), key=int if all(map(str.isdecimal, labels)) else None)
+    is_number = all(map(str.isdecimal, labels))
+    names = sorted(set(labels), key=lambda name: (int(name), name) if is_number else name)
     index = {name: number for number, name in enumerate(names)}
     source = whole_source(PathImages(paths), [index[name] for name in labels], names)
     source = replace(source, class_samples=_class_samples(source))
     if "split" not in rows[0]:
         if not options.val_fraction:
             raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
+        for flag, split in (("--train-split", options.train_split), ("--val-split", options.val_split)):
+            if split not in ("train", "validation"):  # the defaults
+                raise UserError(f'{flag} {split}: {what} has no column "split"; add it, or drop the flag')
         return _held_out(source, options.val_fraction, file)
     return _csv_parts(source, [row["split"] for row in rows], options, what)
 
@@ -462,10 +466,11 @@ def _csv_parts(source: Source, splits: Sequence[str], options: DataOptions, what
     """
     if options.val_fraction:
         logger.info('--val-fraction has no effect: %s has a column "split"', what)
-    parts = []
+    parts, lowered = [], [split.lower() for split in splits]
     for flag, name in (("--train-split", options.train_split), ("--val-split", options.val_split)):
-        wanted = next((names for names in TORCH_SPLITS.values() if name in names), (name,))
-        order = np.flatnonzero([split.lower() in wanted or split == name for split in splits])
+        others = next((names for names in TORCH_SPLITS.values() if name in names), ())
+        found = next((each for each in (name.lower(), *others) if each in lowered), None)
+        order = np.flatnonzero([split == found for split in lowered])
         if not len(order):
             raise UserError(f"{flag} {name}: {what} has no such split; it has {', '.join(sorted(set(splits)))}")
         parts.append(replace(source, order=order))

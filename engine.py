@@ -737,7 +737,8 @@ def evaluate(
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
         bad = (~logits.isfinite()).any(dim=1)
         totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), bad.sum(), loss.new_full((), len(batch.targets))])
-    loss, top1, top5, bad, images = all_reduce_sum(totals).tolist()
+    # On the CPU, by gloo: NCCL would wait half an hour for a rank that has ended.
+    loss, top1, top5, bad, images = all_reduce_sum(totals.cpu()).tolist()
     if bad:
         raise RunError(f"the logits of {bad:.0f} of {images:.0f} validation images are not finite; try --amp off")
     if isinstance(loader, DeviceLoader):
@@ -833,8 +834,12 @@ def evaluate_all(
         modules: (prefix, module) pairs, see `modules_of`.
         is_over: see `evaluate`.
     """
+    home = None  # the device that the precision is for
     for prefix, module in modules:
-        stats = evaluate(module, loader, autocast(module, amp_dtype), is_over)
+        device = next(module.parameters()).device
+        home = home or device
+        amp = amp_dtype if device == home or amp_dtype is None else select_amp("auto", device)  # EMA on the CPU
+        stats = evaluate(module, loader, autocast(module, amp), is_over)
         yield {prefix + name: value for name, value in stats.items()}
 
 
@@ -941,6 +946,8 @@ class Saver:
             return "only rank 0 saves"
         if self.world.size == 1:
             log.report()
+        elif not _has_finished(self.world.device):
+            return "not saved: the GPU waits for another process"
         _require_finite(self.state)
         broken = self.broken.found_here() if self.broken is not None else []
         self._write({"images": log.step * log.batch_images, "totals": [log.totals]}, broken)
@@ -1004,6 +1011,17 @@ class Saver:
         if self.world.is_main and self.output.folder is not None:
             append_log(self.output.folder, record)  # first: resuming drops lines of repeated epochs
         self.save(is_best=is_best)
+
+
+def _has_finished(device: torch.device, seconds: float = 10.0) -> bool:
+    """Return True if the device finishes its work in this time; on a GPU it may wait for another rank's gradients."""
+    if device.type != "cuda":
+        return True
+    event, end = torch.cuda.Event(), time.monotonic() + seconds
+    event.record(torch.cuda.current_stream(device))
+    while not event.query() and time.monotonic() < end:
+        time.sleep(0.05)
+    return event.query()
 
 
 def _require_finite(state: TrainState) -> None:
@@ -1143,7 +1161,7 @@ def rehearse(
         tested = time.perf_counter() - start
     images, update = train_loader.images_per_update, ends[-1] - ends[-2]
     epoch = update * train_loader.updates_per_epoch
-    evaluation = tested * val_loader.num_images / (len(batches[0].targets) * world.size)
+    evaluation = tested * val_loader.num_images / (max(1, sum(len(batch.targets) for batch in batches)) * world.size)
     total = (epoch + evaluation / options.eval_interval) * options.epochs
     logger.info(
         "dry run: an update takes %.2f s, %.0f images/s; the first took %.1f s",
@@ -1203,7 +1221,8 @@ def _is_early_end(state: TrainState, options: RunOptions) -> bool:
     """Return True if --early-stop ends the run: no better top-1 in the last epochs."""
     if options.early_stop is None or state.best_epoch < 0 or state.totals:
         return False
-    waited = state.epoch - 1 - state.best_epoch
+    evaluated = state.epoch // options.eval_interval * options.eval_interval - 1  # the last such epoch
+    waited = evaluated - state.best_epoch
     if waited >= options.early_stop:
         logger.info("ended early: no better top-1 in %d epochs (--early-stop)", waited)
     return waited >= options.early_stop

@@ -283,6 +283,10 @@ def _crops(args: argparse.Namespace) -> bool:
     return _is_large(args) and not args.src
 
 
+def _trains_blocks(args: argparse.Namespace) -> bool:
+    return args.train_mode and args.train_scope != "head"
+
+
 def _distills(*kinds: str) -> Callable[[argparse.Namespace], bool]:
     return lambda args: args.distillation_type in kinds
 
@@ -308,7 +312,11 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("color_jitter", lambda args: args.aa in ("", "none") or "3a" in args.aa, "--aa none or 3a; policies replace it"),
     ("train_interpolation", lambda args: args.train_interpolation != "random" or _crops(args), "resized crops"),
     ("cosub", lambda args: args.drop_path > 0, "--drop-path; without, both submodels are the whole model"),
+    ("cosub", _trains_blocks, "blocks in training mode"),
+    ("drop_path", lambda args: args.drop_path == 0 or _trains_blocks(args), "blocks in training mode"),
+    ("drop", lambda args: args.drop == 0 or args.train_mode, "--train-mode"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
+    ("data_path", lambda args: args.data_set != "DIGITS", "another --data-set; DIGITS are bundled"),
     ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
     ("inat_category inat_numbering", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
@@ -525,7 +533,7 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixup-mode",
         choices=("batch", "pair", "elem"),
         default="batch",
-        help="draw a mixing ratio per batch, pair or image",
+        help="draw a mixing ratio per batch, pair or image; the last two sync a GPU in every step",
     )
     add("--augmentation-epochs", type=COUNT, metavar="K", help="repeat the views every K epochs; default: never")
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
@@ -583,7 +591,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="add noise to the learning rate from this share of the schedule on, up to a second share",
     )
-    add("--lr-noise-pct", type=_NON_NEGATIVE, default=0.67, help="maximum noise relative to the learning rate")
+    add("--lr-noise-pct", type=_SHARE, default=0.67, help="maximum noise relative to the learning rate")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
 
 
@@ -819,6 +827,9 @@ def check_flags(args: argparse.Namespace) -> None:
     given = next((spelled(name) for name in SHAPES["tokens"] if getattr(args, name) is not None), None)
     if given and not models_evit.is_evit(args.model):
         raise UserError(f"{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
+    for name, flag in (("keep_rate", "base_keep_rate"), ("drop_loc", "drop_loc"), ("fuse_token", "fuse_token")):
+        if name in args.model_kwargs and getattr(args, flag) is not None:
+            raise UserError(f"{spelled(flag)}: --model-kwargs has {name}, too; pass one of them")
     if args.sched == "multistep" and not args.decay_milestones:
         raise UserError("--sched multistep: has no epochs to decay at; add --decay-milestones EPOCH ...")
     if args.decay_milestones and args.sched != "multistep":
@@ -833,8 +844,20 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError(
             f"--lr-noise {noise}: give its start, and its end if that is below 1, as shares of the schedule"
         )
+    if args.lr_noise and args.lr_noise_pct < args.lr_noise_std / 1000:  # timm draws until the noise is below
+        least = args.lr_noise_std / 1000
+        raise UserError(f"--lr-noise-pct {args.lr_noise_pct:g}: is below a thousandth of --lr-noise-std; use {least:g}")
     if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError("--cutmix-minmax: the minimum is above the maximum; swap them")
+    low, high = args.cutmix_minmax or (0.0, 1.0)
+    if any(int(side * low) >= int(side * high) for side in args.input_size):
+        given, sizes = f"{low:g} {high:g}", " x ".join(map(str, args.input_size))
+        raise UserError(f"--cutmix-minmax {given}: both are the same number of pixels at {sizes} px; widen the range")
+    if args.precompute_batch_size and args.precompute_batch_size % args.batch_size:
+        multiple = max(1, args.precompute_batch_size // args.batch_size) * args.batch_size
+        raise UserError(
+            f"--precompute-batch-size {args.precompute_batch_size}: is no multiple of --batch-size; use {multiple}"
+        )
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; use a lower one")
     _check_sizes(args)

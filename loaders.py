@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -39,7 +37,7 @@ from sources import (
     Source,
     StreamingImages,
 )
-from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, logger
+from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, last_line, logger
 
 MOST_PADDING = 4  # maximum area of the padded buffer, relative to the mean image area
 MOST_WORKERS = 10  # default maximum of workers that only read stored images
@@ -453,17 +451,24 @@ def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Mod
         return None
     # A CPU is faster without compilation, because eager code skips operations that no sample needs.
     if options.compile_augment and world.device.type == "cuda":
-        if _can_compile():
+        lacking = why_not_compiled(world.device)
+        if not lacking:
             view.compile()
         elif world.is_main:
-            logger.warning("the augmentation is not compiled, which makes it slower: install Triton and a C compiler")
+            logger.warning("the augmentation is not compiled, which makes it slower: %s", lacking)
     return view.to(world.device)
 
 
-def _can_compile() -> bool:
-    """Return True if this machine has what torch.compile needs for a GPU."""
-    has_compiler = bool(os.environ.get("CC")) or any(map(shutil.which, ("cc", "gcc", "clang")))
-    return has_compiler and importlib.util.find_spec("triton") is not None
+def why_not_compiled(device: torch.device) -> str:
+    """Compile and run a tiny function; return why that fails on this device, '' if it does not.
+
+    A GPU needs Triton, a C compiler, Python's headers and compute capability 7.0.
+    """
+    try:
+        torch.compile(lambda values: values + 1, dynamic=False)(torch.zeros(1, device=device))
+    except Exception as error:  # torch, Triton and the compiler raise their own
+        return f"torch.compile fails here ({last_line(error)[:200]}); it needs Triton, gcc or clang, and Python.h"
+    return ""
 
 
 def _view_loader(source: Source, view: View, sampler: KeyedSampler, options: LoaderOptions, world: World) -> DataLoader:

@@ -179,18 +179,13 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
     teacher = teachers.build_cached_teacher(
         options, run.train.num_classes, loader, run.view_epochs, run.normalization, world
     )
-    fingerprint = teachers.fingerprint(
-        shaping(args, "views", "teacher"),
-        run.train.label_checksum(),
-        loader,
-        run.normalization,
-        "timm" if args.teacher_pretrained else run.teacher_hash,
-        run.amp_dtype,
-        world,
-    )
+    weights = "timm" if args.teacher_pretrained else run.teacher_hash
+    flags = shaping(args, "views", "teacher")
+    fingerprint = teachers.fingerprint(flags, run.train, loader, run.normalization, weights, run.amp_dtype, world)
+    folder, may_differ = Path(args.teacher_cache), args.allow_class_mismatch
     with utils.main_process_first(world.local_rank):
-        teachers.check_fingerprint(Path(args.teacher_cache), fingerprint, run.train, args.allow_class_mismatch)
-    return teacher
+        teachers.check_fingerprint(folder, fingerprint, run.train, may_differ, writes=not args.dry_run)
+    return (args.dry_run and teacher.live) or teacher
 
 
 def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
@@ -274,9 +269,9 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
 
 
 def open_output(
-    args: argparse.Namespace, state: engine.TrainState, about: dict[str, Any], images_per_epoch: int, world: World
+    args: argparse.Namespace, state: engine.TrainState, about: dict[str, Any], facts: dict[str, Any], world: World
 ) -> engine.Output:
-    """Open the output folder and, on rank 0, a TensorBoard writer.
+    """Open the output folder and, on rank 0, a TensorBoard writer; `facts` are more values for config.json.
 
     Raises:
         UserError: if the folder cannot be written, is in use, or holds another run that would be lost.
@@ -292,7 +287,7 @@ def open_output(
             return engine.Output(folder, about=about)
         lock = utils.lock_folder(folder)
         checkpoints.start_folder(folder, args.resume, state.epoch, state.best_acc1)
-        config = vars(args) | {"class_names": about["class_names"], "images_per_epoch": images_per_epoch}
+        config = vars(args) | {"class_names": about["class_names"]} | facts
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         step = state.num_updates * state.accum_steps
         writer = utils.TensorBoard(folder / "tensorboard", step, config, args.log_wandb)
@@ -366,7 +361,8 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
         if args.output_dir:
             checkpoints.check_folder(Path(args.output_dir), args.resume, args.overwrite)
         return engine.rehearse(state, loader, run.val_loader, criterion, schedules, options, world)
-    output = open_output(args, state, about, loader.num_positions, world)
+    facts = {f"final_{each.name}": each.final for each in schedules if hasattr(each, "final")}
+    output = open_output(args, state, about, facts | {"images_per_epoch": loader.num_positions}, world)
     engine.fit(state, loader, run.val_loader, criterion, schedules, options, world, output)
     output.close()
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_evit
-from checkpoints import read_checkpoint, trained_size, translated, unwrapped, weights_of
+from checkpoints import flags_of, read_checkpoint, trained_size, translated, unwrapped, weights_of
 from samplers import random_key, seed_generators
 from utils import UserError, logger, reason
 
@@ -197,7 +197,7 @@ def build_model(
     try_out(model, f"--model {name}", options.input_size, may_cut=name in models_evit.PUBLISHED)
     heads = () if comes_with_head else classifier_names(model)
     if options.finetune:
-        report = load_finetune_weights(model, options.finetune, COMPLETE if eval_only else FINETUNING)
+        report = load_finetune_weights(model, options, eval_only)
         heads = tuple(name for name in heads if any(belongs_to(key, (name,)) for key in report.missing))
     start_heads(model, heads, options.head_init_scale, replaced=bool(options.pretrained or options.finetune))
     freeze(model, options.train_scope)
@@ -493,10 +493,26 @@ def _grid_of(
     return (side, side) if side * side == num_patches else None
 
 
-def load_finetune_weights(model: nn.Module, path: str, allowed: Collection[str] = FINETUNING) -> LoadReport:
-    """Load `--finetune` weights into a model (see `load_weights`)."""
+def load_finetune_weights(model: nn.Module, options: ModelOptions, eval_only: bool = False) -> LoadReport:
+    """Load `--finetune` weights into a model (see `load_weights`).
+
+    An evaluation needs the function that the weights were trained for. Training may change it; a warning says so.
+
+    Raises:
+        UserError: if the weights do not fit, or an evaluation would compute another function.
+    """
+    path = options.finetune
     checkpoint = read_checkpoint(path, "--finetune")
+    trained = flags_of(checkpoint)
+    if eval_only and "model" in trained:
+        refuse_another_model(vars(options), trained, f"--finetune {path}")
+    elif trained.get("model") == options.model:
+        try:
+            refuse_another_model(vars(options), trained, f"--finetune {path}")
+        except UserError as difference:
+            logger.warning("%s, unless you mean to change it", difference)
     weights = weights_of(checkpoint, "--finetune", path)
+    allowed = COMPLETE if eval_only else FINETUNING
     return load_weights(model, weights, "--finetune", path, allowed, trained_size(checkpoint))
 
 

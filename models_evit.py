@@ -153,6 +153,8 @@ def reduce_tokens(
         raise ValueError("the model has no class token, whose attention EViT goes by")
     if any(not 0 <= layer < len(blocks) for layer in drop_loc):
         raise ValueError(f"drop_loc {list(drop_loc)} names layers outside 0 to {len(blocks) - 1}")
+    if len(set(drop_loc)) < len(drop_loc):
+        raise ValueError(f"drop_loc {list(drop_loc)} names a layer twice")
     rates = [keep_rate] * len(drop_loc) if isinstance(keep_rate, (int, float)) else list(keep_rate)
     if len(rates) != len(drop_loc):
         raise ValueError(f"{len(rates)} keep rates for {len(drop_loc)} layers; give one, or one for each")
@@ -216,6 +218,11 @@ class KeepRate:
     def value(self) -> float:
         """Lowest rate of any layer."""
         return min(block.keep_rate for block, _ in self.blocks)
+
+    @property
+    def final(self) -> float:
+        """Lowest final rate of any layer."""
+        return min(rate for _, rate in self.blocks)
 
     @property
     def is_comparable(self) -> bool:

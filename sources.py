@@ -130,17 +130,19 @@ class Source:
         return self._sample(position, lambda images, index: images.array(index))
 
     def _sample(self, position: int, read: Callable[[Any, int], Any]) -> tuple[Any, int]:
-        index = self.order[position]
-        try:
-            with decoding():
-                return read(self.images, index), int(self.targets[index])
-        except ImageError as error:
-            if self.broken is not None and self.broken.add(index):
-                return self._sample((position + 1) % len(self), read)
-            remedy = ", then --resume auto, or skip some with --skip-broken-images" if self.is_training else ""
-            raise RunError(
-                f"cannot read image {self.images.describe(index)} ({error}); fix or remove it{remedy}"
-            ) from error
+        for _ in range(len(self)):
+            index = self.order[position]
+            try:
+                with decoding():
+                    return read(self.images, index), int(self.targets[index])
+            except ImageError as error:
+                if self.broken is None or not self.broken.add(index):
+                    remedy = ", then --resume auto, or skip some with --skip-broken-images" if self.is_training else ""
+                    raise RunError(
+                        f"cannot read image {self.images.describe(index)} ({error}); fix or remove it{remedy}"
+                    ) from error
+            position = (position + 1) % len(self)
+        raise RunError(f"none of the {len(self)} images can be read; check the folder")
 
     def label_checksum(self) -> int:
         """Return the CRC-32 of the classes in order."""

@@ -30,6 +30,7 @@ import models
 from augment import Normalization
 from checkpoints import Classes, compare_classes, flags_of, read_checkpoint, trained_size, weights_of
 from samplers import Batch
+from sources import Source
 from utils import RunError, UserError, World, check_space, logger, map_array, read_json, regular_file, write_first
 
 FLAG = "--teacher-cache"
@@ -490,7 +491,7 @@ def build_cached_teacher(
 
 def fingerprint(
     flags: Mapping[str, Any],
-    label_checksum: int,
+    data: Source,
     views: ViewStream,
     student_normalization: Normalization,
     teacher_hash: str | None,
@@ -508,7 +509,8 @@ def fingerprint(
     mixes = bool(flags["mixup"] or flags["cutmix"] or flags["cutmix_minmax"])
     return flags | {
         "views": views.num_positions,
-        "labels": label_checksum,
+        "labels": data.label_checksum(),
+        "files": zlib.crc32(data.file_names()),
         "normalization": student_normalization,
         "batch_size": batch_size if mixes else 0,  # with Mixup, these two decide which images are mixed
         "processes": world.size if mixes else 0,
@@ -517,6 +519,11 @@ def fingerprint(
         "augmentation": views.augmentation,
         "topk": None if flags["distillation_type"] == "hard" else topk,
     }
+
+
+# Parts of a fingerprint: without a teacher its weights are not known, caches of earlier versions have no files, and
+# hard predictions no top k.
+MAY_BE_UNKNOWN = ("teacher_weights", "files", "topk")
 
 
 def _shared_fingerprint(folder: Path, own: bytes) -> dict[str, Any]:
@@ -545,19 +552,22 @@ def _shared_fingerprint(folder: Path, own: bytes) -> dict[str, Any]:
 
 
 def check_fingerprint(
-    folder: Path, fingerprint: Mapping[str, Any], classes: Classes, allow_mismatch: bool = False
+    folder: Path, fingerprint: Mapping[str, Any], classes: Classes, allow_mismatch: bool = False, writes: bool = True
 ) -> None:
     """Check that a cache belongs to these views and this teacher; a new cache stores the fingerprint.
 
-    Values of None are unknown and not compared.
+    `MAY_BE_UNKNOWN` are only compared if both sides know them.
 
     Args:
         classes: class names of the data.
         allow_mismatch: warn instead of raising if class names differ.
+        writes: without, a new cache stores nothing.
 
     Raises:
         UserError: naming the fields that differ, or the first class whose name differs.
     """
+    if not writes and not (folder / "fingerprint.json").exists():
+        return
     content = {**fingerprint, "class_names": list(classes.class_names)}
     found = _shared_fingerprint(folder, (json.dumps(content, indent=1) + "\n").encode())
     known = {"class_names": found.pop("class_names", [])}
@@ -567,7 +577,8 @@ def check_fingerprint(
         f"{name} ({reprlib.repr(found.get(name))} there, {reprlib.repr(ours.get(name))} here)"
         for name in {**found, **ours}
         # Flags newer than the cache are missing there. They had no effect.
-        if ours.get(name) is not None and (found.get(name) or None) != (ours.get(name) or None)
+        if (found.get(name) or None) != (ours.get(name) or None)
+        and not (name in MAY_BE_UNKNOWN and None in (found.get(name), ours.get(name)))
     ]
     if differing:
         raise UserError(f"{FLAG} {folder}: is of another run: {', '.join(differing)}; match the flags, or name another")

@@ -333,7 +333,8 @@ def set_up_kernels(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # NVLS sums differ between runs
+        # These sum in switches, in an order that differs between runs.
+        os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
         torch.use_deterministic_algorithms(True)
 
 
@@ -373,7 +374,8 @@ def is_lost_loader(error: Exception) -> bool:
 def is_full_memory(error: Exception) -> bool:
     """Return True for the errors that a process raises when shared memory (/dev/shm) is full."""
     said = str(error)
-    missing = "</torch_" in said or "shared memory" in said  # of torch; of a worker killed by SIGBUS
+    of_gpu = "out of resource" in said or "Too much shared memory" in said  # a kernel needs more than its GPU has
+    missing = "</torch_" in said or ("shared memory" in said and not of_gpu)  # of torch; of a worker killed by SIGBUS
     return missing or (isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None)
 
 
@@ -385,6 +387,9 @@ def known_cause(error: Exception) -> str:
     if is_full_memory(error):
         remedy = "pass --num-workers 0, or give the machine or container more (docker run --shm-size)"
         return f"the shared memory, /dev/shm, is full ({said}); {remedy}"
+    if isinstance(error, torch.OutOfMemoryError):
+        remedy = "lower --batch-size and raise --accum-steps, or add --grad-checkpointing"
+        return f"the memory of the GPU is full ({said}); {remedy}"
     if is_lost_loader(error):
         return f"a data-loader worker is gone ({said}); if memory ran out, lower --num-workers or --ram-cache"
     if is_distributed() and is_lost_peer(error):
@@ -1083,12 +1088,16 @@ class EpochTable:
             logger.info(self._line({name: name for name in self.widths}))
         self.lines += 1
         done = record["epoch"] + 1
-        per_epoch = (time.perf_counter() - self.start) / max(done - self.first, 1e-9)
+        timed = done - self.first  # too little of an epoch says nothing about the others
+        seconds = (time.perf_counter() - self.start) / timed * (self.epochs - done) if timed >= 0.5 else None
         found = {"top-1": "test_acc1", "top-5": "test_acc5", "EMA": "test_ema_acc1"}
         cells = {name: f"{record[key]:.2f}" if key in record else "-" for name, key in found.items()}
         cells |= {"epochs": f"{done}/{self.epochs}", "loss": f"{record['train_loss']:.3f}"}
         cells |= {"lr": f"{record['train_lr']:.1e}", "best": f"{best:.2f}" if best >= 0 else "-"}
-        cells |= {"images/s": f"{record['images_per_second']:.0f}", "left": duration(per_epoch * (self.epochs - done))}
+        cells |= {
+            "images/s": f"{record['images_per_second']:.0f}",
+            "left": "-" if seconds is None else duration(seconds),
+        }
         logger.info(self._line(cells))
 
     def _line(self, cells: Mapping[str, str]) -> str:
@@ -1247,7 +1256,8 @@ class StepLog:
         self.last_skipped = -1  # the last update counted as skipped
         self.sent: _Table | None = None  # values on their way to the host
         # Sums over this rank's steps. "steps" counts finite steps, "skipped" counts non-finite updates of all ranks.
-        self.totals = {"steps": 0.0, "skipped": 0.0} | dict(totals or {})
+        # "seconds" is the time that training "images" on all ranks took.
+        self.totals = {"steps": 0.0, "skipped": 0.0, "images": 0.0, "seconds": 0.0} | dict(totals or {})
         self.step = self.first_step = first_step
         # CUDA runs behind the host, so the rate counts steps that the device has finished.
         self.done, self.done_at = first_step, time.perf_counter()
@@ -1301,11 +1311,13 @@ class StepLog:
         table, self.sent = self.sent, None
         rows, bad_steps = table.read()
         first = table.end - len(rows)
+        self.totals["images"] += (table.end - self.done) * self.batch_images
+        self.totals["seconds"] += max(0.0, table.arrived - self.done_at)
         self.done, self.done_at = table.end, table.arrived
         skipped = {table.updates[step] for step in bad_steps} - {self.last_skipped}
         self.totals["skipped"] += len(skipped)
         self.last_skipped = max(skipped, default=self.last_skipped)
-        if self.totals["skipped"] > self.max_skipped:
+        if skipped and self.totals["skipped"] > self.max_skipped:
             self.progress.close()
             where = "on another rank" if math.isfinite(rows[bad_steps[0]]["loss"]) else "here"
             raise RunError(
@@ -1337,17 +1349,19 @@ class StepLog:
 
     @property
     def images_per_second(self) -> float:
+        """Rate since this log began: a resumed epoch counts from where it was resumed."""
         return (self.done - self.first_step) * self.batch_images / max(1e-9, self.done_at - self.start)
 
     def close(self) -> dict[str, float]:
         """Return the means over steps and ranks, and `images_per_second` over all ranks.
 
-        If updates were skipped, `skipped_steps` is their number.
+        The rate is that of the whole epoch, also if it was resumed. If updates were skipped, `skipped_steps` is their
+        number.
         """
-        rate = self.images_per_second
+        rate = self.totals["images"] / max(1e-9, self.totals["seconds"])
         self.progress.close()
         sums = torch.tensor(list(self.totals.values()), dtype=torch.float64)
         totals = dict(zip(self.totals, all_reduce_sum(sums).tolist(), strict=True))
-        steps, skipped = totals.pop("steps"), totals.pop("skipped")
+        steps, skipped, *_ = (totals.pop(name) for name in ("steps", "skipped", "images", "seconds"))
         means = {name: total / max(1.0, steps) for name, total in totals.items()}
         return means | {"images_per_second": rate} | ({"skipped_steps": self.totals["skipped"]} if skipped else {})

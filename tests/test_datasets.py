@@ -1,5 +1,6 @@
 """Data sets on tiny fabricated files, parts of them, images in memory, and the transforms of the host."""
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -40,12 +41,14 @@ from datasets import (
 )
 from samplers import seed_generators
 from sources import (
+    BrokenImages,
     MemoryImages,
     PathImages,
     Source,
     StreamingImages,
     keep_in_memory,
     take_fraction,
+    whole_source,
 )
 from tools import pack_dataset
 from utils import RunError
@@ -277,6 +280,37 @@ def test_a_csv_file_with_splits(tmp_path, separator, encoding):
     assert [Path(path).stem for path in ordered_paths(train)] == ["0", "2", "4", "6"]
     assert (targets_of(train), targets_of(val)) == ([1, 0, 1, 0], [0, 1, 0])
     assert np.array_equal(pixels_of(val)[2], np.asarray(picture(5)))
+
+
+@pytest.mark.parametrize(
+    ("splits", "named", "images"),
+    [
+        (["val", "test"], "validation", ["2", "4", "6"]),  # the default
+        (["val", "test"], "val", ["2", "4", "6"]),
+        (["val", "test"], "test", ["3", "5", "7"]),
+        (["Val", "TEST"], "Test", ["3", "5", "7"]),
+        (["eval", "test"], "validation", ["2", "4", "6"]),
+        (["fold1", "test"], "validation", ["3", "5", "7"]),
+        (["fold1", "test"], "fold1", ["2", "4", "6"]),
+    ],
+)
+def test_a_split_of_a_csv_file_is_one_name(tmp_path, splits, named, images):
+    """A test part is not evaluated with the validation part."""
+    text = csv_rows(list("ab" * 4), "path,label,split", ["train", "train", *splits * 3])
+    _, val = read(write_csv(tmp_path, text), val_split=named)
+    assert [Path(path).stem for path in ordered_paths(val)] == images
+
+
+def test_numbers_of_a_csv_file_that_are_equal_have_a_fixed_order(tmp_path):
+    train, _ = read(write_csv(tmp_path, csv_rows(["1", "01", "001", "2"] * 2)), val_fraction=0.5)
+    assert train.class_names == ("001", "01", "1", "2")
+
+
+@pytest.mark.parametrize("flag", ["train_split", "val_split"])
+def test_a_split_of_a_csv_file_without_splits_is_refused(tmp_path, flag):
+    name = write_csv(tmp_path, csv_rows(list("aabbaabb")))
+    with tiny.user_error(f"--{flag.replace('_', '-')} fold1", 'no column "split"'):
+        read(name, val_fraction=0.25, **{flag: "fold1"})
 
 
 def test_a_csv_file_is_split_by_class(tmp_path):
@@ -1136,6 +1170,19 @@ def test_image_of_impossible_size_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # Pillow refuses twice this many
     with pytest.raises(RunError, match="0.png"):
         Source(PathImages([path]), np.array([0]), 1, np.array([0]))[0]
+
+
+def test_thousands_of_broken_images_in_a_row_are_replaced(tmp_path):
+    """As when a class folder was not copied."""
+    (tmp_path / "broken.png").write_bytes(b"")
+    save(picture(0), tmp_path / "good.png")
+    images = PathImages([tmp_path / "broken.png"] * 1500 + [tmp_path / "good.png"])
+    source = whole_source(images, [0] * 1500 + [1], ["a", "b"])
+    tolerant = dataclasses.replace(source, broken=BrokenImages(images, 1500))
+    assert tolerant[0][1] == 1 and len(tolerant.broken.found_here()) == 1500
+    hopeless = dataclasses.replace(source, order=source.order[:1500], broken=BrokenImages(images, 1500))
+    with pytest.raises(RunError, match="none of the 1500 images"):
+        hopeless[0]
 
 
 def test_broken_image_stops_the_copy_to_memory(tmp_path):

@@ -1616,3 +1616,25 @@ def test_only_rank_0_writes(tmp_path):
     arguments = (train_loader(mixes=False), val_loader(), CRITERION, build_schedules(state))
     fit(state, *arguments, RunOptions(1), world, Output(tmp_path))
     assert files_in(tmp_path) == {} and state.epoch == 1
+
+
+def test_ema_weights_on_the_cpu_are_evaluated_in_the_precision_of_the_cpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(engine, "autocast", lambda module, amp: amp)
+    monkeypatch.setattr(engine, "evaluate", lambda module, loader, amp, is_over: chosen.append(amp) or {})
+    monkeypatch.setattr(engine, "select_amp", lambda name, device: f"{name} on {device}")
+    on_gpu, on_cpu = torch.nn.Linear(1, 1, device="meta"), torch.nn.Linear(1, 1)
+    for modules in ((on_gpu, on_cpu), (on_cpu, on_cpu)):
+        list(engine.evaluate_all([(f"{n}_", module) for n, module in enumerate(modules)], [], torch.float16))
+    list(engine.evaluate_all([("0_", on_gpu), ("1_", on_cpu)], [], None))
+    assert chosen == [torch.float16, "auto on cpu", torch.float16, torch.float16, None, None]
+
+
+@pytest.mark.parametrize(("states", "finished"), [([True], True), ([False, True], True), ([False], False)])
+def test_a_gpu_that_waits_for_another_process_is_not_waited_for(states, finished, monkeypatch):
+    left = list(states)
+    event = types.SimpleNamespace(record=lambda stream: None, query=lambda: left.pop(0) if len(left) > 1 else left[0])
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    assert engine._has_finished(torch.device("cuda"), seconds=0.2) == finished
+    assert engine._has_finished(torch.device("cpu"))

@@ -192,7 +192,23 @@ CASES = {
     "recipe with a wrong value": ("@{w}/number.args", "--epochs", "type int"),
     "recipe with an open quote": ("@{w}/quote.args", "--output-dir 'output", "close the quotation"),
     "recipe that is not text": ("@{w}/binary.args", "{w}/binary.args", "the recipes are in recipes/"),
+    # numbers that no run can use
+    "CutMix range of no pixel": ("--cutmix-minmax 0.5 0.52", "--cutmix-minmax 0.5 0.52", "widen"),
+    "learning-rate noise of nothing": ("--lr-noise 0.1 --lr-noise-pct 0", "--lr-noise-pct", "above 0"),
+    "learning-rate noise that is never drawn": ("--lr-noise 0.1 --lr-noise-pct 1e-6", "--lr-noise-pct 1e-06", "0.001"),
+    "learning-rate noise below zero": ("--lr-noise 0.1 --lr-noise-pct 2", "--lr-noise-pct", "at most 1"),
+    "teacher batch that is no multiple": (
+        f"{DISTILLED} --distillation-type hard --teacher-cache c --precompute-teacher --precompute-batch-size 100",
+        "--precompute-batch-size 100",
+        "use 64",
+    ),
     # flags that contradict each other
+    "keep rate twice": (
+        "--model evit_tiny_patch16_224 --base-keep-rate 0.7 --model-kwargs keep_rate=0.5",
+        "--base-keep-rate",
+        "pass one",
+    ),
+    "held out of a timm data set": ("--data-set torch/mnist --val-fraction 0.2", "--val-fraction 0.2", "drop the flag"),
     "resume and finetune": ("--resume a.pth --finetune b.pth", "--resume and --finetune", "pass one"),
     "pretrained and finetune": ("--pretrained --finetune b.pth", "--finetune and --pretrained", "pass one"),
     "eval without weights": (f"{DEIT} --eval", "--eval", "--resume FILE"),

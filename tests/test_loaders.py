@@ -201,7 +201,7 @@ def test_images_in_memory_are_picked_on_the_device_without_workers(images):
 )
 def test_views_are_compiled_on_a_gpu_unless_told_otherwise(device, flags, is_compiled, monkeypatch):
     compiled, view = [], torch.nn.Identity()
-    monkeypatch.setattr(loaders, "_can_compile", lambda: True)
+    monkeypatch.setattr(loaders, "why_not_compiled", lambda device: "")
     monkeypatch.setattr(view, "compile", lambda: compiled.append(view))
     monkeypatch.setattr(view, "to", lambda _: view)
     options = fill(LoaderOptions, parse_args(flags))
@@ -218,17 +218,27 @@ def test_where_views_are_made_tells_compiled_ones():
     assert loader.augmentation["where"] == "device, compiled"
 
 
-@pytest.mark.parametrize("lacking", ["triton", "a compiler"])
-def test_views_are_not_compiled_where_that_would_fail(lacking, monkeypatch, caplog):
+def test_views_are_not_compiled_where_that_would_fail(monkeypatch, caplog):
+    def compiled(function, **_):
+        def fail(values):
+            raise RuntimeError("first line\nPython.h: No such file or directory")
+
+        return fail
+
     view = torch.nn.Identity()
     monkeypatch.setattr(view, "compile", lambda: pytest.fail("compiled"))
     monkeypatch.setattr(view, "to", lambda _: view)
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert "(Python.h: No such file or directory)" in loaders.why_not_compiled(CPU)
     monkeypatch.setattr(loaders.logger, "propagate", True)
-    monkeypatch.setattr(loaders.importlib.util, "find_spec", lambda name: None if lacking == "triton" else object())
-    monkeypatch.setattr(loaders.shutil, "which", lambda name: None if lacking == "a compiler" else f"/usr/bin/{name}")
-    monkeypatch.delenv("CC", raising=False)
-    loaders._on_device(view, fill(LoaderOptions, parse_args([])), World.alone(torch.device("cuda")))
-    assert "install Triton and a C compiler" in caplog.text
+    monkeypatch.setattr(loaders, "why_not_compiled", lambda device: f"no compiler for {device}")
+    assert loaders._on_device(view, LoaderOptions(), World.alone(torch.device("cuda"))) is view
+    assert "not compiled, which makes it slower: no compiler for cuda" in caplog.text
+
+
+@pytest.mark.compile
+def test_a_working_compiler_is_recognized():
+    assert loaders.why_not_compiled(CPU) == ""
 
 
 def test_keys_of_batches_have_all_64_bits(images):

@@ -444,6 +444,15 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(flags, named, named_r
     assert f"was trained with {named}" in refusal(capsys, "--eval", "--resume", named_run / "best.pth", *flags.split())
 
 
+def test_weights_to_fine_tune_are_evaluated_as_they_were_trained(named_run, folders, capsys):
+    flags = [*tiny.TINY, "--data-set", "IMNET", "--data-path", folders, "--batch-size", "16"]
+    flags += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=6", "--finetune", named_run / "best.pth"]
+    line = refusal(capsys, *flags, "--eval")
+    assert "--finetune" in line and "num_heads=3, not embed_dim=48 depth=2 num_heads=6" in line
+    main.cli([*map(str, flags), "--output-dir", "", "--dry-run"])  # training may change the function
+    assert "num_heads=3, not embed_dim=48 depth=2 num_heads=6" in capsys.readouterr().err
+
+
 def test_a_resumed_run_keeps_its_number_of_heads(named_run, folders, capsys):
     flags = ["--data-set", "IMNET", "--data-path", folders, "--batch-size", "16", "--output-dir", named_run]
     flags += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=6", "--resume", "auto", "--epochs", "2"]

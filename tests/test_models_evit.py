@@ -222,6 +222,7 @@ def test_each_layer_may_have_its_rate():
     "options, words",
     [
         ({"drop_loc": (1, 5)}, "outside 0 to 4"),
+        ({"drop_loc": (1, 1)}, "names a layer twice"),
         ({"keep_rate": (0.5,)}, "1 keep rates for 2 layers"),
         ({"keep_rate": 0.0}, "not in"),
         ({"keep_rate": 1.5}, "not in"),

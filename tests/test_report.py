@@ -206,6 +206,26 @@ def test_keep_rates_have_the_accuracy_of_their_evaluation(checkpoint, tmp_path, 
     assert len({row["loss"] for row in rows}) == 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ({"model_kwargs": {"keep_rate": 0.5}}, {0.25: False, 0.5: True, 1.0: False}),
+        ({"base_keep_rate": 0.25}, {0.25: True, 1.0: False}),
+    ],
+)
+def test_a_model_s_own_rate_is_marked_whichever_flag_set_it(checkpoint, tmp_path, monkeypatch, flags, rates):
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["args"]["model_kwargs"] |= flags.pop("model_kwargs", {})
+    saved["args"] |= flags
+    torch.save(saved, tmp_path / "own.pth")
+    flags = ["--resume", str(tmp_path / "own.pth"), *FAST, "--num-mistakes", "0", "--keep-rates", "0.25", "1"]
+    report.main([*flags, "--output", str(tmp_path / "rates")])
+    found = {row["keep_rate"]: row for row in made(tmp_path / "rates")["keep_rates"]}
+    assert {rate: row["is_own"] for rate, row in found.items()} == rates
+    stats = evaluated(checkpoint, monkeypatch, "--base-keep-rate", "0.25")
+    assert found[0.25]["loss"] == stats["test_loss"] and len({row["loss"] for row in found.values()}) == len(rates)
+
+
 def test_some_of_the_classes_have_the_indices_of_the_checkpoint(checkpoint, data, tmp_path, monkeypatch):
     (tmp_path / "val").mkdir()
     for name in sorted(NAMES)[1:3]:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,15 @@ def test_tensorboard_of_a_resumed_run_is_that_of_the_whole(where, whole, tmp_pat
         names = [name for name in events.Tags()["scalars"] if not name.endswith("images_per_second")]
         logs.append({name: [(event.step, event.value) for event in events.Scalars(name)] for name in names})
     assert logs[0] == logs[1] and len(logs[0]["epoch/test_acc1"]) == 3
+
+
+@pytest.mark.parametrize(("interval", "ends"), [(1, 13), (2, 14), (10, 20), (3, 12)])
+def test_an_early_end_waits_for_evaluated_epochs(interval, ends):
+    """With the best accuracy after 10 epochs, 3 epochs later is early enough only if one of them was evaluated."""
+    options = engine.RunOptions(epochs=100, eval_interval=interval, early_stop=3)
+    best = 10 // interval * interval - 1
+    states = (types.SimpleNamespace(epoch=done, best_epoch=best, totals=[]) for done in range(10, 100))
+    assert next(state.epoch for state in states if engine._is_early_end(state, options)) == ends
 
 
 def test_an_early_end_is_kept_when_resumed(tmp_path, monkeypatch, capsys):
@@ -631,6 +641,14 @@ def test_a_folder_with_nothing_but_best_pth_is_refused(whole, tmp_path, capsys):
     run(tmp_path, status=2)
     line = capsys.readouterr().err.splitlines()[-1]
     assert "holds an earlier run; name another folder" in line and "auto" not in line
+
+
+def test_a_log_without_checkpoints_is_not_emptied(whole, tmp_path, capsys):
+    shutil.copy(whole / "log.txt", tmp_path)
+    for flags in ((), ("--resume", "auto")):
+        run(tmp_path, *flags, status=2)
+        assert "holds the log.txt of an earlier run" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
 
 
 def test_a_fresh_folder_gets_log_and_best_of_the_resumed_run(whole, stopped, tmp_path):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import main
+import teachers
 from augment import ViewOptions
 from datasets import build_eval_transform
 from engine import select_amp
@@ -360,7 +361,7 @@ def test_epochs_are_split_up_and_missing_ones_are_named(teacher, cached, tmp_pat
 
 def test_larger_teacher_batches_give_the_same_predictions(teacher, cached, tmp_path):
     precompute(
-        tmp_path / "cache", *teacher, "--precompute-batch-size", "110"
+        tmp_path / "cache", *teacher, "--precompute-batch-size", "96"
     )  # three batches at once, then what is left
     for path in cached.glob("*.npy"):
         (other,) = (tmp_path / "cache").glob(f"{path.name.partition('.')[0]}.*")
@@ -423,6 +424,40 @@ def test_any_field_of_a_fingerprint_is_compared_and_named(cached):
         if field not in ("topk", "class_names"):  # of soft distillation; the names have a message of their own
             with tiny.user_error(f"{field} ("):
                 check_fingerprint(cached, fields | {field: "another"}, NAMELESS)
+
+
+def test_a_flag_that_is_unset_now_is_compared_too(cached, tmp_path):
+    """Predictions for views with --cutmix-minmax, or at another teacher's size, are not those for views without."""
+    fields = json.loads((cached / "fingerprint.json").read_text())
+    names = types.SimpleNamespace(class_names=tuple(fields.pop("class_names")), class_samples=())
+    known = {name for name, value in fields.items() if value}
+    check_fingerprint(cached, fields, names)
+    for field in known - {*teachers.MAY_BE_UNKNOWN, "class_names"}:
+        with tiny.user_error(f"{field} ("):
+            check_fingerprint(cached, fields | {field: None}, names)
+    for field in ("cutmix_minmax", "teacher_input_size", "image_column"):
+        folder = tmp_path / field
+        check_fingerprint(folder, fields | {field: [0.2, 0.8]}, names)
+        with tiny.user_error(f"{field} ([0.2, 0.8] there, None here)"):
+            check_fingerprint(folder, fields | {field: None}, names)
+
+
+def test_a_cache_of_other_files_is_refused(cached, tmp_path):
+    folder = shutil.copytree(cached, tmp_path / "cache")
+    fields = json.loads((folder / "fingerprint.json").read_text())
+    names = types.SimpleNamespace(class_names=tuple(fields["class_names"]), class_samples=())
+    others = {name: value for name, value in fields.items() if name not in ("files", "class_names")}
+    with tiny.user_error("files ("):
+        check_fingerprint(folder, others | {"files": fields["files"] + 1}, names)
+    del fields["files"]
+    (folder / "fingerprint.json").write_text(json.dumps(fields))  # of an earlier version
+    check_fingerprint(folder, others | {"files": 3}, names)
+
+
+def test_a_dry_run_adds_nothing_to_a_cache(teacher, tmp_path):
+    flags = [*RUN, *teacher, "--distillation-type", "hard", "--teacher-cache", str(tmp_path / "cache")]
+    main.cli([*flags, "--output-dir", "", "--dry-run"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_is_refused_for_other_classes(cached, tmp_path):

@@ -82,8 +82,9 @@ def test_summary_row_has_accuracies_epochs_and_flags(tmp_path):
         ({"base_keep_rate": 0.5}, (60.0, 3)),
         ({"base_keep_rate": [0.9, 0.5]}, (60.0, 3)),  # the log has the lowest rate
         ({}, (60.0, 3)),  # without config.json, the lowest rate in the log is the final one
-        ({"base_keep_rate": None}, (70.0, 2)),  # the default is 0.7
+        ({"base_keep_rate": None}, (60.0, 3)),  # the model's default, which is the lowest in the log
         ({"base_keep_rate": 0.3}, (None, None)),  # stopped before the final rate
+        ({"base_keep_rate": None, "final_keep_rate": 0.5}, (60.0, 3)),  # a model with another default
     ],
 )
 def test_best_accuracy_is_at_the_final_keep_rate(tmp_path, config, best):
@@ -381,6 +382,29 @@ def test_speed_of_an_unknown_model_is_a_one_line_error(capsys):
     with pytest.raises(SystemExit):
         speed_test.main(["--models", "deit_tinny_patch16_224", "--device", "cpu"])
     assert "did you mean deit_tiny_patch16_224" in capsys.readouterr().err
+
+
+def test_minutes_are_those_of_the_epochs_in_the_log(tmp_path):
+    """Not of those before --start-epoch, and unknown after an epoch without a rate."""
+    rate = {"images_per_second": 10.0}
+    write_run(tmp_path / "run", rate, rate, images_per_epoch=600)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    (tmp_path / "run" / "log.txt").write_text(
+        log.replace('"epoch": 1', '"epoch": 101').replace('"epoch": 0', '"epoch": 100')
+    )
+    assert read_run(tmp_path / "run").values("minutes") == [1.0, 2.0]
+    write_run(tmp_path / "zero", rate, {"images_per_second": 0.0}, rate, images_per_epoch=600)
+    assert read_run(tmp_path / "zero").values("minutes") == [1.0, None, None]
+    write_run(tmp_path / "huge", rate, images_per_epoch=600)
+    (tmp_path / "huge" / "log.txt").write_text('{"epoch": 1' + 400 * "0" + ', "images_per_second": 1}\n')
+    assert read_run(tmp_path / "huge").values("minutes") == [None]
+
+
+def test_models_whose_blocks_yield_no_tokens_are_measured(capsys):
+    models = ["crossvit_tiny_240", "test_efficientnet"]
+    speed_test.main(["--models", *models, "--input-size", "240", "--batch-sizes", "1", "--rounds", "1", "--steps", "1"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert speed_test.describe(speed_test.build(models[1], None, 64, torch.device("cpu")), (64, 64))["tokens"] == []
 
 
 BENCHMARKS = (bench, checkpoint_cost, distillation_cost, loop_overhead, speed_test)

@@ -401,6 +401,7 @@ def test_what_has_no_tradeoff_is_a_one_line_error(checkpoint, tmp_path, capsys):
     bare = tmp_path / "deit.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
     assert "no EViT blocks" in line_of(capsys, tradeoff, "--resume", bare, *deit, *tiny.DATA)
+    assert "is the name of the plot" in line_of(capsys, tradeoff, "--resume", checkpoint, "--output", "a.png")
     assert "1.5 is not above 0 and at most 1" in line_of(
         capsys, tradeoff, "--resume", checkpoint, "--keep-rates", "1.5"
     )

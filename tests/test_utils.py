@@ -592,6 +592,37 @@ def test_the_rate_is_that_of_the_steps_the_device_has_done(device, monkeypatch):
     assert log.close()["images_per_second"] == 120 / 24  # 12 s, and two waits of 6 s
 
 
+@pytest.mark.parametrize("first", [1, 6, 10])
+def test_the_rate_of_a_resumed_epoch_is_that_of_the_whole_epoch(monkeypatch, first):
+    """10 steps of 8 images, 1 s each before it was stopped and 3 s each after; the last may be stopped after all."""
+    now = [0.0]
+    monkeypatch.setattr(utils, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    log = StepLog(epoch=0, num_steps=10, batch_images=8, interval=1)
+    for step in range(first):
+        now[0] += 1
+        log.update(step_values(step))
+    now[0] += 1000
+    log = StepLog(epoch=0, num_steps=10, batch_images=8, interval=1, first_step=first, totals=log.totals)
+    for step in range(first, 10):
+        now[0] += 3
+        log.update(step_values(step))
+    assert log.close()["images_per_second"] == pytest.approx(80 / (first + 3 * (10 - first)))
+
+
+def test_a_resumed_epoch_may_have_skipped_more_than_is_tolerated_now():
+    log = StepLog(epoch=0, num_steps=10, batch_images=8, interval=1, first_step=4, totals={"steps": 1, "skipped": 3})
+    log.update(step_values(4))
+    with pytest.raises(RunError, match="not finite in epoch 0 at step 5 "):
+        log.update(step_values(5) | {"loss": torch.tensor(float("nan"))})
+
+
+def test_the_time_left_is_said_after_half_an_epoch(lines):
+    record = {"epoch": 3, "train_loss": 1.0, "train_lr": 0.1, "images_per_second": 5.0}
+    utils.EpochTable(300, 4.0, []).add(record, -1.0)  # resumed before the evaluation of epoch 3
+    utils.EpochTable(300, 3.4, []).add(record, -1.0)
+    assert [line.split()[-1] for line in lines() if "/300" in line] == ["-", "0:00:00"]
+
+
 def test_an_epoch_without_steps_has_no_means():
     assert set(StepLog(epoch=0, num_steps=0, batch_images=8, interval=1).close()) == {"images_per_second"}
 
@@ -668,6 +699,11 @@ def test_a_full_shared_memory_is_recognized(error, full):
     assert utils.is_full_memory(error) == full
 
 
+def test_a_full_gpu_is_said_with_its_remedies():
+    said = utils.known_cause(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert said.startswith("the memory of the GPU is full (CUDA out of memory.") and "--accum-steps" in said
+
+
 def test_tensorboard_on_a_full_disk_is_an_error_without_a_traceback(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -705,4 +741,4 @@ def test_deterministic_kernels_exclude_sums_in_switches(earlier, monkeypatch):
     if earlier:
         monkeypatch.setenv("NCCL_ALGO", earlier)
     utils.set_up_kernels(deterministic=True)
-    assert os.environ["NCCL_ALGO"] == (earlier or "^NVLS")
+    assert os.environ["NCCL_ALGO"] == (earlier or "^NVLS,NVLSTree,CollNetDirect,CollNetChain")

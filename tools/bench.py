@@ -155,7 +155,7 @@ def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]
         ours, theirs = _our_steps(run, batches, device), _timms_steps(run, batches, device)
         row = compare(ours, theirs, args.rounds, device, "timm")
         fact = speed_test.describe(speed_test.build(name, None, size, torch.device("cpu")), (size, size))
-        flops = 3 * 2 * fact["macs"]  # the backward pass takes twice as many
+        flops = fact["macs"] and 3 * 2 * fact["macs"]  # the backward pass takes twice as many
         row |= {"precision": str(engine.select_amp("auto", device)), "flops_per_image": flops}
         rows.append({"name": f"{name}, a step", "against": "a loop of timm's parts"} | row | utilisation(row, device))
     return rows
@@ -212,7 +212,7 @@ def _timms_steps(run: argparse.Namespace, batches: list[Batch], device: torch.de
 
 def utilisation(row: dict[str, Any], device: torch.device) -> dict[str, float | None]:
     """Return the model's FLOP/s as a share of the device's peak, or None if that is unknown."""
-    known = device.type == "cuda" and row["precision"] in ("torch.bfloat16", "torch.float16")
+    known = device.type == "cuda" and row["flops_per_image"] and row["precision"] in ("torch.bfloat16", "torch.float16")
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if known else None
     return {
         f"utilisation{end}": row[f"images_per_second{end}"] * row["flops_per_image"] / peak if peak else None

@@ -56,6 +56,13 @@ class _PassOn(argparse.Action):
         namespace.main_flags = [*namespace.main_flags, *words]
 
 
+def at_keep_rate(run: argparse.Namespace, rate: float | Sequence[float]) -> argparse.Namespace:
+    """Return the flags of a run with an EViT's keep rate changed, whichever flag had set it."""
+    changed = argparse.Namespace(**vars(run))
+    changed.model_kwargs = {**run.model_kwargs, "keep_rate": rate}  # takes precedence over --base-keep-rate
+    return changed
+
+
 def get_parser(tool: str, description: str | None, weights: str = "") -> flags.Parser:
     """Build the parser of a tool that takes `--resume`, `--ema` and the flags of main.py.
 

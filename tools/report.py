@@ -10,7 +10,6 @@ mistakes, calibration and, for an EViT, the top-1 at several keep rates.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import re
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import engine
 from augment import ViewOptions
@@ -29,7 +29,7 @@ from datasets import DataOptions, build_sources
 from flags import TRAINED, Parser, fill, in_range, keep_rates
 from loaders import DeviceLoader, LoaderOptions, build_val_loader
 from models import normalization
-from models_evit import KEEP_RATE, is_evit
+from models_evit import evit_blocks, is_evit
 from sources import Data, Source, keep_in_memory, with_classes
 from tools import command, report_page
 from tools.outcomes import Outcome, evaluate_images, wilson
@@ -148,22 +148,24 @@ def validation_data(trained: command.Trained, world: World) -> tuple[Data, Data]
     return keep_in_memory(files, options.ram_cache), files
 
 
-def rate_rows(trained: command.Trained, loader: DeviceLoader, outcome: Outcome, world: World) -> list[dict[str, Any]]:
+def rate_rows(
+    trained: command.Trained, model: nn.Module, loader: DeviceLoader, outcome: Outcome, world: World
+) -> list[dict[str, Any]]:
     """Measure accuracy at each of `--keep-rates` and at the model's own; [] for a model that keeps all patches."""
     own, run = trained.own, trained.run
     if not is_evit(run.model):
         return []
-    usual = KEEP_RATE if run.base_keep_rate is None else run.base_keep_rate
+    usual = run.model_kwargs.get("keep_rate", run.base_keep_rate)
+    if usual is None:  # the default of the model
+        usual = min(block.keep_rate for block in evit_blocks(model))
     rates = list(own.keep_rates or DEFAULT_RATES)
     rates += [] if usual in rates else [usual]
     rows = []
     for rate in sorted(rates, key=lambda rate: -np.mean(rate)):
         stats = outcome.stats
         if rate != usual:
-            changed = copy.copy(run)
-            changed.base_keep_rate = rate
-            model = command.load_model(changed, trained.weights, own.resume, world.device)
-            stats = engine.evaluate(model, loader, engine.autocast(model, engine.select_amp(run.amp, world.device)))
+            other = command.load_model(command.at_keep_rate(run, rate), trained.weights, own.resume, world.device)
+            stats = engine.evaluate(other, loader, engine.autocast(other, engine.select_amp(run.amp, world.device)))
         hits = round(stats["acc1"] * stats["images"] / 100)
         row = {"keep_rate": rate, "is_own": rate == usual, "interval": wilson(hits, stats["images"])}
         rows.append(row | {name: stats[name] for name in ("acc1", "acc5", "loss")})
@@ -202,7 +204,7 @@ def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any],
         "confused_pairs": confused_pairs(outcome, names),
         "confusion_matrix": confusion_matrix(outcome, len(names)).tolist() if len(names) <= MOST_CLASSES else None,
         "mistakes": mistakes(outcome, names, files, own.num_mistakes),
-        "keep_rates": rate_rows(trained, loader, outcome, world),
+        "keep_rates": rate_rows(trained, model, loader, outcome, world),
     }, files
 
 

@@ -38,11 +38,12 @@ class Run:
         Without config.json it is the lowest in the log.
         """
         logged = [rate for rate in self.values("keep_rate") if rate is not None]
-        if not logged or "base_keep_rate" not in self.config:
-            return min(logged, default=None)
-        given = self.config["base_keep_rate"]
+        known = number(self.config.get("final_keep_rate"))
+        if known is not None or not logged or "base_keep_rate" not in self.config:
+            return min(logged, default=None) if known is None else known
+        given = self.config["base_keep_rate"]  # config.json of an earlier version
         rates = [number(rate) for rate in (given if isinstance(given, list) else [given])]
-        return min((rate for rate in rates if rate is not None), default=KEEP_RATE)
+        return min((rate for rate in rates if rate is not None), default=min(KEEP_RATE, *logged))
 
     def is_comparable(self, record: dict[str, Any]) -> bool:
         """Return True if a record's accuracy counts for the best: an EViT must be at its final keep rate."""
@@ -95,14 +96,21 @@ def read_run(folder: Path) -> Run:
 
 
 def _with_time(records: Sequence[dict[str, Any]], images_per_epoch: float) -> list[dict[str, Any]]:
-    """Add `images` and `minutes` until the end of each record; no `minutes` once a record has no rate."""
-    timed, images, minutes = [], 0.0, 0.0
+    """Add `images` and `minutes` until the end of each record; no `minutes` once a record has no rate.
+
+    Epochs before the first record are not in the minutes.
+    """
+    timed, last, minutes = [], None, 0.0
     for record in records:
-        seen = images_per_epoch * (record["epoch"] + 1)
-        rate = number(record.get("images_per_second"))
-        minutes = None if rate is None or minutes is None else minutes + max(0.0, seen - images) / max(rate, 1e-9) / 60
-        images = seen
-        timed.append({"images": seen} | ({} if minutes is None else {"minutes": minutes}) | record)
+        epoch, rate = number(record["epoch"]), number(record.get("images_per_second"))
+        if epoch is None:  # above all floats
+            return list(records)
+        last = epoch - 1 if last is None else last
+        minutes = None if not rate or minutes is None else minutes + (epoch - last) * images_per_epoch / rate / 60
+        last = epoch
+        timed.append(
+            {"images": images_per_epoch * (epoch + 1)} | ({} if minutes is None else {"minutes": minutes}) | record
+        )
     return timed
 
 

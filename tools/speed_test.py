@@ -49,10 +49,18 @@ def build(name: str, keep_rate: float | None, input_size: int, device: torch.dev
 
 @torch.no_grad()
 def describe(model: nn.Module, input_size: tuple[int, int]) -> dict[str, Any]:
-    """Return parameters, multiply-accumulates of one (height, width) image, and tokens after each block."""
+    """Return parameters, multiply-accumulates of one (height, width) image, and tokens after each block.
+
+    The multiply-accumulates are None if torch cannot count them, the tokens [] for a convolutional network.
+    """
     tokens: list[int] = []
     blocks = getattr(model, "blocks", None) or []
-    hooks = [block.register_forward_hook(lambda _m, _i, out: tokens.append(out.shape[1])) for block in blocks]
+
+    def count(_module: nn.Module, _inputs: Any, out: Any) -> None:
+        if isinstance(out, torch.Tensor) and out.ndim == 3:  # [B, N, D]
+            tokens.append(out.shape[1])
+
+    hooks = [block.register_forward_hook(count) for block in blocks]
     macs = count_macs(model, input_size)
     for hook in hooks:
         hook.remove()
@@ -144,10 +152,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         keep = "" if row["keep_rate"] is None else f"{row['keep_rate']:.2f}"
+        macs = "-" if row["macs"] is None else f"{row['macs'] / 1e9:.2f}"
         peak = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:.0f}"
         lines.append(
             f"{row['model']:34s} {keep:>5s} {row['batch_size']:5d} {row['images_per_second']:9.1f} {row['ratio']:6.2f} "
-            f"{row['parameters'] / 1e6:7.1f} {row['macs'] / 1e9:6.2f} {peak:>8s}  {' '.join(map(str, row['tokens']))}"
+            f"{row['parameters'] / 1e6:7.1f} {macs:>6s} {peak:>8s}  {' '.join(map(str, row['tokens']))}"
         )
     return "\n".join(lines)
 

@@ -11,7 +11,6 @@ are interleaved in one process, and `ratio` is relative to the first one.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,7 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
         raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
     models = []
     for rate in own.keep_rates:
-        changed = copy.copy(run)
-        changed.model_kwargs = {**run.model_kwargs, "keep_rate": rate}  # takes precedence over --base-keep-rate
-        models.append(command.load_model(changed, trained.weights, own.resume, world.device))
+        models.append(command.load_model(command.at_keep_rate(run, rate), trained.weights, own.resume, world.device))
         if run.compile:
             models[-1].compile()
     _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
@@ -146,8 +143,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line_errors("tradeoff"):
         trained = command.parse(parser, argv)
         own, run = trained.own, trained.run
+        if own.output and own.output.suffix in pictures.PLOT_SUFFIXES:
+            raise UserError(f"--output {own.output}: is the name of the plot; name a .json file next to it")
         torch.set_num_threads(available_cpus())
         world = init_distributed(run.device)
+        if world.size > 1:
+            raise UserError(f"WORLD_SIZE={world.size}: one process measures; start it without a launcher")
         rows = measure(trained, world)
         print(table(rows))
         if own.output:
