@@ -1256,8 +1256,8 @@ class StepLog:
         self.last_skipped = -1  # the last update counted as skipped
         self.sent: _Table | None = None  # values on their way to the host
         # Sums over this rank's steps. "steps" counts finite steps, "skipped" counts non-finite updates of all ranks.
-        # "seconds" is the time that training "images" on all ranks took.
-        self.totals = {"steps": 0.0, "skipped": 0.0, "images": 0.0, "seconds": 0.0} | dict(totals or {})
+        # "seconds" is the time that training "timed_images" on all ranks took.
+        self.totals = {"steps": 0.0, "skipped": 0.0, "timed_images": 0.0, "seconds": 0.0} | dict(totals or {})
         self.step = self.first_step = first_step
         # CUDA runs behind the host, so the rate counts steps that the device has finished.
         self.done, self.done_at = first_step, time.perf_counter()
@@ -1311,7 +1311,7 @@ class StepLog:
         table, self.sent = self.sent, None
         rows, bad_steps = table.read()
         first = table.end - len(rows)
-        self.totals["images"] += (table.end - self.done) * self.batch_images
+        self.totals["timed_images"] += (table.end - self.done) * self.batch_images
         self.totals["seconds"] += max(0.0, table.arrived - self.done_at)
         self.done, self.done_at = table.end, table.arrived
         skipped = {table.updates[step] for step in bad_steps} - {self.last_skipped}
@@ -1358,10 +1358,10 @@ class StepLog:
         The rate is that of the whole epoch, also if it was resumed. If updates were skipped, `skipped_steps` is their
         number.
         """
-        rate = self.totals["images"] / max(1e-9, self.totals["seconds"])
+        rate = self.totals["timed_images"] / max(1e-9, self.totals["seconds"])
         self.progress.close()
         sums = torch.tensor(list(self.totals.values()), dtype=torch.float64)
         totals = dict(zip(self.totals, all_reduce_sum(sums).tolist(), strict=True))
-        steps, skipped, *_ = (totals.pop(name) for name in ("steps", "skipped", "images", "seconds"))
+        steps, skipped, *_ = (totals.pop(name) for name in ("steps", "skipped", "timed_images", "seconds"))
         means = {name: total / max(1.0, steps) for name, total in totals.items()}
         return means | {"images_per_second": rate} | ({"skipped_steps": self.totals["skipped"]} if skipped else {})
