@@ -18,6 +18,7 @@ import main
 from models_evit import EViTBlock, evit_blocks, reduce_tokens
 from tools import (
     command,
+    compare,
     export,
     outcomes,
     pictures,
@@ -411,6 +412,46 @@ def test_what_has_no_tradeoff_is_a_one_line_error(checkpoint, tmp_path, capsys):
             Image.new("RGB", (32, 32)).save(tmp_path / "data" / part / kind / "1.png")
     flags = ["--resume", checkpoint, "--data-set", "IMNET", "--data-path", tmp_path / "data"]
     assert "has 2 classes, the model 10" in line_of(capsys, tradeoff, *flags)
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_compared_on_the_same_images(run, checkpoint, tmp_path, capsys):
+    """A model does not differ from itself; another one differs by the images that one of the two gets wrong."""
+    other = tmp_path / "other.pth"
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["model"]["head.bias"] += 0.2 * torch.arange(10)
+    torch.save(saved, other)
+    flags = [
+        checkpoint,
+        checkpoint,
+        other,
+        "--num-workers",
+        "0",
+        "--amp",
+        "off",
+        "--output",
+        tmp_path / "new" / "c.json",
+    ]
+    compare.main([str(flag) for flag in flags])
+    rows = json.loads((tmp_path / "new" / "c.json").read_text())["rows"]
+    assert rows[0]["acc1"] == tiny.log_of(run)[-1]["test_acc1"] and rows[0]["images"] == 355
+    assert [row["acc1_change"] for row in rows[:2]] == [0, 0] and rows[1]["acc1_change_interval"] == [0, 0]
+    assert rows[2]["acc1_change"] == pytest.approx(rows[2]["acc1"] - rows[0]["acc1"]) and rows[2]["acc1_change"] != 0
+    low, high = rows[2]["acc1_change_interval"]
+    assert low < rows[2]["acc1_change"] < high
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[3].endswith(str(other)) and f"{low:+.2f} {high:+.2f}" in lines[3]
+
+
+def test_models_of_other_classes_are_not_compared(checkpoint, tmp_path, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["class_names"] = saved["class_names"][::-1]
+    torch.save(saved, tmp_path / "turned.pth")
+    line = line_of(capsys, compare, checkpoint, tmp_path / "turned.pth", "--num-workers", "0")
+    assert str(tmp_path / "turned.pth") in line and "in another order" in line
+    assert "no such file" in line_of(capsys, compare, checkpoint, tmp_path / "gone.pth")
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,3 +113,11 @@ def paired_difference(hits: np.ndarray, others: np.ndarray) -> tuple[float, list
     each = hits.astype(np.float64) - others
     mean, margin = float(each.mean()), Z * float(each.std()) / math.sqrt(len(each))
     return 100 * mean, [100 * (mean - margin), 100 * (mean + margin)]
+
+
+def accuracy_row(result: Outcome, first: Outcome) -> dict[str, Any]:
+    """Return accuracies and loss as JSON values, with the change of top-1 against the first result."""
+    change, interval = paired_difference(result.hits, first.hits)
+    stats = {name: result.stats[name] for name in ("acc1", "acc5", "loss", "images")}
+    known = {"acc1_interval": wilson(int(result.hits.sum()), len(result.hits))}
+    return stats | known | {"acc1_change": change, "acc1_change_interval": interval}

@@ -27,7 +27,7 @@ from loaders import LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import evit_blocks, is_evit
 from tools import command, pictures
-from tools.outcomes import Outcome, evaluate_images, paired_difference, wilson
+from tools.outcomes import accuracy_row, evaluate_images, wilson
 from tools.predict import score_name
 from tools.speed_test import describe, inference
 from tools.timing import interleaved_rates, ratio_row, write_results
@@ -61,19 +61,11 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
     rates = interleaved_rates(works, own.rounds, world.device)
     return [
         {"keep_rate": rate}
-        | accuracies(result, results[0])
+        | accuracy_row(result, results[0])
         | ratio_row(own_rates, rates[0])
         | describe(model, (height, width))
         for rate, result, own_rates, model in zip(own.keep_rates, results, rates, models, strict=True)
     ]
-
-
-def accuracies(result: Outcome, first: Outcome) -> dict[str, Any]:
-    """Return accuracies and loss, and the difference to the first keep rate with its interval."""
-    change, interval = paired_difference(result.hits, first.hits)
-    stats = {name: result.stats[name] for name in ("acc1", "acc5", "loss", "images")}
-    known = {"acc1_interval": wilson(int(result.hits.sum()), len(result.hits))}
-    return stats | known | {"acc1_change": change, "acc1_change_interval": interval}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

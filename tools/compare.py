@@ -1,0 +1,84 @@
+"""Compare trained models on the same validation images.
+
+    python -m tools.compare output/A/best.pth output/B/best.pth
+
+All models see the validation data of the first checkpoint, each at its own
+input size. `change` is the top-1 minus that of the first model, in points.
+Intervals are those of 95 %. That of a change is narrow if both models make the
+same mistakes: it depends on the images that only one of them gets right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine
+from augment import ViewOptions
+from checkpoints import compare_classes
+from datasets import DataOptions, build_sources
+from flags import fill
+from loaders import LoaderOptions, build_val_loader
+from models import normalization
+from sources import Data
+from tools import command
+from tools.outcomes import Outcome, accuracy_row, evaluate_images
+from tools.predict import score_name
+from tools.timing import write_results
+from utils import UserError, World, available_cpus, escaped, init_distributed
+
+
+def evaluate(trained: command.Trained, val: Data, world: World) -> Outcome:
+    """Evaluate one model on these images.
+
+    Raises:
+        UserError: if its classes are not those of the data.
+    """
+    run, path = trained.run, trained.own.resume
+    model = command.load_model(run, trained.weights, path, world.device)
+    if val.num_classes != model.num_classes:
+        raise UserError(f"--resume {path}: has {model.num_classes} classes, the data have {val.num_classes}")
+    compare_classes(trained.about, {"val": val}, f"--resume {path}", run.allow_class_mismatch)
+    loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
+    return evaluate_images(model, loader, score_name(trained.about), engine.select_amp(run.amp, world.device))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Format the rows for a terminal."""
+    lines = ["top-1 %       interval   change       interval  model"]
+    for row in rows:
+        (low, high), (less, more) = row["acc1_interval"], row["acc1_change_interval"]
+        lines.append(
+            f"{row['acc1']:7.2f} {f'{low:.2f}-{high:.2f}':>14s} {row['acc1_change']:+8.2f} "
+            f"{f'{less:+.2f} {more:+.2f}':>14s}  {escaped(row['checkpoint'])}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.get_parser("compare", __doc__, "the checkpoints named")
+    parser.add_argument("checkpoints", nargs="+", metavar="PATH", help="checkpoints; name them before other flags")
+    parser.add_argument("--output", type=Path, help="write the rows to this JSON file as well")
+    with command.one_line_errors("compare"):
+        own = parser.parse_args(argv)
+        words = [*own.main_flags, *(["--ema"] if own.ema else [])]
+        one = command.get_parser("compare", __doc__)
+        models = [command.parse(one, ["--resume", path, *words]) for path in own.checkpoints]
+        torch.set_num_threads(available_cpus())
+        world = init_distributed(models[0].run.device)
+        if world.size > 1:
+            raise UserError(f"WORLD_SIZE={world.size}: one process compares; start it without a launcher")
+        _, val = build_sources(fill(DataOptions, models[0].run), world.local_rank, eval_only=True)
+        results = [evaluate(trained, val, world) for trained in models]
+        named = zip(own.checkpoints, results, strict=True)
+        rows = [{"checkpoint": path} | accuracy_row(result, results[0]) for path, result in named]
+        print(table(rows))
+        if own.output:
+            write_results(own.output, world.device, {"checkpoints": own.checkpoints, "ema": own.ema}, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
