@@ -12,6 +12,7 @@ import pytest
 import torch
 import warm
 
+import utils
 from tools import chaos, checkpoint_cost
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
@@ -36,6 +37,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def logger_as_found():
+    """Take back what `set_up_logging` does: its handler writes to a stream that ends with the test."""
+    logger = utils.logger
+    found = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate, logger.level = found
 
 
 @pytest.fixture(autouse=True)

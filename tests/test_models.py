@@ -16,7 +16,6 @@ from torch import nn
 import utils
 from checkpoints import ema_of, trained_size, weights_of
 from models import (
-    COMPLETE,
     EVALUATION,
     FINETUNING,
     ModelOptions,
@@ -46,6 +45,11 @@ def build(name=PLAIN, seed=0, num_classes=5, distilled=False, eval_only=False, *
 def build_cnn(**options):
     """A convolutional network with BatchNorm, of 24,000 parameters."""
     return build("resnet10t", model_kwargs={"channels": (8, 16, 24, 32), "stem_width": 8}, **options)
+
+
+def finetune(model, path, eval_only=False):
+    """Load the weights of a file, as `--finetune path` does."""
+    return load_finetune_weights(model, ModelOptions(finetune=str(path)), eval_only)
 
 
 def teach(
@@ -234,7 +238,7 @@ def test_file_without_weights_is_a_user_error(content):
 @pytest.mark.parametrize("name", [PLAIN, DISTILLED, "resnet10t"])
 def test_same_model_takes_every_tensor(tmp_path, name):
     source, model = build(name, seed=1), build(name, seed=2)
-    report = load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
+    report = finetune(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
     assert_same(model.state_dict(), source.state_dict())
     assert len(report.kept) == len(source.state_dict()) and not report.resized + report.dropped + report.missing
 
@@ -242,7 +246,7 @@ def test_same_model_takes_every_tensor(tmp_path, name):
 def test_safetensors_are_read(tmp_path):
     source, model = build(seed=1), build(seed=2)
     safetensors.torch.save_file(source.state_dict(), tmp_path / "x.safetensors")
-    load_finetune_weights(model, str(tmp_path / "x.safetensors"))
+    finetune(model, tmp_path / "x.safetensors")
     assert_same(model.state_dict(), source.state_dict())
 
 
@@ -264,7 +268,7 @@ def test_keys_are_those_of_the_official_checkpoints():
 def test_heads_for_other_classes_are_dropped(tmp_path, name):
     source, model, untouched = build(name, 1, num_classes=7), build(name, 2), build(name, 2).state_dict()
     heads = parameters_of(*classifier_names(model))
-    report = load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
+    report = finetune(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
     assert sorted(report.dropped) == sorted(report.missing) == sorted(heads)
     assert_same(model.state_dict(), source.state_dict(), but=heads)
     assert all(torch.equal(model.state_dict()[head], untouched[head]) for head in heads)
@@ -326,7 +330,7 @@ def test_a_wrong_model_name_is_told_those_that_it_begins():
 def test_position_embedding_is_resampled_except_for_its_prefix(tmp_path, name, old_size, new_size):
     source, model = build(name, 1, input_size=old_size), build(name, 2, input_size=new_size)
     old, prefix = source.state_dict()["pos_embed"], source.num_prefix_tokens
-    report = load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
+    report = finetune(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
     assert report.resized == ["pos_embed"] and not report.dropped + report.missing
     found = model.state_dict()["pos_embed"]
     grids = [[side // 8 for side in size] for size in (new_size, old_size)]
@@ -360,14 +364,14 @@ def test_positions_without_prefix_tokens_are_resampled_whole():
 def test_position_embedding_without_a_patch_grid_is_taken_as_it_is(tmp_path):
     options = {"model_kwargs": {"embed_dim": 8, "stages": (1, 1, 1, 1), "num_heads": 1}}
     source, model = build("hiera_tiny_224", 1, **options), build("hiera_tiny_224", 2, **options)
-    load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
+    finetune(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
     assert_same(model.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("input_size", [(32, 32), (48, 48)])
 def test_distilled_weights_in_a_plain_model_keep_all_but_the_distillation(tmp_path, input_size):
     source, model = build(DISTILLED, 1), build(PLAIN, 2, input_size=input_size)
-    report = load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
+    report = finetune(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
     assert sorted(report.dropped) == ["dist_token", "head_dist.bias", "head_dist.weight"] and not report.missing
     weights = source.state_dict()
     patches = weights["pos_embed"][:, 2:]
@@ -379,7 +383,7 @@ def test_distilled_weights_in_a_plain_model_keep_all_but_the_distillation(tmp_pa
 
 def test_plain_weights_leave_the_distillation_head_as_initialized(tmp_path):
     source, model, untouched = build(PLAIN, 1), build(DISTILLED, 2), build(DISTILLED, 2).state_dict()
-    report = load_finetune_weights(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
+    report = finetune(model, save(tmp_path / "x.pth", {"model": source.state_dict()}))
     assert sorted(report.missing) == ["dist_token", "head_dist.bias", "head_dist.weight"] and not report.dropped
     found, old = model.state_dict(), source.state_dict()["pos_embed"]
     assert torch.equal(found["pos_embed"], torch.cat([old[:, :1], untouched["pos_embed"][:, 1:2], old[:, 1:]], dim=1))
@@ -390,7 +394,7 @@ def test_plain_weights_leave_the_distillation_head_as_initialized(tmp_path):
 @pytest.mark.parametrize(("old", "new"), [(PLAIN, DISTILLED), (DISTILLED, PLAIN)])
 def test_other_model_other_grid_and_other_classes_at_once(tmp_path, old, new):
     source, model = build(old, 1, num_classes=7), build(new, 2, input_size=(16, 64))
-    load_finetune_weights(model, save(tmp_path / "x.pth", {"state_dict": source.state_dict()}))
+    finetune(model, save(tmp_path / "x.pth", {"state_dict": source.state_dict()}))
     assert model.eval()(images(16, 64)).isfinite().all()
     assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, 0])
 
@@ -401,15 +405,15 @@ def test_other_model_other_grid_and_other_classes_at_once(tmp_path, old, new):
 def test_weights_of_another_model_are_a_user_error(tmp_path, make):
     path = save(tmp_path / "x.pth", {"model": make().state_dict()})
     with tiny.user_error("--finetune", path, "--model"):
-        load_finetune_weights(build(), path)
+        finetune(build(), path)
 
 
 def test_missing_or_unreadable_file_is_a_user_error(tmp_path):
     with tiny.user_error("--finetune", tmp_path / "typo.pth", "no such file"):
-        load_finetune_weights(build(), str(tmp_path / "typo.pth"))
+        finetune(build(), tmp_path / "typo.pth")
     (tmp_path / "text.pth").write_text("no weights")
     with tiny.user_error("--finetune", tmp_path / "text.pth"):
-        load_finetune_weights(build(), str(tmp_path / "text.pth"))
+        finetune(build(), tmp_path / "text.pth")
 
 
 def test_report_says_what_became_of_the_tensors():
@@ -461,7 +465,7 @@ def test_resume_refuses_another_model_and_names_finetune_where_it_works(tmp_path
     assert caught is None or "--finetune" not in str(caught.value)
     assert_same(model.state_dict(), build(seed=2).state_dict())
     with contextlib.nullcontext() if finetune_takes_it else tiny.user_error("--finetune", at):
-        load_finetune_weights(model, save(tmp_path / "x.pth", {"model": weights}))
+        finetune(model, save(tmp_path / "x.pth", {"model": weights}))
 
 
 @pytest.mark.parametrize(("there", "here"), [(2, 4), (4, 2)])
@@ -473,7 +477,7 @@ def test_weights_of_another_depth_are_refused_with_their_names(tmp_path, there, 
         if flag == "--teacher-path":
             teach(path=path, **kwargs)
         elif flag == "--finetune":
-            load_finetune_weights(build(model_kwargs=kwargs), path)
+            finetune(build(model_kwargs=kwargs), path)
         else:
             load_weights(build(model_kwargs=kwargs), source.state_dict(), flag, path)
 
@@ -660,7 +664,7 @@ def test_classifiers_of_other_layouts_give_the_logits_of_the_original(tmp_path, 
     path = save(tmp_path / "x.pth", layout(source.state_dict()))
     expected = source(images())
     assert expected.std() > 0.01 and not torch.equal(model(images()), expected)
-    report = load_finetune_weights(model, path, COMPLETE)
+    report = finetune(model, path, eval_only=True)
     assert torch.equal(model(images()), expected) and len(report.kept) == len(source.state_dict())
     evaluated = family(name, 3)
     load_weights(evaluated, weights_of(torch.load(path), "--resume", path), "--resume", path, EVALUATION)
@@ -681,7 +685,7 @@ def test_self_supervised_weights_give_the_features_of_the_original(tmp_path, lay
     head = model.head.weight.clone()
     path = save(tmp_path / "x.pth", layout(source.state_dict()))
     with caplog.at_level("INFO"):
-        report = load_finetune_weights(model, path)
+        report = finetune(model, path)
     assert torch.equal(model.forward_features(images()), source.forward_features(images()))
     assert report.missing == parameters_of("head") and torch.equal(model.head.weight, head)
     assert ignored in report.ignored and f"ignored: {report.ignored[0]}" in caplog.text
@@ -719,7 +723,7 @@ def test_deit3_files_give_the_logits_of_the_original_and_of_timms_filter(tmp_pat
     weights = deit3(family("LS", 1).state_dict())["model"]
     assert weights["pos_embed"].shape[1] == 16 and "blocks.1.gamma_2" in weights
     model = family("LS", 2, input_size=input_size)
-    load_finetune_weights(model, save(tmp_path / "x.pth", {"model": weights}), COMPLETE)
+    finetune(model, save(tmp_path / "x.pth", {"model": weights}), eval_only=True)
     theirs = family("deit3", 3, input_size=input_size)
     theirs.load_state_dict(checkpoint_filter_fn(weights, theirs, adapt_layer_scale=True))
     batch = images(*input_size)
@@ -732,7 +736,7 @@ def test_other_layouts_are_resized_and_checked_like_ours(tmp_path):
     source = family("deit3", 1)
     path = save(tmp_path / "x.pth", deit3(source.state_dict()))
     model = family("deit3", 2, input_size=(48, 32))
-    report = load_finetune_weights(model, path)
+    report = finetune(model, path)
     expected = resample_abs_pos_embed(source.pos_embed, [6, 4], num_prefix_tokens=0)
     assert report.resized == ["pos_embed"]
     torch.testing.assert_close(model.pos_embed, expected)
@@ -964,9 +968,9 @@ def test_our_checkpoints_say_which_grid_their_position_embedding_is_of(tmp_path)
     wide = build(input_size=(16, 64))
     path = save(tmp_path / "wide.pth", {"model": wide.state_dict(), "args": {"input_size": [16, 64]}})
     same = build(seed=1, input_size=(16, 64))
-    assert load_finetune_weights(same, path).resized == []
+    assert finetune(same, path).resized == []
     assert torch.equal(same.pos_embed, wide.pos_embed)
     square = build(seed=1)
-    assert load_finetune_weights(square, path).resized == ["pos_embed"]
+    assert finetune(square, path).resized == ["pos_embed"]
     expected = resample_abs_pos_embed(wide.pos_embed, [4, 4], old_size=[2, 8], num_prefix_tokens=1)
     torch.testing.assert_close(square.pos_embed, expected)

@@ -616,11 +616,14 @@ def test_a_resumed_epoch_may_have_skipped_more_than_is_tolerated_now():
         log.update(step_values(5) | {"loss": torch.tensor(float("nan"))})
 
 
-def test_the_time_left_is_said_after_half_an_epoch(lines):
+def test_the_time_left_is_said_after_half_an_epoch(lines, monkeypatch):
     record = {"epoch": 3, "train_loss": 1.0, "train_lr": 0.1, "images_per_second": 5.0}
-    utils.EpochTable(300, 4.0, []).add(record, -1.0)  # resumed before the evaluation of epoch 3
-    utils.EpochTable(300, 3.4, []).add(record, -1.0)
-    assert [line.split()[-1] for line in lines() if "/300" in line] == ["-", "0:00:00"]
+    for done in (4.0, 3.4):  # resumed before the evaluation of epoch 3, and 0.6 of an epoch earlier
+        now = iter([100.0, 103.0])
+        monkeypatch.setattr(utils, "time", types.SimpleNamespace(perf_counter=lambda now=now: next(now)))
+        utils.EpochTable(300, done, []).add(record, -1.0)
+    # 3 s for 0.6 of an epoch, 296 epochs to go
+    assert [line.split()[-1] for line in lines() if "/300" in line] == ["-", "0:24:40"]
 
 
 def test_an_epoch_without_steps_has_no_means():
