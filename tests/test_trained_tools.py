@@ -452,6 +452,7 @@ def test_models_of_other_classes_are_not_compared(checkpoint, tmp_path, capsys):
     line = line_of(capsys, compare, checkpoint, tmp_path / "turned.pth", "--num-workers", "0")
     assert str(tmp_path / "turned.pth") in line and "in another order" in line
     assert "no such file" in line_of(capsys, compare, checkpoint, tmp_path / "gone.pth")
+    assert "name all checkpoints without this flag" in line_of(capsys, compare, checkpoint, "--resume", checkpoint)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -63,24 +63,24 @@ def at_keep_rate(run: argparse.Namespace, rate: float | Sequence[float]) -> argp
     return changed
 
 
-def get_parser(tool: str, description: str | None, weights: str = "") -> flags.Parser:
+def get_parser(tool: str, description: str | None, weights: str | None = "") -> flags.Parser:
     """Build the parser of a tool that takes `--resume`, `--ema` and the flags of main.py.
 
     Args:
-        weights: where weights come from without `--resume`, for its help text; by default `--resume` is required.
+        weights: where weights come from without `--resume`, for its help text; by default `--resume` is required, with
+            None it is hidden.
     """
     parser = flags.Parser(
         prog=f"python -m tools.{tool}",
         description=description,
-        epilog="Model and data come from the checkpoint. Flags of main.py override them:\n--data-path, --device, "
-        "--batch-size, --num-workers, --amp, --model,\n--base-keep-rate, ...",
+        epilog="Model and data come from the checkpoint. Flags of main.py work here, too, and\noverride the "
+        "checkpoint: --data-path, --device, --batch-size, --num-workers,\n--amp, --model, --base-keep-rate, ...",
     )
     # Set before the flags are added, so that they are hidden from the help, which mentions them in words.
     parser.set_defaults(resume="", main_flags=[])
-    resume = "checkpoint (file or https address), such as output/best.pth" + (
-        f"; default: {weights}" if weights else ""
-    )
-    parser.add_argument("--resume", required=not weights, default=argparse.SUPPRESS, metavar="PATH", help=resume)
+    resume = "checkpoint (file or https URL), such as output/best.pth" + (f"; default: {weights}" if weights else "")
+    resume = argparse.SUPPRESS if weights is None else resume
+    parser.add_argument("--resume", required=weights == "", default=argparse.SUPPRESS, metavar="PATH", help=resume)
     parser.add_argument("--ema", action="store_true", help="use the EMA weights of the checkpoint")
     # This parser must know these flags, or it would take their values for arguments of the tool.
     for action in flags.get_parser()._actions:

@@ -3,9 +3,9 @@
     python -m tools.compare output/A/best.pth output/B/best.pth
 
 All models see the validation data of the first checkpoint, each at its own
-input size. `change` is the top-1 minus that of the first model, in points.
-Intervals are those of 95 %. That of a change is narrow if both models make the
-same mistakes: it depends on the images that only one of them gets right.
+input size. `change` is the top-1 minus that of the first model, in percentage
+points. All intervals are 95 % confidence intervals. The interval of a change
+depends on the images that only one of the two models gets right.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command.get_parser("compare", __doc__, "the checkpoints named")
+    parser = command.get_parser("compare", __doc__, weights=None)
     parser.add_argument("checkpoints", nargs="+", metavar="PATH", help="checkpoints; name them before other flags")
     parser.add_argument("--output", type=Path, help="write the rows to this JSON file as well")
     with command.one_line_errors("compare"):
         own = parser.parse_args(argv)
+        if own.resume:
+            raise UserError(f"--resume {own.resume}: would not be compared; name all checkpoints without this flag")
         words = [*own.main_flags, *(["--ema"] if own.ema else [])]
         one = command.get_parser("compare", __doc__)
         models = [command.parse(one, ["--resume", path, *words]) for path in own.checkpoints]
