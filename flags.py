@@ -53,7 +53,7 @@ class _Help(argparse.HelpFormatter):
             return f"{text}; default: on"
         if (
             "default" in text
-            or default in ("", {})
+            or default in ("", {}, [])
             or any(default is none for none in (None, False, argparse.SUPPRESS))
         ):
             return text

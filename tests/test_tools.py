@@ -1,9 +1,11 @@
 """Tools on tiny inputs; their timings are not checked."""
 
 import csv
+import importlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,19 @@ def error_line(capsys, main, *flags):
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1, error
     return error
+
+
+TOOLS = [path.stem for path in (tiny.REPOSITORY / "tools").glob("*.py") if "def main(" in path.read_text()]
+
+
+@pytest.mark.parametrize("tool", sorted(TOOLS))
+def test_help_of_tools_names_no_empty_default(tool, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")  # one line per flag
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"tools.{tool}").main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and said.startswith(f"usage: python -m tools.{tool} ")
+    assert not re.search(r"default: *(None|True|False|\{|\[|''|;|$)", said, re.MULTILINE)
 
 
 # -- summarize ---------------------------------------------------------------------------------------------------------
