@@ -307,7 +307,7 @@ def _optimizer_has(option: str) -> Callable[[argparse.Namespace], bool]:
 ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("mixup_prob mixup_mode", lambda args: args.mixup > 0 or _cuts(args), "--mixup or --cutmix"),
     ("mixup_switch_prob", lambda args: args.mixup > 0 and _cuts(args), "both --mixup and --cutmix"),
-    ("cutmix", lambda args: args.cutmix_minmax is None, "no --cutmix-minmax, which replaces it"),
+    ("cutmix", lambda args: args.cutmix_minmax is None, "a run without --cutmix-minmax, which replaces it"),
     ("remode recount", lambda args: args.reprob > 0, "--reprob"),
     ("color_jitter", lambda args: args.aa in ("", "none") or "3a" in args.aa, "--aa none or 3a; policies replace it"),
     ("train_interpolation", lambda args: args.train_interpolation != "random" or _crops(args), "resized crops"),
@@ -359,26 +359,26 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=path_name,
         default="",
-        help="checkpoint to resume or evaluate (file or https address); auto: the newest in --output-dir",
+        help="checkpoint to resume or evaluate (file or https URL); auto: the newest in --output-dir",
     )
-    start = "start at epoch N without a checkpoint, with its schedules and views; ignored when resuming"
+    start = "first epoch of a run without a checkpoint, counted from 0; no effect with --resume"
     add("--start-epoch", type=_NATURAL, default=0, metavar="N", help=start)
     add("--checkpoint-minutes", type=_NON_NEGATIVE, metavar="M", help="save within an epoch too, every M minutes")
-    overdue = "if no update ends within S seconds after a stop signal, save the last one and exit"
+    overdue = "after a stop signal, exit if the current update takes longer than S seconds; save first if possible"
     add("--stop-timeout", type=_NON_NEGATIVE, default=60.0, metavar="S", help=overdue)
     add(
         "--max-skipped-steps",
         type=_NATURAL,
         default=0,
         metavar="N",
-        help="skip up to N updates per epoch with a non-finite loss or gradient; above 0: one GPU sync per update",
+        help="skip up to N updates per epoch with a non-finite loss or gradient; above 0: syncs the GPU every update",
     )
     dry = "make two updates, evaluate one batch, log the expected time and memory of the run, and save nothing"
     add("--dry-run", action=_SWITCH, default=False, help=dry)
     add("--log-wandb", metavar="PROJECT", default="", help="also log to this Weights & Biases project")
-    add("--eval", action=_SWITCH, default=False, help="evaluate --resume, --finetune or --pretrained")
-    add("--eval-interval", type=COUNT, default=1, help="epochs between evaluations; the last is always evaluated")
-    early = "end after N epochs without a better top-1; default: train all --epochs"
+    add("--eval", action=_SWITCH, default=False, help="evaluate the weights of --resume, --finetune or --pretrained")
+    add("--eval-interval", type=COUNT, default=1, help="epochs between evaluations; the last epoch is always evaluated")
+    early = "stop after N epochs without a better top-1; default: train all --epochs"
     add("--early-stop", type=COUNT, metavar="N", help=early)
     add("--log-interval", type=COUNT, default=50, help="steps between log lines and checks for a non-finite loss")
     workers = "data-loader workers per rank; default: one per CPU of the rank, at most 10 if --augment uses the device"
@@ -411,12 +411,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-kwargs", **extra, help="more keyword arguments of the timm model")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate before the head")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
-    mode = "train with dropout, stochastic depth and batch statistics; --no-train-mode: without, as the original "
-    mode += "implementations fine-tune DeiT and EViT"
+    mode = "train in model.train() mode; --no-train-mode: in model.eval() mode (no dropout, no stochastic depth, fixed "
+    mode += "batch statistics), as the original DeiT and EViT fine-tune"
     add("--train-mode", action=_SWITCH, default=True, help=mode)
     add("--grad-checkpointing", action=_SWITCH, default=False, help="recompute activations to save memory (slower)")
-    add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (a download)")
-    finetune = "start from the weights of this checkpoint (file or https address)"
+    add("--pretrained", action=_SWITCH, default=False, help="start from timm's pretrained weights (downloaded)")
+    finetune = "start from the weights of this checkpoint (file or https URL)"
     add("--finetune", type=path_name, default="", help=finetune)
     add("--head-init-scale", type=_POSITIVE, metavar="S", help="multiply the weights of a new head by S; default: 1")
     scope = "parameters to train: all; head; attn: attention, position embedding and head"
@@ -446,25 +446,25 @@ def keep_rates(text: str) -> float | list[float]:
 
 def _add_token_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token reorganization (evit_* models)").add_argument
-    rates = "share of patches to keep, or one per layer: 0.7,0.7,0.5; default: 0.7 (*_shrinkNN models: 0.NN)"
+    rates = "fraction of patches to keep, or one per layer: 0.7,0.7,0.5; default: 0.7 (*_shrinkNN models: 0.NN)"
     add("--base-keep-rate", type=keep_rates, metavar="RATE", help=rates)
     add("--drop-loc", type=_layers, metavar="LAYERS", help="layers that drop patches, counted from 0; default: 3,6,9")
     fuse = "fuse the dropped patches into one token; default: on, as in EViT's training scripts"
     add("--fuse-token", action=_SWITCH, default=None, help=fuse)
     start = "first epoch that drops patches; default: 10 (in the paper: 10 from scratch, 0 for fine-tuning)"
     add("--shrink-start-epoch", type=_NATURAL, help=start)
-    epochs = "epochs in which the keep rate falls; default: 0 (in the paper: 100 from scratch, 0 for fine-tuning)"
+    epochs = "epochs over which the keep rate falls; default: 0 (in the paper: 100 from scratch, 0 for fine-tuning)"
     add("--shrink-epochs", type=_NATURAL, help=epochs)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `datasets.DataOptions`, and --eval-crop-ratio."""
     add = parser.add_argument_group("data").add_argument
-    add("--data-set", default="IMNET", help=datasets.KNOWN_NAMES)
+    add("--data-set", default="IMNET", help=f"{datasets.KNOWN_NAMES}; IMNET: class folders")
     add("--data-path", type=path_name, help="folder of the data; CIFAR and FLOWERS are downloaded to ./data by default")
     levels = f"level of iNaturalist's taxonomy: {', '.join(datasets.INAT_CATEGORIES)}"
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", metavar="LEVEL", help=levels)
-    order = "number iNaturalist's classes by category id; original: by first appearance in the training annotations"
+    order = "order of iNaturalist's classes: category id, or (original) first appearance in the training annotations"
     add("--inat-numbering", choices=("id", "original"), default="id", help=order)
     add("--train-split", default="train", help="name of the training split, for CSV files and timm's data sets")
     add("--val-split", default="validation", help="name of the validation split, for CSV files and timm's data sets")
@@ -473,19 +473,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-column", metavar="NAME", help=image)
     add("--label-column", metavar="NAME", help=label)
     add("--num-classes", type=COUNT, help="number of classes, if the data do not state it")
-    add("--nb-classes", type=COUNT, metavar="N", help="refuse data whose number of classes is not N")
-    held_out = "share of each class to hold out for validation, if there is no val/ folder or split column"
+    add("--nb-classes", type=COUNT, metavar="N", help="exit with an error if the data do not have N classes")
+    held_out = "fraction of each class to hold out for validation, if there is no val/ folder or split column"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     upright = "rotate photos in folders and CSV files by their EXIF orientation"
     add("--upright", action=_SWITCH, default=False, help=upright)
-    add("--train-fraction", type=_SHARE, default=1.0, help="class-balanced share of the training data to use")
-    cache = "decode data of at most MIB mebibytes once and keep them in memory"
+    add("--train-fraction", type=_SHARE, default=1.0, help="fraction of the training images of each class to use")
+    cache = "keep decoded data of up to MIB mebibytes in memory; 0: keep none"
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help=cache)
     broken = "replace up to N unreadable training images with the next image"
     add("--skip-broken-images", type=_NATURAL, default=0, metavar="N", help=broken)
-    mismatch = "accept a checkpoint, teacher or cache whose class names differ from those of the data"
+    mismatch = "only warn if class names of a checkpoint, teacher or cache differ from those of the data"
     add("--allow-class-mismatch", action=_SWITCH, default=False, help=mismatch)
-    crop = "side of the center crop in evaluation relative to the resized image, above 64 px"
+    crop = "crop size / resized size in evaluation (timm's crop_pct); no effect up to 64 px"
     add("--eval-crop-ratio", type=_SHARE, default=0.875, help=crop)
 
 
@@ -493,7 +493,7 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
     where = "where to augment images; auto: on a GPU if the images are in memory or packed, else on the host"
     add("--augment", choices=("auto", "host", "device"), default="auto", help=where)
-    jitter = "strength of color jitter; AutoAugment policies replace it"
+    jitter = "strength of color jitter; only with --aa none or 3a"
     add("--color-jitter", type=_NON_NEGATIVE, default=0.3, help=jitter)
     policy = "AutoAugment policy in timm's notation, 3a (DeiT III), or none"
     add("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1", help=policy)
@@ -504,9 +504,9 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-interpolation",
         choices=("random", "bilinear", "bicubic"),
         default="bicubic",
-        help="interpolation of random crops",
+        help="interpolation of training images; random: one of the two per random resized crop",
     )
-    repeated = "each epoch draws a third of the images, with three views each (repeated augmentation)"
+    repeated = "repeated augmentation: each epoch draws a third of the images and augments each three times"
     add("--repeated-aug", action=_SWITCH, default=True, help=repeated)
     balanced = "draw all classes equally often; images of small classes repeat within an epoch"
     add("--class-balanced", action=_SWITCH, default=False, help=balanced)
@@ -533,15 +533,20 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixup-mode",
         choices=("batch", "pair", "elem"),
         default="batch",
-        help="draw a mixing ratio per batch, pair or image; the last two sync a GPU in every step",
+        help="draw a mixing ratio per batch, pair or image (elem); pair and elem sync the GPU in every step",
     )
-    add("--augmentation-epochs", type=COUNT, metavar="K", help="repeat the views every K epochs; default: never")
+    add(
+        "--augmentation-epochs",
+        type=COUNT,
+        metavar="K",
+        help="repeat the augmented views every K epochs; default: never",
+    )
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add(
         "--bce-loss",
         action=_SWITCH,
         default=False,
-        help="use binary cross-entropy, with all mixed classes as positives",
+        help="use binary cross-entropy; all classes of a mixed image are positives",
     )
     cosub = "co-train two submodels that differ by stochastic depth (needs --drop-path; twice the cost)"
     add("--cosub", action=_SWITCH, default=False, help=cosub)
@@ -565,22 +570,27 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--opt-eps", type=_POSITIVE, default=1e-8, help="epsilon of the optimizer")
     add("--opt-betas", type=_RATE, nargs="+", help="betas of the optimizer; default: timm's")
     add("--momentum", type=_RATE, default=0.9, help="momentum of optimizers that have it")
-    add("--weight-decay", type=_NON_NEGATIVE, default=0.05, help="weight decay; biases and norms have none")
+    add(
+        "--weight-decay",
+        type=_NON_NEGATIVE,
+        default=0.05,
+        help="weight decay; none on biases, norms, tokens and position embedding",
+    )
     add("--clip-grad", type=_POSITIVE, help="maximum gradient norm; default: no clipping")
-    add("--lr", type=_POSITIVE, default=5e-4, help="peak learning rate, before scaling")
+    add("--lr", type=_POSITIVE, default=5e-4, help="peak learning rate, before --lr-scaling")
     scaling = "multiply --lr by r = effective batch size / 512 (linear), sqrt(r) (sqrt), or 1 (none)"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     layers = "multiply the learning rate by D for each layer below the head; default: the same rate for all layers"
     add("--layer-decay", type=_SHARE, metavar="D", help=layers)
     names = ", ".join(SCHEDULES)
     add("--sched", type=_schedule, default="cosine", metavar="NAME", help=f"learning-rate schedule: {names}")
-    clock = "change the learning rate per epoch, like the original implementation; default: per update"
+    clock = "update the learning rate every epoch, like the original implementation; default: every update"
     add("--sched-on-epochs", action=_SWITCH, default=False, help=clock)
     add("--warmup-epochs", type=_NATURAL, default=5, help="epochs of linear warm-up")
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
     floor = "learning rate at the end of the schedule; no effect on step, multistep and constant"
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
-    length = "epochs between decays of --sched step; length of the decay of wsd and rsqrt (below 1: share of --epochs)"
+    length = "epochs between decays of --sched step; decay length of wsd and rsqrt (below 1: fraction of --epochs)"
     add("--decay-epochs", type=_POSITIVE, default=30, help=length)
     add("--decay-milestones", type=COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of each decay of --sched step and multistep")
@@ -589,7 +599,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr-noise",
         type=_RATE,
         nargs="+",
-        help="add noise to the learning rate from this share of the schedule on, up to a second share",
+        help="add noise to the learning rate from this fraction of the epochs on, up to a second fraction",
     )
     add("--lr-noise-pct", type=_SHARE, default=0.67, help="maximum noise relative to the learning rate")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
@@ -611,17 +621,22 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     one_head = "distill into the class token, next to the labels; works with any student model"
     add("--distill-on-class-token", action=_SWITCH, default=False, help=one_head)
     add("--teacher-model", default="regnety_160", help="timm's name of the teacher model")
-    add("--teacher-path", type=path_name, default="", help="checkpoint of the teacher (file or https address)")
-    add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's weights for the teacher (a download)")
+    add("--teacher-path", type=path_name, default="", help="checkpoint of the teacher (file or https URL)")
+    add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's weights for the teacher (downloaded)")
     add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
     size = "resize the views to this size for the teacher; default: --input-size"
     add("--teacher-input-size", type=COUNT, nargs="+", metavar="PIXELS", help=size)
     cache = "folder of cached teacher predictions; missing ones are computed and added"
     add("--teacher-cache", type=path_name, default="", metavar="FOLDER", help=cache)
-    topk = "probabilities to cache per view, for soft distillation"
+    topk = "number of largest probabilities to cache per view, for soft distillation"
     add("--teacher-cache-topk", type=COUNT, default=50, metavar="K", help=topk)
-    add("--precompute-teacher", action=_SWITCH, default=False, help="fill --teacher-cache and train nothing")
-    size = "teacher batch size for precomputation, a multiple of --batch-size; default: --batch-size, bitwise as live"
+    add(
+        "--precompute-teacher",
+        action=_SWITCH,
+        default=False,
+        help="compute all predictions of --teacher-cache, without training",
+    )
+    size = "teacher batch size, a multiple of --batch-size; default: --batch-size, bitwise identical to a live teacher"
     add("--precompute-batch-size", type=COUNT, help=size)
     only = "precompute only epochs FROM (inclusive) to TO (exclusive), e.g. to split the work across machines"
     add("--precompute-epochs", type=_epoch_range, metavar="FROM:TO", help=only)
@@ -639,12 +654,12 @@ def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attn-only", dest="train_scope", const="attn", **constant, help="same as --train-scope attn")
     add("--unscale-lr", dest="lr_scaling", const="none", **constant, help="same as --lr-scaling none")
     for name in ("--dist-eval", "--distributed"):
-        add(name, action="store_true", help="accepted without effect: always on")
+        add(name, action="store_true", help="no effect: always on")
     for name in ("--world-size", "--dist-url", "--local-rank"):
-        add(name, help="accepted without effect: the launcher's environment decides")
+        add(name, help="no effect: the launcher's environment decides")
     for name in ("--cooldown-epochs", "--patience-epochs"):
-        add(name, type=_NATURAL, default=10, help="accepted without effect, as in the original implementation")
-    add("--resplit", action="store_true", help="accepted without effect, as in the original implementation")
+        add(name, type=_NATURAL, default=10, help="no effect, as in the original implementation")
+    add("--resplit", action="store_true", help="no effect, as in the original implementation")
     for name in ("--test-speed", "--only-test-speed"):
         add(name, action="store_true", help="refused: python -m tools.speed_test measures the speed")
     add("--visualize-mask", action="store_true", help="refused: python -m tools.visualize_tokens draws the patches")
@@ -841,9 +856,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers that do not fit together or are too many."""
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         noise = " ".join(map(str, args.lr_noise))
-        raise UserError(
-            f"--lr-noise {noise}: give its start, and its end if that is below 1, as shares of the schedule"
-        )
+        raise UserError(f"--lr-noise {noise}: give its start, and its end if that is below 1, as fractions of --epochs")
     if args.lr_noise and args.lr_noise_pct < args.lr_noise_std / 1000:  # timm draws until the noise is below
         least = args.lr_noise_std / 1000
         raise UserError(f"--lr-noise-pct {args.lr_noise_pct:g}: is below a thousandth of --lr-noise-std; use {least:g}")
@@ -856,7 +869,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.precompute_batch_size and args.precompute_batch_size % args.batch_size:
         multiple = max(1, args.precompute_batch_size // args.batch_size) * args.batch_size
         raise UserError(
-            f"--precompute-batch-size {args.precompute_batch_size}: is no multiple of --batch-size; use {multiple}"
+            f"--precompute-batch-size {args.precompute_batch_size}: is not a multiple of --batch-size; use {multiple}"
         )
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; use a lower one")

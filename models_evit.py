@@ -140,7 +140,7 @@ def reduce_tokens(
     Args:
         model: any plain timm ViT built with `block_fn=EViTBlock`.
         keep_rate: share of patches to keep, in (0, 1]; one for all layers, or one per layer of `drop_loc`.
-        drop_loc: indices of the reducing layers, from 0.
+        drop_loc: indices of the layers that drop patches, from 0.
         fuse_token: fuse the dropped patches into one token.
 
     Raises:

@@ -1,19 +1,19 @@
 """Measure all speeds that this repository claims: `python -m tools.bench`.
 
-    augmentation  views/s of ours, in batches on the device, against timm's
-    step          training steps of our loop against a loop of timm's own parts
-    evit          EViT against DeiT, training and inference
+    augmentation  augmented images/s: ours, in batches on the device, vs. timm's
+    step          training steps: our loop vs. a loop of timm's own parts
+    evit          EViT vs. DeiT, training and inference
     distillation  no teacher, cached predictions, a live teacher
-    end-to-end    runs of main.py, augmenting on the host and on the device,
-                  against a bare training step
+    end-to-end    whole runs of main.py, augmentation on the host and on the
+                  device, vs. a bare training step
     start         seconds from `python main.py` to the end of its first step
     cpu           runs of a small model on the CPU: glibc's allocator, tcmalloc,
                   one run per core
 
-Everything runs interleaved, start and cpu in processes of their own, the rest
-in this process. Each number is a median with minimum and maximum, each claim a
-ratio within the run. The results file is rewritten after each section, so an
-interrupted run keeps the finished ones.
+All measurements are interleaved. `start` and `cpu` launch processes, the other
+sections run in this one. A number is a median with minimum and maximum; a ratio
+compares two rates of the same run. The results file is rewritten after each
+section, so an interrupted run keeps the finished ones.
 """
 
 from __future__ import annotations
@@ -424,14 +424,14 @@ def get_parser() -> Parser:
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--batch-size", type=COUNT, help="images per step; default: 256 on CUDA, else 32")
     add("--steps", type=COUNT, help="steps per round; default: 5 on CUDA, else 2")
-    add("--rounds", type=COUNT, help="counted rounds of each; default: 7 on CUDA, else 3")
+    add("--rounds", type=COUNT, help="timed rounds of each; default: 7 on CUDA, else 3")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the models; default: on CUDA")
     add(
         "--models",
         nargs="+",
         help="models to time; the first is also trained end to end; default: DeiT-Ti, on CUDA also DeiT-S and DeiT-B",
     )
-    add("--teacher", default="regnety_160", help="teacher, any model of timm's")
+    add("--teacher", default="regnety_160", help="teacher, any timm model")
     add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
     add("--data-path", metavar="PATH", help="folder of CIFAR-10, for whole runs; default: the bundled digits")
     add("--output", type=Path, help="JSON file of the results; default: results/bench-DEVICE-DATE.json")

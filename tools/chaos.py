@@ -5,11 +5,11 @@
     python -m tools.chaos --kills 20 --processes 2 --restarts
     python -m tools.chaos --kills 3 -- --data-set CIFAR --deterministic
 
-Kills (SIGKILL) come while the run starts, while it trains, and while it writes
-a checkpoint, which it does every 0.3 seconds. The comparison is bitwise.
---processes 2 runs under torchrun and restarts everything after a kill; with
---restarts one rank is killed and torchrun restarts all. Flags of main.py follow
-two hyphens. Linux only.
+The run is killed (SIGKILL) while it starts, trains, or writes a checkpoint,
+which it does every 0.3 seconds. The comparison is bitwise. With --processes 2,
+the run uses torchrun and is launched again after a kill; with --restarts, one
+rank is killed and torchrun restarts all ranks. Flags of main.py go after --.
+Linux only.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--kills", type=in_range(int, 0), default=20, help="number of kills")
     add("--processes", type=COUNT, default=1, help="processes of the run; above 1 under torchrun")
-    add("--restarts", action="store_true", help="kill one rank and leave the restart to torchrun --max-restarts")
+    add("--restarts", action="store_true", help="kill one rank; torchrun --max-restarts restarts all ranks")
     add("--epochs", type=COUNT, default=40, help="epochs of the run")
     add("--start", type=in_range(float, 0), default=4.0, help="approximate seconds from the command to the first step")
     add("--seed", type=in_range(int, 0), default=0, help="seed of the random moments")

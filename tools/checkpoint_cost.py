@@ -3,9 +3,9 @@
     python -m tools.checkpoint_cost -- --data-set CIFAR --data-path data
 
 Saving: training steps with and without one checkpoint, interleaved in one
-process. Resuming: runs of main.py with the flags after two hyphens, from launch
-to the end of the first step, at the start and in the middle of an epoch:
-seconds, and the bytes that all processes read. Linux only.
+process. Resuming: time from launch to the end of the first step, at the start
+and in the middle of an epoch, and the bytes that all processes read. It runs
+main.py with the flags after --. Linux only.
 """
 
 from __future__ import annotations
@@ -132,21 +132,21 @@ def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[s
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m tools.checkpoint_cost", description=__doc__)
     add = parser.add_argument
-    add("--model", default="deit_tiny_patch16_224", help="model whose saving is measured")
+    add("--model", default="deit_tiny_patch16_224", help="model to save")
     add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
     add("--batch-size", type=COUNT, default=32, help="images per step")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off: float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--steps", type=COUNT, default=4, help="training steps for one checkpoint")
-    add("--rounds", type=COUNT, default=5, help="counted rounds of each")
+    add("--steps", type=COUNT, default=4, help="training steps per checkpoint")
+    add("--rounds", type=COUNT, default=5, help="timed rounds of each")
     add(
         "--middle",
         type=COUNT,
         default=300,
-        help="step of the first epoch at which a run is stopped and resumed",
+        help="step of the first epoch at which the run is stopped and resumed",
     )
     add("--output", type=Path, help="write the report to this JSON file as well")
-    add("flags", nargs="*", help="flags of main.py for the runs that are resumed, after --")
+    add("flags", nargs="*", help="flags of main.py for the resumed runs, after --")
     args = parser.parse_args(argv)
     torch.set_num_threads(available_cpus())
     with one_line_errors("checkpoint_cost"), tempfile.TemporaryDirectory() as folder:

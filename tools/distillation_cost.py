@@ -1,9 +1,9 @@
-"""Measure what a teacher costs a training step: none, cached, or live.
+"""Measure how much a teacher slows a training step: none, cached, or live.
 
     python -m tools.distillation_cost --device auto --batch-size 32
 
-All three run interleaved in one process. Weights are random, because speed does
-not depend on them. Batches are ready in memory, so only the steps count.
+All three are interleaved in one process. Weights are random, because speed does
+not depend on them. Batches are already in memory, so only the step is timed.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ def get_parser() -> Parser:
     add = parser.add_argument
     add("--student", default="deit_tiny_patch16_224", help="model trained without a teacher")
     add("--distilled", default="deit_tiny_distilled_patch16_224", help="model trained with the teacher")
-    add("--teacher", default="regnety_160", help="teacher, any model of timm's")
+    add("--teacher", default="regnety_160", help="teacher, any timm model")
     add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
     add("--batch-size", type=COUNT, default=32, help="images per step")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; off: float32")
     add("--compile", action="store_true", help="torch.compile the students")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--steps", type=COUNT, default=2, help="steps per round")
-    add("--rounds", type=COUNT, default=7, help="counted rounds of each")
+    add("--rounds", type=COUNT, default=7, help="timed rounds of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
     return parser
 

@@ -7,7 +7,8 @@
 The exports do not need this repository. Input: normalized images [B, 3, H, W],
 any B; output: logits [B, classes]. An EViT keeps its final keep rate; choose
 another with --base-keep-rate. Class names and preprocessing are stored as well.
-Each export is read back and compared with the model before it gets its name.
+Each export is read back and compared with the model before it is renamed to
+--output.
 """
 
 from __future__ import annotations

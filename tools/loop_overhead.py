@@ -1,12 +1,12 @@
-"""Measure the overhead of the training loop and of the keyed loader.
+"""Measure the overhead of the training loop and of per-image seeding.
 
     python -m tools.loop_overhead
 
 Two ratios, both sides interleaved in one process so that drift cancels:
-  loop    images/s of `engine.train_one_epoch` on ready batches, relative to a
-          bare forward, backward and step of the same model
-  loader  images/s of keyed reading, relative to reading the same images with
-          the same transform and no keys
+  loop    images/s of `engine.train_one_epoch` on batches in memory, relative to
+          a bare forward, backward and step of the same model
+  loader  images/s of a loader that seeds each image's augmentation by epoch and
+          position, relative to a plain loader with the same transform
 And, on a CPU, the time of an update with a model that computes nothing:
   update  batches of images in memory, Mixup, schedules, seeds, EMA bookkeeping
           and log
@@ -161,8 +161,13 @@ def get_parser() -> Parser:
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--batch-size", type=COUNT, default=64, help="images per step")
     add("--steps", type=COUNT, default=20, help="steps per round")
-    add("--views", type=in_range(int, 5), default=1000, help="views per round at 32 px; at 224 px a fifth")
-    add("--rounds", type=COUNT, default=9, help="counted rounds of each")
+    add(
+        "--views",
+        type=in_range(int, 5),
+        default=1000,
+        help="images per round of the loaders at 32 px; a fifth of that at 224 px",
+    )
+    add("--rounds", type=COUNT, default=9, help="timed rounds of each")
     add("--output", type=Path, help="write the figures to this JSON file as well")
     return parser
 

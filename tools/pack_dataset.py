@@ -5,7 +5,7 @@
     python -m tools.pack_dataset --output packed --verify
 
 --verify reads a pack and compares its checksums. Of the data flags below,
---ram-cache and --eval-crop-ratio have no effect here.
+--ram-cache, --allow-class-mismatch and --eval-crop-ratio have no effect here.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def build_parser() -> Parser:
         "--format",
         choices=packs.KINDS,
         default="uint8",
-        help="uint8: pixels without decoding; jpeg: about a seventh of the space",
+        help="uint8: raw pixels, no decoding; jpeg: about a seventh of the space",
     )
     add("--quality", type=in_range(int, 1, 100), help="JPEG quality, for --format jpeg; default: 90")
-    add("--shard-mib", type=in_range(float, 0, open_low=True), default=1024, help="largest size of a file in MiB")
+    add("--shard-mib", type=in_range(float, 0, open_low=True), default=1024, help="maximum file size in MiB")
     add(
         "--skip-broken-images",
         type=in_range(int, 0),

@@ -4,8 +4,8 @@
     python -m tools.predict --resume output/best.pth folder --format csv > p.csv
     python -m tools.predict --model deit_tiny_patch16_224 --pretrained photo.jpg
 
-Predictions go to standard output, log and errors to standard error. Unreadable
-images are reported there; all others are predicted, and the exit status is 1.
+Predictions go to standard output, log and errors to standard error. If images
+cannot be read, the others are still predicted, and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python -m tools.report --resume output/best.pth
     python -m tools.report --resume output/best.pth --ema --keep-rates 1 0.9 0.7
 
-The report shows accuracy in total and by class, confusions, the most confident
-mistakes, calibration and, for an EViT, the top-1 at several keep rates.
+The report has the accuracy in total and by class, the confusions, the most
+confident mistakes, the calibration and, for an EViT, the top-1 at several keep
+rates.
 """
 
 from __future__ import annotations
@@ -270,7 +271,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     folder = "folder of the report; an earlier report is replaced; default: report/ next to the checkpoint"
     add("--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=folder)
-    rates = "keep rates of an EViT: one for all reducing layers, or one per layer: 0.7,0.7,0.5; default: "
+    rates = "keep rates of an EViT: one for all layers of --drop-loc, or one per layer: 0.7,0.7,0.5; default: "
     shown = " ".join(f"{rate:g}" for rate in DEFAULT_RATES)
     add("--keep-rates", nargs="+", type=keep_rates, default=argparse.SUPPRESS, metavar="RATE", help=rates + shown)
     add("--num-mistakes", type=in_range(int, 0, 99), default=24, help="most confident mistakes to show")

@@ -3,9 +3,10 @@
     python -m tools.show_augmentation --images photo.jpg folder/
     python -m tools.show_augmentation --data-path /path/to/imagenet --aa 3a
 
-First each operation of the policy at its magnitude, then whole random views,
-drawn independently. Of the data flags below, --ram-cache, --skip-broken-images
-and --eval-crop-ratio have no effect here.
+The first rows show each operation of the policy at its magnitude, the others
+random augmented images. Of the data flags below, --ram-cache,
+--skip-broken-images, --allow-class-mismatch and --eval-crop-ratio have no
+effect here.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ def build_parser() -> Parser:
         conflict_handler="resolve",
     )
     add_data_arguments(parser)
-    default = "default: what --data-path holds (class folders, a pack, images), without it DIGITS"
+    default = "default: found from --data-path (class folders, a pack or images), else DIGITS"
     parser.add_argument("--data-set", help=f"{KNOWN_NAMES}; {default}")
     add = parser.add_argument_group("picture").add_argument
     add("--images", nargs="+", metavar="PATH", help="files and folders; default: the training data")
     add("--num-images", type=COUNT, default=3, help="number of images")
-    add("--views", type=in_range(int, 0), default=6, help="number of rows of random views")
+    add("--views", type=in_range(int, 0), default=6, help="number of rows of random augmented images")
     add("--input-size", type=in_range(int, 8), default=224, help="side of the views, in pixels")
     add("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy in timm's notation, or none")
     add("--seed", type=in_range(int, 0), default=0, help="seed of the random views and of the signs of operations")

@@ -2,7 +2,7 @@
 
     python -m tools.speed_test --models deit_small_patch16_224 resnet50
 
-Ratios refer to the first model of the table (an EViT: at its first keep rate).
+Ratios are relative to the first model (an EViT: at its first keep rate).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def get_parser() -> Parser:
         "--models",
         nargs="+",
         default=["deit_small_patch16_224", "evit_small_patch16_224"],
-        help="names of models, timm's or ours",
+        help="model names of timm or of this repository",
     )
     add("--batch-sizes", nargs="+", type=COUNT, default=[32], help="batch sizes to time")
     add(
@@ -186,12 +186,12 @@ def get_parser() -> Parser:
         "--attention",
         choices=("fused", "math"),
         default="fused",
-        help="math: keep the attention matrix in memory, as the original implementation",
+        help="math: store the attention matrix, like the original implementation",
     )
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off: float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--steps", type=COUNT, default=2, help="passes per round")
-    add("--rounds", type=COUNT, default=9, help="counted rounds of each")
+    add("--rounds", type=COUNT, default=9, help="timed rounds of each")
     add("--output", type=Path, help="write the rows to this JSON file as well")
     return parser
 

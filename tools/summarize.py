@@ -4,8 +4,8 @@
 
 `best` is the highest validation top-1, next to its epoch. For an EViT, only
 epochs at the final keep rate count, as for best.pth. Images/s is the median
-over epochs; minutes are those of training without evaluation. --within M
-compares runs at equal time: it counts the epochs of the first M minutes.
+over epochs; minutes are training time without evaluation. --within M compares
+runs at equal training time: it uses only the epochs of the first M minutes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     columns = f"column to sort by, numbers descending, text ascending: {', '.join(FIELDS)}"
     parser.add_argument("--sort", choices=FIELDS, default="best", metavar="COLUMN", help=columns)
     parser.add_argument(
-        "--within", type=in_range(float, 0), metavar="M", help="count the first M minutes of training only"
+        "--within", type=in_range(float, 0), metavar="M", help="use only the epochs of the first M minutes of training"
     )
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help="format of the output")
     return parser

@@ -5,8 +5,8 @@
 For a DeiT checkpoint, add `--model` with the evit_* model of its size. A model
 of your own needs EViT blocks and an entry point that takes `keep_rate`. All
 rates see the same images: `change` is the top-1 minus that of the first rate,
-in points. Intervals are those of 95 %. Speed is that of inference; the rates
-are interleaved in one process, and `ratio` is relative to the first one.
+in percentage points. Intervals are 95 % confidence intervals. Speed is that of
+inference, interleaved in one process; `ratio` is relative to the first rate.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=keep_rates,
         default=default,
         metavar="RATE",
-        help="keep rates to evaluate: one for all reducing layers, or one per layer: 0.7,0.7,0.5",
+        help="keep rates to evaluate: one for all layers of --drop-loc, or one per layer: 0.7,0.7,0.5",
     )
     add("--steps", type=COUNT, default=2, help="passes per round of the speed measurement")
-    add("--rounds", type=COUNT, default=5, help="counted rounds of each keep rate")
+    add("--rounds", type=COUNT, default=5, help="timed rounds of each keep rate")
     add("--output", type=Path, help="write the rows to this JSON file, and a plot next to it")
     with command.one_line_errors("tradeoff"):
         trained = command.parse(parser, argv)

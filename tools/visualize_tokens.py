@@ -1,4 +1,4 @@
-"""Draw which patches of an image an EViT keeps, after each reducing layer.
+"""Draw which patches of an image an EViT keeps after each layer that drops patches.
 
     python -m tools.visualize_tokens --resume output/best.pth --images photo.jpg
     python -m tools.visualize_tokens --resume output/best.pth --num-images 8
@@ -46,7 +46,7 @@ class Reduction:
 
 @torch.no_grad()
 def follow(model: nn.Module, image: torch.Tensor) -> list[Reduction]:
-    """Run one image [3, H, W] through the model and record which of its N patches each reducing layer keeps.
+    """Run one image [3, H, W] through the model and record which of its N patches each layer of drop_loc keeps.
 
     Each token is represented by its shares in the N patches, a one-hot row at first. Layers that drop or fuse tokens do
     the same to these rows. A fused token has no share of exactly 1.
