@@ -460,7 +460,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, A
         examples = _examples(optimizer)
         unknown = state.keys() - range(len(examples))
         if unknown:
-            raise ValueError(f"optimizer.state has {min(map(str, unknown))}, which is no parameter")
+            raise ValueError(f"optimizer.state has {min(map(str, unknown))}, which is not a parameter")
         wanted = [index for index, (_, example) in enumerate(examples) if example]
         missing = [index for index in wanted if not state.get(index)]
         skipped = checkpoint.get("scaler") or any(_skipped(checkpoint))
@@ -646,7 +646,7 @@ def as_ours(
         names = _original_order(list(weights_of(checkpoint, "--resume", path)), groups, module)
         unknown = saved.keys() - range(len(names))
         if unknown:
-            raise ValueError(f"optimizer.state has {min(map(str, unknown))}, which is no parameter")
+            raise ValueError(f"optimizer.state has {min(map(str, unknown))}, which is not a parameter")
         state_of = {name: saved[index] for index, name in enumerate(names) if index in saved}
         order = [name for members in own for name in members]
         for name, (_, example) in zip(order, _examples(optimizer), strict=True):

@@ -538,7 +538,7 @@ def _cars(root: Path) -> tuple[Source, Source]:
             part = torchvision.datasets.StanfordCars(str(root), split, download=False)
             paths, labels = zip(*part._samples, strict=True)
             if not all(0 <= label < len(part.classes) for label in labels):
-                raise ValueError(f"a label is none of its {len(part.classes)} classes")
+                raise ValueError(f"a label is not one of its {len(part.classes)} classes")
             parts.append(whole_source(PathImages(paths), labels, part.classes))
     except Exception as error:  # files are missing, there is no SciPy to read them, or it raises anything on damage
         raise UserError(
@@ -590,7 +590,7 @@ def _classes_of_categories(
 ) -> tuple[dict[int, int], Sequence[str]]:
     """Map category ids to classes and return the class names; classes are sorted by first use in `order`, or by id."""
     if not all(isinstance(entry, dict) for entry in categories):
-        raise TypeError("categories that are no dictionaries")
+        raise TypeError("categories that are not dictionaries")
     if any(level not in entry for entry in categories):
         known = ", ".join(name for name in INAT_CATEGORIES if name in categories[0])
         raise UserError(

@@ -802,7 +802,8 @@ def check_flags(args: argparse.Namespace) -> None:
     _check_original(args)
     automatic = args.resume == "auto"
     if automatic and (args.eval or args.overwrite):
-        raise UserError(f"--resume auto: resumes a run; {'--eval' if args.eval else '--overwrite'} does not fit")
+        other = "--eval; pass --resume FILE" if args.eval else "--overwrite; drop one of them"
+        raise UserError(f"--resume auto: cannot be combined with {other}")
     if not args.output_dir and (args.checkpoint_minutes is not None or args.log_wandb):
         flag = "--log-wandb" if args.log_wandb else "--checkpoint-minutes"
         raise UserError(f"{flag}: there is no folder for its files; add --output-dir FOLDER")
@@ -829,7 +830,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
         raise UserError("--precompute-teacher: there is no folder for the predictions; add --teacher-cache FOLDER")
     if args.cosub and args.distillation_type != "none":
-        raise UserError("--cosub: the submodels teach each other; drop it, or --distillation-type")
+        raise UserError("--cosub: cannot be combined with a teacher; drop it, or --distillation-type")
     if args.cache_features:
         _check_features(args)
     if not args.precompute_teacher and (args.precompute_epochs or args.precompute_batch_size):
@@ -872,7 +873,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
             f"--precompute-batch-size {args.precompute_batch_size}: is not a multiple of --batch-size; use {multiple}"
         )
     if args.start_epoch >= args.epochs:
-        raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; use a lower one")
+        raise UserError(f"--start-epoch {args.start_epoch}: the run has {args.epochs} epochs; pass a lower number")
     _check_sizes(args)
 
 

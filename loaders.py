@@ -350,7 +350,7 @@ def build_epoch_loader(
     updates = len(source) // per_update
     if isinstance(source, StreamingImages):
         if options.class_balanced:
-            raise UserError("--class-balanced: a stream cannot be drawn from by class; drop the flag, or pack it first")
+            raise UserError("--class-balanced: a stream cannot be sampled by class; drop the flag, or pack it first")
         counter, loader = source, _stream_loader(source, view, options, world)
     else:
         counter = KeyedSampler(

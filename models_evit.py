@@ -101,7 +101,7 @@ class EViTBlock(Block):
             NotImplementedError: for an attention mask, which would not fit the remaining tokens.
         """
         if attn_mask is not None or is_causal:
-            raise NotImplementedError("EViT drops tokens; an attention mask has no meaning for what is left")
+            raise NotImplementedError("EViT does not support attention masks, because it drops tokens")
         prefix = self.num_prefix_tokens
         num_patches = x.shape[1] - prefix
         num_keep = math.ceil(self.keep_rate * num_patches)
@@ -150,7 +150,7 @@ def reduce_tokens(
     if not blocks:
         raise ValueError("the model has no EViT blocks; build it with block_fn=EViTBlock")
     if getattr(model, "cls_token", None) is None:
-        raise ValueError("the model has no class token, whose attention EViT goes by")
+        raise ValueError("the model has no class token, which EViT needs")
     if any(not 0 <= layer < len(blocks) for layer in drop_loc):
         raise ValueError(f"drop_loc {list(drop_loc)} names layers outside 0 to {len(blocks) - 1}")
     if len(set(drop_loc)) < len(drop_loc):

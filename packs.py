@@ -93,7 +93,7 @@ def _stated_names(about: Mapping[str, Any], num_classes: int) -> tuple[str, ...]
     """
     names = about.get("class_names") or []
     if type(names) is not list or len(names) not in (0, num_classes) or not all(type(name) is str for name in names):
-        raise ValueError(f"class_names are no names of {num_classes} classes")
+        raise ValueError(f"class_names does not have {num_classes} names")
     return tuple(names)
 
 

@@ -473,14 +473,14 @@ class StreamingImages(IterableDataset):
         """Yield images and classes.
 
         Raises:
-            RunError: if the stream cannot be read, or a label is none of the classes.
+            RunError: if the stream cannot be read, or a label is not one of the classes.
         """
         try:
             for image, label in self.dataset:
                 target = class_index(label)
                 if target is None or not 0 <= target < self.num_classes:
                     raise RunError(
-                        f"--data-set {self.name}: has the label {label!r}, which is none of the {self.num_classes} "
+                        f"--data-set {self.name}: has the label {label!r}, which is not one of the {self.num_classes} "
                         f"classes; check --num-classes and --label-column"
                     )
                 yield image, target

@@ -354,7 +354,7 @@ class TeacherCache:
             rows = map_array(path, self.codec.dtype, length, mode)
             wrong = self.codec.impossible(rows)
             if wrong.any():
-                raise ValueError(f"record {wrong.argmax()} is no prediction")
+                raise ValueError(f"record {wrong.argmax()} is not a valid prediction")
             return rows
         except (OSError, ValueError) as error:
             said = getattr(error, "strerror", None) or error
@@ -470,7 +470,7 @@ def build_cached_teacher(
         UserError: if the disk is too small, or if predictions are missing and there is no teacher.
     """
     if num_classes >= 2**16:
-        raise UserError(f"{FLAG}: holds classes below {2**16 - 1}, the data have {num_classes}; drop it")
+        raise UserError(f"{FLAG}: supports fewer than {2**16} classes, the data have {num_classes}; drop the flag")
     folder = Path(options.teacher_cache)
     hard = options.distillation_type == "hard"
     codec = Labels(num_classes) if hard else LogProbabilities(num_classes, options.teacher_cache_topk)
@@ -480,11 +480,11 @@ def build_cached_teacher(
     if missing:
         if not options.teacher_path and not options.teacher_pretrained:
             raise UserError(
-                f"{FLAG} {folder}: {len(missing)} epochs are missing, the first is {missing[0]}; add "
-                f"--teacher-path FILE or --teacher-pretrained, or precompute them"
+                f"{FLAG} {folder}: has no predictions for {len(missing)} epochs, the first is {missing[0]}; add "
+                f"--teacher-path FILE or --teacher-pretrained to compute them"
             )
         needed = cache.check_space(len(missing))
-        logger.info("%s: %d epochs are missing and will take %.1f MiB", folder, len(missing), needed / 2**20)
+        logger.info("%s: predictions of %d epochs are missing, %.1f MiB", folder, len(missing), needed / 2**20)
         live = build_teacher(options, num_classes, student_normalization, world.device)
     return CachedTeacher(cache, lambda: views.epoch, live)
 
@@ -581,4 +581,7 @@ def check_fingerprint(
         and not (name in MAY_BE_UNKNOWN and None in (found.get(name), ours.get(name)))
     ]
     if differing:
-        raise UserError(f"{FLAG} {folder}: is of another run: {', '.join(differing)}; match the flags, or name another")
+        raise UserError(
+            f"{FLAG} {folder}: was computed with other flags or data: {', '.join(differing)}; pass the same ones, or "
+            f"another folder"
+        )

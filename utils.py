@@ -159,9 +159,9 @@ def _whole_number(
     try:
         value = int(text)
     except ValueError:
-        raise UserError(f"{name}={text}: is not a whole number; {LAUNCHERS} set it right") from None
+        raise UserError(f"{name}={text}: is not a whole number; {LAUNCHERS} set it correctly") from None
     if not low <= value <= high:
-        raise UserError(f"{name}={text}: is not from {low} to {high}{bound}; {LAUNCHERS} set it right")
+        raise UserError(f"{name}={text}: is not from {low} to {high}{bound}; {LAUNCHERS} set it correctly")
     return value
 
 
@@ -265,8 +265,8 @@ def _join(world: World, address: str, port: int) -> None:
         _groups["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"MASTER_ADDR={address} MASTER_PORT={port}: rank {world.rank} cannot meet the others of WORLD_SIZE="
-            f"{world.size} there ({reason(error)}); start all of them, with the same address and a free port"
+            f"MASTER_ADDR={address} MASTER_PORT={port}: rank {world.rank} cannot connect to the others of WORLD_SIZE="
+            f"{world.size} ({reason(error)}); start all ranks, with the same address and a free port"
         ) from error
 
 
@@ -566,7 +566,7 @@ class StopSignals:
                 kept = f"not saved: {reason(error)}"
         kill_workers()
         with contextlib.suppress(OSError):  # the terminal may be gone
-            text = f"main.py: stopped by {signal.Signals(number).name}, and stuck for {self.timeout:g} s since; {kept}"
+            text = f"main.py: stopped by {signal.Signals(number).name}, and stuck for {self.timeout:g} s; {kept}"
             os.write(2, f"{escaped(text)}\n".encode())
         os._exit(75)
 
@@ -746,7 +746,7 @@ def map_array(path: Path, dtype: np.dtype, length: int, mode: str = "r") -> np.n
     except OSError:
         raise
     except Exception:  # a damaged header can raise anything
-        raise ValueError("is no array") from None
+        raise ValueError("is not a .npy array") from None
     if array.dtype != dtype or array.shape != (length,):
         raise ValueError(f"does not hold {length} records of this kind")
     # Check first: opening for writing would extend the file to the length in its header.

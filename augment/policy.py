@@ -161,7 +161,7 @@ class Policy(nn.Module):
         # Two passes cannot resample a rotation by 90°.
         steep = self.num_steps > 2 or any((op.magnitude_max or 10) > 10 for op in ops)
         if not set(self.names) <= OPERATIONS.keys() or steep or getattr(policy, "choice_weights", None) is not None:
-            raise UserError(f"--aa {name}: is for the host alone; train with --augment host")
+            raise UserError(f"--aa {name}: is supported on the host only; use --augment host")
         self.magnitude_std, self.magnitude_max = ops[0].magnitude_std, float(ops[0].magnitude_max or 10)
         self.register_buffer("which", torch.tensor([[self.names.index(op.name) for op in row] for row in rows]))
         self.register_buffer("prob", torch.tensor([[float(op.prob) for op in row] for row in rows]))
@@ -215,7 +215,7 @@ def parse_policy(name: str) -> RandAugment | AutoAugment | Any:
         UserError: if timm does not know it, or only the host supports it.
     """
     if name.startswith("augmix"):
-        raise UserError(f"--aa {name}: is for the host alone; train with --augment host")
+        raise UserError(f"--aa {name}: is supported on the host only; use --augment host")
     try:
         return (rand_augment_transform if name.startswith("rand") else auto_augment_transform)(name)
     except (AssertionError, KeyError, ValueError):

@@ -137,7 +137,7 @@ class TrainAugmentation(nn.Module):
         self.size, self.hflip = options.input_size, options.hflip
         self.re_prob, self.re_mode, self.re_count = options.reprob, options.remode, options.recount
         if options.src and not is_supported(options.aa, src=True):
-            raise UserError(f"--src --aa {options.aa}: go together on the host alone; train with --augment host")
+            raise UserError(f"--src --aa {options.aa}: are supported together on the host only; use --augment host")
         interpolation, small = options.train_interpolation, options.src or max(self.size) <= SMALL_IMAGE
         self.crop = _simple_crop if options.src else _padded_crop if small else random_resized_crop
         # "random" means a random interpolation of random resized crops, which do not exist up to 64 px.

@@ -427,8 +427,8 @@ CASES = {
     ),
     "finetune of a malicious file": (f"{DEIT} --finetune {{w}}/malicious.pth", "--finetune {w}/malicious", "never run"),
     # resuming and saving
-    "auto with eval": (f"{DEIT} --resume auto --eval", "--resume auto", "--eval does not fit"),
-    "auto with overwrite": (f"{DEIT} --resume auto --overwrite", "--resume auto", "--overwrite does not fit"),
+    "auto with eval": (f"{DEIT} --resume auto --eval", "--resume auto", "pass --resume FILE"),
+    "auto with overwrite": (f"{DEIT} --resume auto --overwrite", "--resume auto", "drop one of them"),
     "auto with two starts": (
         f"{DEIT} --resume auto --pretrained --finetune {{w}}/run/best.pth",
         "--finetune and --pretrained",

@@ -166,7 +166,7 @@ def test_flags_of_cached_features_that_do_not_fit_are_a_one_line_error(words, re
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        (["--cosub", "--distillation-type", "hard"], "--cosub: the submodels teach each other"),
+        (["--cosub", "--distillation-type", "hard"], "--cosub: cannot be combined with a teacher"),
         (["--src", "--input-size", "32", "48"], "--input-size 32 48: --src crops squares above 8 px"),
         (["--src", "--input-size", "8"], "--input-size 8: --src crops squares above 8 px"),
         ([*HEAD, *ONE_VIEW, "--src"], "add --no-src"),

@@ -267,7 +267,10 @@ ATTACKS = {
     "a part": (lambda checkpoint: qkv(checkpoint).pop("exp_avg_sq"), "has no exp_avg_sq"),
     "more": (put("exp_avg_more", torch.zeros(7)), "exp_avg_more is [7]"),
     "empty": (lambda checkpoint: checkpoint["optimizer"].update(state={}), "optimizer.state is empty"),
-    "of nothing": (lambda checkpoint: checkpoint["optimizer"]["state"].update({99: {}}), "99, which is no parameter"),
+    "of nothing": (
+        lambda checkpoint: checkpoint["optimizer"]["state"].update({99: {}}),
+        "99, which is not a parameter",
+    ),
     "of a list": (lambda checkpoint: checkpoint["optimizer"].update(state=[1]), "fits"),
     "lr": (group("lr", "0.1"), "param_groups.1.lr is 0.1"),
     "no lr": (group("lr", float("nan")), "param_groups.1.lr is nan"),

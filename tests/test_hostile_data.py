@@ -490,7 +490,7 @@ def adopt(folder, barrier, results, seed):
         check_fingerprint(folder, {"seed": seed, "padding": list(range(200))}, NAMELESS)
         results.put((seed, "adopted"))
     except UserError as error:
-        results.put((seed, "refused" if "is of another run: seed" in str(error) else str(error)))
+        results.put((seed, "refused" if "was computed with other flags or data: seed" in str(error) else str(error)))
     except BaseException as error:
         results.put((seed, repr(error)))
         raise

@@ -316,7 +316,7 @@ def test_a_stop_acts_although_the_loader_is_stuck(workers, whole, tmp_path):
     output = process.output(60)
     assert process.returncode == 75, output
     kept = "epoch 0, step 5 is saved; resume with --resume auto"
-    assert output.splitlines()[-1] == f"main.py: stopped by SIGTERM, and stuck for 1 s since; {kept}"
+    assert output.splitlines()[-1] == f"main.py: stopped by SIGTERM, and stuck for 1 s; {kept}"
     if workers:
         run(tmp_path / "run", "--resume", "auto")
         assert chaos.compare(whole, tmp_path / "run") == []
