@@ -486,7 +486,7 @@ def _no_state(path: str, error: Exception) -> UserError:
 
 
 def _check_counters(checkpoint: Mapping[str, Any]) -> None:
-    """Check that the counters that say where a run continues are numbers.
+    """Check that the counters from which a run continues are numbers.
 
     Raises:
         ValueError: naming the first one that is not.
@@ -818,7 +818,7 @@ def _fetch_file(url: str, path: Path, published: str) -> None:
         os.replace(part, path)
 
 
-# -- what a file says of its run, and comparing two runs ---------------------------------------------------------------
+# -- flags and classes stored in a file, and comparing two runs --------------------------------------------------------
 
 
 def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,17 +89,17 @@ class DataOptions:
     data_set: str = "IMNET"  # one of `NAMES`, or timm's name with a scheme such as `hfds/`
     data_path: str | None = None  # CIFAR, FLOWERS and `torch/` default to ./data
     inat_category: str = "name"  # the level of iNaturalist's taxonomy to classify
-    inat_numbering: str = "id"  # of its classes: by category "id", or "original": by first appearance in train
+    inat_numbering: str = "id"  # order of its classes: category "id", or "original": first appearance in train
     train_split: str = "train"  # of a CSV file with a column "split", or a timm data set
     val_split: str = "validation"  # likewise
     image_column: str | None = None  # of a CSV file or timm's data sets other than `torch/`; None: the usual names
     label_column: str | None = None  # likewise
-    num_classes: int | None = None  # where the data do not say
-    nb_classes: int | None = None  # what the data must have; None: any number
-    upright: bool = False  # turn photos in folders and CSV files as their EXIF orientation says
-    val_fraction: float = 0.0  # of folders and CSV files without a validation part: share of each class to hold out
-    train_fraction: float = 1.0  # class-balanced share of the training data to use
-    ram_cache: float = 1024  # MiB; a data set that takes no more is decoded once and kept in memory
+    num_classes: int | None = None  # number of classes, if the data do not state it
+    nb_classes: int | None = None  # required number of classes; None: any
+    upright: bool = False  # rotate photos in folders and CSV files by their EXIF orientation
+    val_fraction: float = 0.0  # fraction of each class to hold out, for folders and CSV files without a validation part
+    train_fraction: float = 1.0  # fraction of the training images of each class to use
+    ram_cache: float = 1024  # MiB; smaller data sets are decoded once and kept in memory
     skip_broken_images: int = 0  # unreadable training images to tolerate
 
 
@@ -177,7 +177,7 @@ def _listed_once(read: Callable[[], tuple[Source, Source]], local_rank: int) -> 
 
 
 def _upright(part: Data, options: DataOptions) -> Data:
-    """Return the same images, rotated as their EXIF orientation says if `upright` is set.
+    """Return the same images, rotated by their EXIF orientation if `upright` is set.
 
     Raises:
         UserError: if the images are not files.
@@ -335,7 +335,7 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
 
 
 def _warn_of_text_order(root: Path, class_names: Sequence[str]) -> None:
-    """Warn of the order of classes whose names are numbers."""
+    """Warn that class names that are numbers are sorted as text."""
     if all(map(str.isdecimal, class_names)) and sorted(class_names, key=int) != class_names:
         order = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
         logger.warning("--data-path %s: the class folders are sorted as text, not as numbers: %s", root, order)

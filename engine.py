@@ -165,7 +165,7 @@ class ScheduleOptions:
     seed: int = 0
     shrink_start_epoch: int | None = None
     shrink_epochs: int | None = None
-    pretrained: bool = False  # this and the next: True if the initial weights are trained
+    pretrained: bool = False  # this and the next: whether the run starts from trained weights
     finetune: str = ""
 
 
@@ -212,7 +212,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
 
 
 def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptions) -> None:
-    """Warn if rates are valid one by one but make no sense together."""
+    """Warn about learning rates that are valid one by one but make no sense together."""
     peak = max(learning_rate.scheduler.base_values)
     if options.min_lr > peak and "min_lr" in SCHEDULES[options.sched]:
         logger.warning(
@@ -858,12 +858,12 @@ def _close_epoch(state: TrainState, world: World) -> None:
 
 @dataclass
 class Output:
-    """Where a run is recorded; only rank 0 writes.
+    """The output folder, TensorBoard writer and lock of a run; only rank 0 writes.
 
     Attributes:
         folder: for checkpoints and log.txt; None to write nothing.
         writer: TensorBoard writer on rank 0, or None.
-        about: more entries for checkpoints: the run's flags and data, as JSON values.
+        about: more entries of checkpoints: the run's flags and data, as JSON values.
         lock: open lock file that keeps other runs out of the folder, on rank 0, or None.
     """
 

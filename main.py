@@ -62,7 +62,7 @@ def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **replaced, "resume": path})
 
 
-# -- what a run is made of ---------------------------------------------------------------------------------------------
+# -- the parts of a run ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass

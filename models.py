@@ -313,7 +313,7 @@ FINETUNING = ("resized", "dropped", "missing")
 
 @dataclass
 class LoadReport:
-    """The tensor names by what happened to them when weights were fitted to a model."""
+    """Names of the tensors that were kept, resized, dropped, ... when weights were fitted to a model."""
 
     kept: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # position embeddings

@@ -145,7 +145,7 @@ class KeyedSampler(Sampler):
     def _balanced(self) -> np.ndarray:
         """Draw all classes equally often (up to one sample); return the sample indices of the epoch.
 
-        Samples of small classes repeat. None repeats again before all others of its class have appeared as often.
+        Samples of small classes repeat. Within a class, all samples appear equally often (up to one time).
         """
         share = -(-self.num_drawn // len(self.members))
         columns = []

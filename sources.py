@@ -225,7 +225,7 @@ class PathImages:
         """Keep the paths.
 
         Args:
-            upright: rotate photos as their EXIF orientation says.
+            upright: rotate photos by their EXIF orientation.
         """
         self.paths, self.upright = paths if isinstance(paths, Paths) else Paths.listed(paths), upright
 

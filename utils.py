@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger("deit")
 LAUNCHERS = "torchrun, srun and run_with_submitit.py"  # they set RANK, WORLD_SIZE, ...
-PATIENCE = datetime.timedelta(days=7)  # for waits in which one process may be hours ahead
+PATIENCE = datetime.timedelta(days=7)  # timeout of barriers that one process may reach hours before another
 JOIN_TIMEOUT = datetime.timedelta(minutes=30)  # for all processes of a run to start; torch's default
 
 
@@ -52,7 +52,7 @@ class RunError(Exception):
 
 
 class Preempted(Exception):
-    """A stop of the run because of a signal; exit status 75 (EX_TEMPFAIL: try again later).
+    """Raised if a signal stops the run; exit status 75 (EX_TEMPFAIL: try again later).
 
     Attributes:
         signal: number of that signal.
@@ -64,7 +64,7 @@ class Preempted(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A stop signal while there was nothing to save; not an `Exception`, which other code might catch as a failure.
+    """Raised if a signal stops the run when there is nothing to save; no `Exception`, which other code might catch.
 
     Attributes:
         signal: number of that signal.
@@ -101,7 +101,7 @@ class World:
 
 
 def available_cpus() -> int:
-    """Return the number of CPUs that this process may use; SLURM and containers restrict it."""
+    """Return the number of CPUs that this process may use, which SLURM and containers may restrict."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -227,7 +227,7 @@ def init_distributed(device_name: str) -> World:
 
 
 def _check_gpus(world: World) -> None:
-    """Check that no two processes of a machine share a GPU, as far as a single process can tell.
+    """Check that this machine has a GPU for each of its processes, as far as this process can see.
 
     Raises:
         UserError: if there are fewer GPUs than processes.
@@ -246,7 +246,7 @@ def _join(world: World, address: str, port: int) -> None:
     """Set up the process group.
 
     Raises:
-        UserError: if the port is in use, not all processes come, or two share a GPU.
+        UserError: if the port is in use, a process does not connect, or two share a GPU.
     """
     if world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _check_port(port)
@@ -329,7 +329,7 @@ def shut_down_distributed() -> None:
 
 
 def set_up_kernels(deterministic: bool) -> None:
-    """Let cuDNN choose its fastest kernels, or use only deterministic CUDA kernels."""
+    """Use only deterministic CUDA kernels, or else let cuDNN choose the fastest ones."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -897,7 +897,7 @@ def check_space(folder: Path, needed: float, what: str, remedy: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if there is no message."""
+    """Return the first line of an error's message, or the type of an error without a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -960,7 +960,7 @@ class TensorBoard:
 
     Args:
         folder: for the files, including wandb's.
-        next_step: viewers drop earlier values from this step on.
+        next_step: viewers drop values of an earlier attempt from this step on.
         config: the run's flags, by name.
         project: Weights & Biases project; "" for none.
     """
@@ -1223,15 +1223,14 @@ class Progress:
 class StepLog:
     """Log of the steps of an epoch: reports every `interval` steps without waiting for the device.
 
-    On CUDA, values are sent to the host every `interval` steps and logged at the next such step, when they have long
-    arrived. Only the last step of an epoch and `report` wait for them. Other devices log at once. All ranks must make
-    the same calls.
+    On CUDA, values are copied to the host asynchronously every `interval` steps and logged one interval later. Only the
+    last step of an epoch and `report` wait for the copy. Other devices log at once. All ranks must make the same calls.
 
     Args:
         epoch: epoch number, for the log lines.
         num_steps: steps in this epoch.
         batch_images: images per step over all ranks, for the rate.
-        interval: steps between two lines. A non-finite loss is noticed as late (on CUDA, one interval later).
+        interval: steps between two lines, and between checks for a non-finite loss (on CUDA, one interval later).
         writer: a TensorBoard writer, or None.
         first_step: step of this epoch to start with.
         totals: `totals` of an earlier log that this one continues.

@@ -89,7 +89,7 @@ def open_rgb(file: Any, upright: bool = False) -> Image.Image:
     """Decode an image file (path or binary stream) to RGB.
 
     Args:
-        upright: rotate photos as their EXIF orientation says. timm, and so training and evaluation, do not.
+        upright: rotate photos by their EXIF orientation; timm does not, nor do training and evaluation by default.
 
     Raises:
         ImageError: if it is damaged, not a regular file, or not one of `FORMATS`; see also `as_rgb`.

@@ -86,7 +86,7 @@ PEAK_FLOPS = {  # dense 16-bit FLOP/s, as stated by the manufacturer
 def augmentation(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Measure views/s on the device, for stored images of 32 and 256 px.
 
-    A GPU competes with all CPU cores of the host. On a CPU, one thread competes with one thread.
+    A GPU is compared with timm's pipeline on all CPU cores. On a CPU, both use one thread.
     """
     threads, alone = torch.get_num_threads(), device.type == "cpu"
     workers = 0 if alone else available_cpus()
@@ -261,7 +261,7 @@ def run_flags(args: argparse.Namespace, *more: Any) -> list[str]:
 
 
 def end_to_end(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Measure epochs of main.py after the first one, against a bare step of the same model timed between them."""
+    """Measure epochs of main.py after the first one, relative to a bare step of the same model timed between them."""
     run = parse_args(run_flags(args))
     train, _ = datasets.read_sources(fill(datasets.DataOptions, run))
     steps = args.steps * (20 if device.type == "cuda" else 3)  # per epoch, at most

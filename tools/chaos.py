@@ -124,7 +124,7 @@ def wait_and_kill(run: Run, moment: str, seconds: float, rank: int | None) -> bo
 MOMENTS = ("start", "write", "training", "write")
 
 
-def torment(folder: Path, flags: list[str], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def kill_and_resume(folder: Path, flags: list[str], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """Kill and resume a run until it is done; count all kills and those inside a write."""
     draw, report = random.Random(args.seed), {"kills": 0, "inside_a_write": 0}
     run = Run(folder, flags, args.processes, args.kills if args.restarts else 0)
@@ -175,8 +175,8 @@ def compare(one: Path, other: Path) -> list[str]:
     return found + differences(*logs, "log.txt") + [str(path) for path in other.glob(".*.tmp")]
 
 
-def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run once without and once with kills, and list the differences."""
+def compare_with_killed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run once without and once with kills, and list the differences of the results."""
     flags = [*RUN, "--epochs", str(args.epochs), *args.flags]
     if not any(flag.startswith("--checkpoint-minutes") for flag in flags):
         flags += ["--checkpoint-minutes", "0.005"]
@@ -186,7 +186,7 @@ def torture(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise UserError(f"the run failed by itself:\n{(folder / 'whole.out').read_text()[-2000:]}")
     seconds = time.monotonic() - begin
     print(f"never killed: {args.epochs} epochs in {seconds:.0f} s", flush=True)
-    report = torment(folder / "killed", flags, args, max(0.0, seconds - args.start))
+    report = kill_and_resume(folder / "killed", flags, args, max(0.0, seconds - args.start))
     if report["last_status"]:
         raise UserError(f"the killed and resumed run failed:\n{(folder / 'killed.out').read_text()[-2000:]}")
     return report | {"seconds": time.monotonic() - begin, "differences": compare(folder / "whole", folder / "killed")}
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("chaos"), tempfile.TemporaryDirectory() as folder:
         if args.restarts and args.processes < 2:
             raise UserError("--restarts: torchrun restarts runs of several processes; add --processes 2")
-        report = torture(args, Path(folder))
+        report = compare_with_killed(args, Path(folder))
         equal = "no difference" if not report["differences"] else ", ".join(report["differences"])
         print(f"{report['kills']} kills, {report['inside_a_write']} inside a write, {report['seconds']:.0f} s: {equal}")
         if args.output:

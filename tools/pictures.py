@@ -1,4 +1,4 @@
-"""One look for all pictures of the tools: plots by matplotlib, and sheets of image panels by PIL."""
+"""Pictures of the tools, all in one style: matplotlib plots, and sheets of image panels drawn with PIL."""
 
 from __future__ import annotations
 
