@@ -18,11 +18,22 @@ from utils import UserError, escaped
 REPOSITORY = str(Path(__file__).resolve().parent)
 
 
+DESCRIPTION = """Run main.py as a SLURM job that resumes by itself after a timeout or preemption.
+
+SLURM         python run_with_submitit.py --nodes 2 --ngpus 8 --data-path /path/to/imagenet
+this machine  python run_with_submitit.py --cluster local --nodes 1 --ngpus 0 --data-set CIFAR
+
+The flags of the job come last, after those of main.py.
+"""
+
+
 def get_parser() -> flags.Parser:
     """Build the parser: the flags of main.py and those of a job."""
-    parser = flags.get_parser(prog="run_with_submitit.py")
+    parser = flags.get_parser(prog="run_with_submitit.py", description=DESCRIPTION)
     parser.set_defaults(output_dir="")
-    add = parser.add_argument_group("job (its logs, and by default its output, go to JOB_DIR/<job id>)").add_argument
+    output_dir = next(action for action in parser._actions if action.dest == "output_dir")
+    output_dir.help = "folder of log.txt, checkpoints and TensorBoard files; default: JOB_DIR/<job id>"
+    add = parser.add_argument_group("job").add_argument
     natural, count = flags.in_range(int, 0), flags.in_range(int, 1)
     add(
         "--cluster",
@@ -31,7 +42,7 @@ def get_parser() -> flags.Parser:
         help="where to run; local: processes on this machine; debug: in this process",
     )
     add("--nodes", type=count, default=2, help="number of machines")
-    add("--ngpus", type=natural, default=8, help="GPUs and processes per machine; 0: a CPU job")
+    add("--ngpus", type=natural, default=8, help="GPUs per machine, with one process each; 0: a CPU job")
     add("--tasks-per-node", type=count, help="processes per machine; default: one per GPU, one for a CPU job")
     add("--cpus-per-task", type=count, default=10, help="CPUs per process")
     memory = "GB of memory per machine; default: that of the cluster"
@@ -42,15 +53,15 @@ def get_parser() -> flags.Parser:
         "--signal-delay",
         type=count,
         default=120,
-        help="seconds before the time limit at which the run saves and requeues itself",
+        help="seconds before the time limit at which the job saves and is requeued",
     )
-    add("--max-timeouts", type=natural, default=100, help="how often the job may time out and be requeued")
+    add("--max-timeouts", type=natural, default=100, help="maximum number of times to requeue the job after a timeout")
     add("--partition", help="SLURM partition")
-    add("--constraint", help="SLURM constraint, for example a kind of GPU")
+    add("--constraint", help="SLURM constraint, for example a GPU type")
     volta = {"dest": "constraint", "action": "store_const", "const": "volta32gb"}
     add("--use-volta32", **volta, help="same as --constraint volta32gb")
     add("--comment", help="SLURM comment")
-    add("--job-dir", default="jobs", help="folder of all jobs; it must be visible to all machines")
+    add("--job-dir", default="jobs", help="folder of the jobs' logs, on a file system shared by all machines")
     return parser
 
 

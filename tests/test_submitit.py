@@ -67,6 +67,14 @@ def test_a_restarted_job_resumes_its_own_checkpoint(tmp_path):
     assert args.resume == "" and isinstance(args, argparse.Namespace)
 
 
+def test_help_shows_this_command_and_the_folder_of_a_job(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = run_with_submitit.get_parser().format_help()
+    assert "python main.py" not in said.partition("options:")[0]
+    (output_dir,) = [line for line in said.splitlines() if line.lstrip().startswith("--output-dir")]
+    assert output_dir.endswith("; default: JOB_DIR/<job id>")  # '' means that folder here, see `Job._args_of`
+
+
 def test_job_flags_have_the_published_defaults():
     args = run_with_submitit.get_parser().parse_args([])
     assert (args.ngpus, args.nodes, args.timeout, args.partition) == (8, 2, 2800, None)
