@@ -41,17 +41,16 @@ Normalization = tuple[Sequence[float], Sequence[float]]  # per-channel mean and 
 
 
 class Normalize(nn.Module):
-    """Normalization of uint8 [B, 3, H, W] to (x / 255 - mean) / std, in `dtype`."""
+    """Normalization of uint8 [B, 3, H, W] to (x / 255 - mean) / std."""
 
-    def __init__(self, normalization: Normalization, dtype: torch.dtype) -> None:
+    def __init__(self, normalization: Normalization) -> None:
         super().__init__()
-        self.dtype = dtype
         mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in normalization)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mul_(self.scale).add_(self.shift).to(self.dtype)
+        return images.float().mul_(self.scale).add_(self.shift)
 
 
 class EvalTransform(nn.Module):
@@ -62,20 +61,13 @@ class EvalTransform(nn.Module):
     Args:
         stored_size: (height, width) of the padded buffer of a stored image in pixels.
         options, normalization: options of the views, per-channel (mean, std).
-        dtype: dtype of the views.
     """
 
-    def __init__(
-        self,
-        stored_size: tuple[int, int],
-        options: ViewOptions,
-        normalization: Normalization,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, stored_size: tuple[int, int], options: ViewOptions, normalization: Normalization) -> None:
         super().__init__()
         self.size, self.crop_ratio = options.input_size, options.eval_crop_ratio
         self.resample = Resampler(stored_size, self.size, "bicubic")
-        self.normalize = Normalize(normalization, dtype)
+        self.normalize = Normalize(normalization)
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """Transform uint8 [B, 3, H, W] to views [B, 3, height, width]; `sizes` [B, 2] are (height, width) of images.
@@ -120,19 +112,12 @@ class TrainAugmentation(nn.Module):
     Args:
         stored_size: (height, width) of the padded buffer of a stored image in pixels.
         options, normalization: options of the views, per-channel (mean, std).
-        dtype: dtype of the views.
 
     Raises:
         UserError: if the policy is unknown, or only the host supports it.
     """
 
-    def __init__(
-        self,
-        stored_size: tuple[int, int],
-        options: ViewOptions,
-        normalization: Normalization,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, stored_size: tuple[int, int], options: ViewOptions, normalization: Normalization) -> None:
         super().__init__()
         self.size, self.hflip = options.input_size, options.hflip
         self.re_prob, self.re_mode, self.re_count = options.reprob, options.remode, options.recount
@@ -146,7 +131,7 @@ class TrainAugmentation(nn.Module):
         self.policy = None if options.aa in ("", "none") else Policy(options.aa)
         self.color_jitter = options.color_jitter if self.policy is None or "3a" in options.aa else 0.0
         self.kinds = self.policy.kinds_used if self.policy is not None else frozenset()
-        self.normalize = Normalize(normalization, dtype)
+        self.normalize = Normalize(normalization)
         fill = torch.tensor([min(255, round(255 * value)) for value in normalization[0]], dtype=torch.uint8)
         self.register_buffer("fill", fill.view(1, 3, 1, 1))
         noise = torch.randn(NOISE + 3 * math.prod(self.size), generator=torch.Generator().manual_seed(0))
@@ -230,7 +215,7 @@ class TrainAugmentation(nn.Module):
             return paint(views, inside, 0)
         shape = (3, 1, 1) if self.re_mode == "rand" else (3, *self.size)
         noise = self.noise.unfold(0, math.prod(shape), 1).index_select(0, offset.long())
-        return paint(views, inside, noise.view(-1, *shape).to(views.dtype))
+        return paint(views, inside, noise.view(-1, *shape))
 
 
 def _mirror(flipped: torch.Tensor, width: int) -> Affine:

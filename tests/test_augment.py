@@ -113,12 +113,12 @@ def keys_of(number, seed=0):
     return torch.from_numpy(samplers.random_keys(seed, "view", np.arange(number)).view(np.int64))
 
 
-def train_view(stored_size, size, dtype=torch.float32, **options):
-    return TrainAugmentation(stored_size, ViewOptions(size, **options), NORMALIZATION, dtype)
+def train_view(stored_size, size, **options):
+    return TrainAugmentation(stored_size, ViewOptions(size, **options), NORMALIZATION)
 
 
-def eval_view(stored_size, size, dtype=torch.float32, **options):
-    return EvalTransform(stored_size, ViewOptions(size, **options), NORMALIZATION, dtype)
+def eval_view(stored_size, size, **options):
+    return EvalTransform(stored_size, ViewOptions(size, **options), NORMALIZATION)
 
 
 def host_view(size, **options):
@@ -809,14 +809,14 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
     images = photos(90, 70, 6)
     stored_size, arguments = (90, 70), (batch(images), sizes_of(images))
     if kind == "eval":
-        view = eval_view(stored_size, (size, size), dtype=torch.bfloat16)
+        view = eval_view(stored_size, (size, size))
     else:
-        view = train_view(stored_size, (size, size), reprob=0.6, dtype=torch.bfloat16, **options)
+        view = train_view(stored_size, (size, size), reprob=0.6, **options)
         arguments += (keys_of(6),)
     torch._dynamo.reset()
     compiled = torch.compile(view, fullgraph=True, backend="eager")(*arguments)  # else raises where the graph breaks
     monkeypatch.setattr(image_ops, "can_select_samples", lambda values: False)
-    assert compiled.dtype == torch.bfloat16 and compiled.shape == (6, 3, size, size)
+    assert compiled.dtype == torch.float32 and compiled.shape == (6, 3, size, size)
     assert torch.equal(compiled, view(*arguments))
 
 
@@ -845,7 +845,7 @@ def test_views_on_a_gpu_are_made_there_without_waiting_for_it(size, policy, remo
     # Tensors without values need no GPU: to read a number of one, or to mix it with one of the CPU, is an error.
     with FakeTensorMode():
         options = {"aa": policy, "remode": remode, "recount": 2, "train_interpolation": "random"}
-        view = train_view((90, 70), (size, size), **options, dtype=torch.bfloat16).to("cuda")
+        view = train_view((90, 70), (size, size), **options).to("cuda")
         images = torch.empty(6, 3, 90, 70, dtype=torch.uint8, device="cuda")
         sizes, keys = (torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((6, 2), (6,)))
         views = [view(images, sizes, keys), eval_view((90, 70), (size, size)).to("cuda")(images, sizes)]
