@@ -472,11 +472,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: Mapping[str, A
             parameter, example = examples[index]
             state[index] = _fitted_state(state[index], parameter, example, f"optimizer.state.{index}")
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
-        raise _no_state(path, error) from None
+        raise no_training_state(path, error) from None
     return {"state": state, "param_groups": groups}
 
 
-def _no_state(path: str, error: Exception) -> UserError:
+def no_training_state(path: str, error: Exception) -> UserError:
     """Build the error for a checkpoint whose training state raised `error`."""
     why = f"has no {error}" if isinstance(error, LookupError) else reason(error)
     return UserError(
@@ -661,7 +661,7 @@ def as_ours(
         state = {index: state_of[name] for index, name in enumerate(order) if name in state_of}
         scaler = dict(checkpoint.get("scaler") or {})
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
-        raise _no_state(path, error) from None
+        raise no_training_state(path, error) from None
     logger.warning(
         "%s is of the original implementation: the run continues with epoch %d, but not bitwise as it would there",
         path,
@@ -829,7 +829,7 @@ def flags_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     args = checkpoint.get("args")
     is_original = isinstance(args, argparse.Namespace) and hasattr(args, "nb_classes")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    flags = _as_json(args) if isinstance(args, Mapping) else {}
+    flags = as_json(args) if isinstance(args, Mapping) else {}
     return _our_flags(flags) if is_original else flags
 
 
@@ -862,7 +862,7 @@ def compare_classes(
     Raises:
         UserError: naming the first class that differs.
     """
-    expected, samples = class_names_of(checkpoint), _as_json(checkpoint.get("class_samples"))
+    expected, samples = class_names_of(checkpoint), as_json(checkpoint.get("class_samples"))
     for part, data in parts.items():
         found = _renamed(data.class_names, expected)
         checksums = samples.get(part) if isinstance(samples, dict) else None
@@ -906,8 +906,8 @@ def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]
         flags: names of the flags to compare.
     """
     run = checkpoint.get("run")
-    then = _as_json({"args": flags_of(checkpoint), "run": run if isinstance(run, Mapping) else {}})
-    now = _as_json({"args": about["args"], "run": about["run"]})
+    then = as_json({"args": flags_of(checkpoint), "run": run if isinstance(run, Mapping) else {}})
+    now = as_json({"args": about["args"], "run": about["run"]})
     pairs = [
         (f"--{name.replace('_', '-')}", value, now["args"][name])
         for name, value in then["args"].items()
@@ -921,6 +921,6 @@ def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]
     return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
 
 
-def _as_json(values: Any) -> Any:
+def as_json(values: Any) -> Any:
     """Convert to what JSON would return: tuples become lists, other types become text."""
     return json.loads(json.dumps(values, default=str, skipkeys=True))

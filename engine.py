@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import ema_of, flags_of, on_host, optimizer_state, save_checkpoint
+from checkpoints import ema_of, flags_of, no_training_state, on_host, optimizer_state, save_checkpoint
 from flags import SCHEDULES
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
@@ -496,11 +496,8 @@ class TrainState:
             self.best_epoch = int(checkpoint.get("best_epoch", last))
             progress = checkpoint.get("progress") or {"images": 0, "totals": []}
             images, self.totals = int(progress["images"]), list(progress["totals"])
-        except (LookupError, ValueError, RuntimeError, TypeError, AttributeError):
-            raise UserError(
-                f"--resume {path}: has no training state that fits (optimizer, epoch, ...); start from its weights "
-                f"with --finetune, or pass the --opt and --train-scope it was trained with"
-            ) from None
+        except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise no_training_state(path, error) from None
         # Schedules depend on counters alone, so an epoch stays an epoch when the batch size changes.
         done, again = divmod(images, images_per_update)
         self.num_updates = self.epoch * updates_per_epoch + min(done, updates_per_epoch)

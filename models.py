@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_evit
-from checkpoints import flags_of, read_checkpoint, trained_size, translated, unwrapped, weights_of
+from checkpoints import as_json, flags_of, read_checkpoint, trained_size, translated, unwrapped, weights_of
 from samplers import random_key, seed_generators
 from utils import UserError, logger, reason
 
@@ -551,7 +550,7 @@ def _setting(name: str, value: Any) -> Any:
         value = {"drop_loc": models_evit.DROP_LOC, "fuse_token": True, "model_kwargs": {}}.get(name)
     if name == "model_kwargs" and isinstance(value, Mapping):
         value = {key: each for key, each in value.items() if not ("drop" in key and key.endswith("rate"))}
-    return json.loads(json.dumps(value, default=str, skipkeys=True))
+    return as_json(value)
 
 
 def _shown(value: Any) -> str:
