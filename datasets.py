@@ -267,7 +267,7 @@ def _readable(root: Path) -> Iterator[None]:
         raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
 
 
-def _folder_tree(train: Path, val: Path, eval_only: bool = False) -> tuple[Source, Source]:
+def _folder_tree(train: Path, val: Path, eval_only: bool) -> tuple[Source, Source]:
     """Read `train/CLASS/image` and `val/CLASS/image`.
 
     An evaluation reads val/ only. The classes are the folders in train/ if it exists; some may have no images in val/.
@@ -586,7 +586,7 @@ def _read_json(root: Path, name: str) -> Any:
 
 
 def _classes_of_categories(
-    root: Path, categories: list[dict[str, Any]], level: str, order: Sequence[int] = ()
+    root: Path, categories: list[dict[str, Any]], level: str, order: Sequence[int]
 ) -> tuple[dict[int, int], Sequence[str]]:
     """Map category ids to classes and return the class names; classes are sorted by first use in `order`, or by id."""
     if not all(isinstance(entry, dict) for entry in categories):

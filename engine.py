@@ -967,7 +967,7 @@ class Saver:
         self._write(progress, broken, is_best)
         self.saved_at = time.monotonic()
 
-    def _write(self, progress: dict[str, Any] | None, broken: Sequence[int] = (), is_best: bool = False) -> None:
+    def _write(self, progress: dict[str, Any] | None, broken: Sequence[int], is_best: bool = False) -> None:
         checkpoint = self.state.state_dict(self.schedules, progress) | self.output.about
         checkpoint["broken_images"] = list(broken)
         if self.output.writer is not None:

@@ -492,7 +492,7 @@ def _grid_of(
     return (side, side) if side * side == num_patches else None
 
 
-def load_finetune_weights(model: nn.Module, options: ModelOptions, eval_only: bool = False) -> LoadReport:
+def load_finetune_weights(model: nn.Module, options: ModelOptions, eval_only: bool) -> LoadReport:
     """Load `--finetune` weights into a model (see `load_weights`).
 
     An evaluation needs the function that the weights were trained for. Training may change it; a warning says so.

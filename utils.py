@@ -613,7 +613,7 @@ def main_process_first(local_rank: int = 0) -> Iterator[None]:
             barrier(is_long=True)
 
 
-def once_per_machine(make: Callable[[], Any], local_rank: int = 0) -> Any:
+def once_per_machine(make: Callable[[], Any], local_rank: int) -> Any:
     """Call `make` on the first process of each machine; all of its processes get the result.
 
     They map its tensors from one temporary file, so that they share the memory. The first process deletes the file as

@@ -11,6 +11,7 @@ main.py with the flags after --. Linux only.
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -64,8 +65,8 @@ def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict
     saver.close()
     return ratio_row(with_one, without) | {
         "steps": args.steps,
-        "seconds_of_steps": args.steps * args.batch_size / sorted(without)[len(without) // 2],
-        "seconds_of_saving": sorted(seconds)[len(seconds) // 2],
+        "seconds_of_steps": args.steps * args.batch_size / statistics.median(without),
+        "seconds_of_saving": statistics.median(seconds),
         "mebibytes": (folder / LATEST).stat().st_size / 2**20,
     }
 
@@ -123,7 +124,7 @@ def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[s
         saved = torch.load(folder / "run" / LATEST, weights_only=True)  # each resumed run has trained one more step
         starts["resumed"].append(until_step(flags, folder / "run", saved["step"] + 1))
     medians = {
-        kind: {name: sorted(start[name] for start in each)[rounds // 2] for name in each[0]}
+        kind: {name: statistics.median(start[name] for start in each) for name in each[0]}
         for kind, each in starts.items()
     }
     return {"images_skipped": saved["progress"]["images"]} | medians

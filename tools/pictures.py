@@ -38,7 +38,7 @@ HATCH_PERIOD, HATCH_WIDTH = 8, 2  # pixels
 # -- plots -------------------------------------------------------------------------------------------------------------
 
 
-def check_plot_name(file: Path, flag: str = "--output") -> None:
+def check_plot_name(file: Path) -> None:
     """Make sure that a plot can be written in the format that its name asks for.
 
     Raises:
@@ -46,7 +46,7 @@ def check_plot_name(file: Path, flag: str = "--output") -> None:
     """
     if file.suffix.lower() not in PLOT_SUFFIXES:
         known = ", ".join(PLOT_SUFFIXES)
-        raise UserError(f"{flag} {file}: is not named {known}; try {file.with_suffix('.png').name or 'plot.png'}")
+        raise UserError(f"--output {file}: is not named {known}; try {file.with_suffix('.png').name or 'plot.png'}")
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def draw_panel(
     key: str,
     runs: Sequence[Run],
     all_xs: Sequence[Sequence[float | None]],
-    references: Sequence[Reference] = (),
+    references: Sequence[Reference],
 ) -> None:
     """Draw one value of all runs, with a marker at records that have it, and a star at each reference."""
     drawn = [reference.y for reference in references]

@@ -56,13 +56,13 @@ MOST_CLASSES = 100  # limit for storing and drawing the confusion matrix
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def calibration(outcome: Outcome, bins: int = BINS) -> dict[str, Any]:
+def calibration(outcome: Outcome) -> dict[str, Any]:
     """Compute the expected calibration error in percent, with equal-width bins (Guo et al. 2017, equation 3)."""
-    which = np.clip(np.ceil(outcome.confidence * bins).astype(int) - 1, 0, bins - 1)  # (low, high]
+    which = np.clip(np.ceil(outcome.confidence * BINS).astype(int) - 1, 0, BINS - 1)  # (low, high]
     rows, error = [], 0.0
-    for index in range(bins):
+    for index in range(BINS):
         members = which == index
-        row = {"low": index / bins, "high": (index + 1) / bins, "images": int(members.sum())}
+        row = {"low": index / BINS, "high": (index + 1) / BINS, "images": int(members.sum())}
         row |= {"confidence": None, "accuracy": None}
         if members.any():
             row["confidence"] = 100 * float(outcome.confidence[members].mean())
