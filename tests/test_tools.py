@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -433,6 +434,14 @@ def test_wrong_flags_of_a_benchmark_are_a_one_line_error(tool, flags, capsys):
     assert ended.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert flags[0] in line or flags[1] in line
+
+
+def test_a_kill_waits_until_its_rank_has_started(monkeypatch):
+    killed, living = [], iter([[], [], [7]])
+    monkeypatch.setattr(chaos, "kill", killed.append)
+    process = types.SimpleNamespace(poll=lambda: None)
+    run = types.SimpleNamespace(process=process, saves=lambda: 0, victims=lambda rank: next(living))
+    assert chaos.wait_and_kill(run, "start", 0, rank=1) and killed == [[7]]
 
 
 def test_chaos_needs_a_process(capsys):

@@ -115,8 +115,10 @@ def wait_and_kill(run: Run, moment: str, seconds: float, rank: int | None) -> bo
             end = time.monotonic() + seconds
             pids = run.victims(rank)  # looked up in advance: a small file is written in milliseconds
         if end is not None and time.monotonic() >= end and (moment != "write" or run.is_writing()):
-            kill(pids or run.victims(rank))
-            return True
+            pids = pids or run.victims(rank)
+            if pids:  # torchrun may not have started that rank yet
+                kill(pids)
+                return True
         time.sleep(0 if moment == "write" else 0.005)
     return False
 
