@@ -13,7 +13,7 @@ import torch
 import warm
 
 import utils
-from tools import chaos, checkpoint_cost
+from tools import bench, chaos, checkpoint_cost
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before a run in this process asks
 torch.set_num_threads(1)  # for what is made before the first test
@@ -51,7 +51,7 @@ def logger_as_found():
 @pytest.fixture(autouse=True)
 def warm_tools(monkeypatch):
     """Let tools that start many runs fork them from a warm process instead of a new interpreter."""
-    for tool in (chaos, checkpoint_cost):
+    for tool in (bench, chaos, checkpoint_cost):
         monkeypatch.setattr(tool, "subprocess", types.SimpleNamespace(**vars(subprocess) | {"Popen": warm.Popen}))
 
 

@@ -108,7 +108,8 @@ class Popen(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         env = dict(os.environ) if env is None else env
         words = list(args)[1:] if args[0] == sys.executable and not (pass_fds or self.cold) else []
-        is_ours = words and (words[0].endswith(".py") or (words[0] == "-m" and words[1] in LAUNCHERS))
+        modules = (*LAUNCHERS, "tools.")
+        is_ours = words and (words[0].endswith(".py") or (words[0] == "-m" and words[1].startswith(modules)))
         fits = sum(map(len, chain.from_iterable(env.items()))) < CHARACTERS // 2
         if not is_ours or not fits or at_startup(env) != STANDARD:
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
