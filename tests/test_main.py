@@ -27,8 +27,11 @@ from flags import fill, parse_args
 PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
 
 
+SMALL = [*tiny.TINY, "--train-fraction", "0.25", "--batch-size", "16", "--lr", "2e-3"]  # an epoch of 22 updates
+
+
 def run(folder, *flags):
-    main.cli([*tiny.TINY, "--output-dir", str(folder), *map(str, flags)])
+    main.cli([*SMALL, "--output-dir", str(folder), *map(str, flags)])
     return tiny.log_of(folder)
 
 
@@ -43,7 +46,7 @@ def plain_run(tmp_path_factory):
 def teacher_flags(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
-    main.cli([*flags, "--output-dir", str(folder)])
+    main.cli([*flags, "--train-fraction", "0.25", "--output-dir", str(folder)])
     return ["--teacher-model", "test_resnet", "--teacher-path", folder / "best.pth"]
 
 
@@ -84,7 +87,7 @@ def test_tensorboard_has_flags_layout_and_training_images(plain_run):
     assert {"flags/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
     assert any(name.startswith("_hparams_") for name in events.summary_metadata)
     text = events.Tensors("flags/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| model | deit_tiny_patch16_224 |" in text and "| batch_size | 64 |" in text
+    assert "| model | deit_tiny_patch16_224 |" in text and "| batch_size | 16 |" in text
     pictures = events.Images("training images") if "training images" in events.Tags()["images"] else []
     assert len(pictures) == 1 and (pictures[0].step, pictures[0].height) == (0, 32)
 
@@ -118,8 +121,8 @@ def test_a_run_says_first_what_it_trains(tmp_path, capsys):
     macs = 16 * 3 * 64 * width + 2 * block + 2 * width * 10
     assert f"{size:.2f} M parameters (0.00 M trained), {macs / 1e9:.3g} GMACs at 32 x 32 px" in said
     assert models.count_macs(model, (32, 32)) == macs
-    assert "1442 training and 355 validation images, 10 classes" in said
-    assert "1 epochs of 22 updates of 64 images" in said and str(tmp_path) in said
+    assert "360 training and 355 validation images, 10 classes" in said
+    assert "1 epochs of 22 updates of 16 images" in said and str(tmp_path) in said
 
 
 def test_a_dry_run_saves_nothing_and_says_what_a_run_would_take(tmp_path, capsys):
@@ -210,7 +213,7 @@ def test_only_the_chosen_scope_is_trained(plain_run, tmp_path):
 
 @pytest.mark.slow
 def test_flags_of_the_recipe_work_together(tmp_path):
-    flags = ["--bce-loss", "--clip-grad", "1", "--accum-steps", "2", "--batch-size", "16", "--grad-checkpointing"]
+    flags = ["--bce-loss", "--clip-grad", "1", "--accum-steps", "2", "--grad-checkpointing"]
     flags += ["--lr-scaling", "sqrt", "--drop", "0.1", "--amp", "bf16", "--opt", "lamb", "--mixup-mode", "elem"]
     (record,) = run(tmp_path, *flags)
     assert record["train_loss"] < 2  # binary cross-entropy of ten classes starts near log 2
@@ -293,7 +296,7 @@ def test_image_files_are_augmented_on_the_host(tmp_path):
 @pytest.mark.parametrize("scaling, lr", [("linear", "6.25e-05"), ("sqrt", "0.000177"), ("none", "0.0005")])
 def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
     # 16 images in each of 4 forward passes: 5e-4 x 64 / 512, x its root, x 1
-    run(tmp_path, "--lr-scaling", scaling, "--batch-size", "16", "--accum-steps", "4")
+    run(tmp_path, "--lr-scaling", scaling, "--lr", "5e-4", "--accum-steps", "4")
     assert f"effective batch 64 images, peak learning rate {lr}" in capsys.readouterr().err
     events = events_in(tmp_path)
     assert events.Scalars("step/lr")[0].value == pytest.approx(float(lr), rel=5e-3)  # there is no warm-up
@@ -342,7 +345,8 @@ def folders(tmp_path_factory):
 def named_run(folders, tmp_path_factory):
     """Output folder of a run on twelve named class folders."""
     folder = tmp_path_factory.mktemp("named")
-    run(folder, "--data-set", "IMNET", "--data-path", folders, "--batch-size", "16", "--model-ema-decay", "0.9")
+    flags = ["--data-set", "IMNET", "--data-path", folders, "--train-fraction", "1", "--model-ema-decay", "0.9"]
+    run(folder, *flags, "--lr", "5e-4")
     return folder
 
 
