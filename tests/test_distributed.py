@@ -15,6 +15,8 @@ from test_datasets import encoded, write_stream
 import main
 import utils
 
+FEW = ["--train-fraction", "0.25"]  # 360 images
+
 
 def run(*flags):
     """main.py in this process."""
@@ -35,14 +37,14 @@ def assert_same_bits(first, second):
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     flags = ["--epochs", "2", "--batch-size", "32", "--output-dir", folder]
-    output = tiny.torchrun(2, "main.py", *tiny.PLAIN, *flags)
+    output = tiny.torchrun(2, "main.py", *tiny.PLAIN, *FEW, *flags)
     return folder, output
 
 
 @pytest.mark.process
 def test_two_ranks_have_the_loss_curve_of_one_with_twice_the_batch(two_ranks, tmp_path):
     folder, _ = two_ranks
-    run(*tiny.PLAIN, "--epochs", "2", "--batch-size", "64", "--output-dir", tmp_path)
+    run(*tiny.PLAIN, *FEW, "--epochs", "2", "--batch-size", "64", "--output-dir", tmp_path)
     for one, two in zip(tiny.log_of(tmp_path), tiny.log_of(folder), strict=True):
         for name in ("train_loss", "test_loss", "test_ema_loss", "test_acc1", "test_acc5"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
@@ -52,7 +54,7 @@ def test_two_ranks_have_the_loss_curve_of_one_with_twice_the_batch(two_ranks, tm
 def test_gradient_accumulation_over_two_ranks_has_it_too(two_ranks, tmp_path):
     folder, _ = two_ranks
     flags = ["--epochs", "2", "--batch-size", "16", "--accum-steps", "2", "--output-dir", tmp_path]
-    tiny.torchrun(2, "main.py", *tiny.PLAIN, *flags)
+    tiny.torchrun(2, "main.py", *tiny.PLAIN, *FEW, *flags)
     for one, two in zip(tiny.log_of(tmp_path), tiny.log_of(folder), strict=True):
         assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
 
@@ -60,9 +62,9 @@ def test_gradient_accumulation_over_two_ranks_has_it_too(two_ranks, tmp_path):
 @pytest.mark.process
 def test_an_evit_on_two_ranks_has_the_loss_curve_of_one(tmp_path):
     evit = [*tiny.PLAIN, "--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "0", "--base-keep-rate", "0.5"]
-    evit += ["--shrink-start-epoch", "0", "--shrink-epochs", "1", "--epochs", "2"]
-    run(*evit, "--batch-size", "64", "--output-dir", tmp_path / "one")
-    checkpointed = ["--grad-checkpointing", "--batch-size", "32", "--output-dir", tmp_path / "two"]
+    evit += [*FEW, "--shrink-start-epoch", "0", "--shrink-epochs", "1", "--epochs", "2"]
+    run(*evit, "--batch-size", "32", "--output-dir", tmp_path / "one")
+    checkpointed = ["--grad-checkpointing", "--batch-size", "16", "--output-dir", tmp_path / "two"]
     tiny.torchrun(2, "main.py", *evit, *checkpointed)
     for one, two in zip(tiny.log_of(tmp_path / "one"), tiny.log_of(tmp_path / "two"), strict=True):
         assert one["keep_rate"] == two["keep_rate"] == 0.5
@@ -110,7 +112,7 @@ def test_missing_validation_images_end_all_ranks(tmp_path):
 
 def test_same_flags_twice_are_bitwise_identical(tmp_path):
     for name, workers in (("first", "0"), ("second", "2")):
-        run(*tiny.TINY, "--num-workers", workers, "--output-dir", tmp_path / name)
+        run(*tiny.TINY, *FEW, "--num-workers", workers, "--output-dir", tmp_path / name)
     for key in ("model", "model_ema"):
         assert_same_bits(weights(tmp_path / "first", key=key), weights(tmp_path / "second", key=key))
 
@@ -119,7 +121,7 @@ def test_same_flags_twice_are_bitwise_identical(tmp_path):
 def test_bare_srun_starts_a_process_group(tmp_path):
     shared = {"SLURM_JOB_ID": 7, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_ID": 0}
     shared |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": tiny.free_port()}
-    command = ["main.py", *tiny.PLAIN, "--batch-size", "32", "--output-dir", tmp_path]
+    command = ["main.py", *tiny.PLAIN, *FEW, "--batch-size", "32", "--output-dir", tmp_path]
     ranks = [tiny.Process(command, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in (0, 1)]
     outputs = [rank.output() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
@@ -285,7 +287,7 @@ def test_ranks_without_a_common_temporary_folder_are_a_user_error(listings):
 
 @pytest.mark.process
 def test_distillation_runs_on_two_ranks(tmp_path):
-    small = ["--opt", "sgd", "--batch-size", "32"]
+    small = [*FEW, "--opt", "sgd", "--batch-size", "32"]
     teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--epochs", "1", "--drop-path", "0"]
     run(*teacher, *small, "--output-dir", tmp_path / "teacher")
     flags = ["--distillation-type", "soft", "--teacher-model", "test_resnet"]
@@ -314,7 +316,7 @@ def test_threads_are_divided_among_local_ranks():
 @pytest.mark.compile
 def test_a_compiled_run_writes_the_names_of_an_uncompiled_one(tmp_path):
     shallow = ["--model-kwargs", "embed_dim=48", "depth=1", "num_heads=3"]
-    tiny.run("main.py", *tiny.PLAIN, *shallow, "--compile", "--output-dir", tmp_path)
+    tiny.run("main.py", *tiny.PLAIN, *FEW, *shallow, "--compile", "--output-dir", tmp_path)
     names = weights(tmp_path).keys()
     assert "blocks.0.attn.qkv.weight" in names and not any("_orig_mod" in name for name in names)
     assert tiny.log_of(tmp_path)[0]["train_loss"] < 3

@@ -10,12 +10,13 @@ import run_with_submitit
 import utils
 
 LOCAL = ["run_with_submitit.py", "--cluster", "local", "--nodes", "1", "--ngpus", "0"]
+FEW = ["--train-fraction", "0.25"]
 
 
 @pytest.mark.process
 def test_a_local_job_trains_on_two_processes(tmp_path):
     folder = tmp_path / "jobs"
-    flags = ["--tasks-per-node", "2", *tiny.PLAIN, "--batch-size", "32", "--checkpoint-minutes", "0"]
+    flags = ["--tasks-per-node", "2", *tiny.PLAIN, *FEW, "--batch-size", "32", "--checkpoint-minutes", "0"]
     output = tiny.run(*LOCAL, "--job-dir", folder, *flags)
     (job,) = folder.iterdir()
     assert str(job) in output
@@ -26,7 +27,7 @@ def test_a_local_job_trains_on_two_processes(tmp_path):
 
 @pytest.mark.process
 def test_a_debug_job_runs_in_this_process(tmp_path):
-    flags = ["--cluster", "debug", "--nodes", "1", "--ngpus", "0", "--job-dir", tmp_path, *tiny.PLAIN]
+    flags = ["--cluster", "debug", "--nodes", "1", "--ngpus", "0", "--job-dir", tmp_path, *tiny.PLAIN, *FEW]
     tiny.run("run_with_submitit.py", *flags, "--output-dir", tmp_path / "output")
     assert len(tiny.log_of(tmp_path / "output")) == 1
 
