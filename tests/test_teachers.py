@@ -295,9 +295,10 @@ def test_device_views_are_the_same_for_teacher_and_student(teacher, tmp_path):
 
 @pytest.mark.slow
 def test_a_teacher_of_another_size_is_cached_like_a_live_one(tmp_path):
-    sized = ["--model", "deit_tiny_patch16_224", *tiny.MODEL, "--input-size", "48", *tiny.DATA, "--epochs", "1"]
+    few = ["--train-fraction", "0.1", "--batch-size", "32"]
+    sized = ["--model", "deit_tiny_patch16_224", *tiny.MODEL, "--input-size", "48", *tiny.DATA, "--epochs", "1", *few]
     main.cli([*sized, "--warmup-epochs", "0", "--output-dir", str(tmp_path / "teacher")])
-    student = [*tiny.TINY, "--batch-size", "32", "--distillation-type", "hard"]
+    student = [*tiny.TINY, *few, "--distillation-type", "hard"]
     kwargs = ["patch_size=8", "embed_dim=48", "depth=2", "num_heads=3"]  # for the 36 positions of 48 px
     student += ["--teacher-model", "deit_tiny_patch16_224", "--teacher-model-kwargs", *kwargs]
     taught = ["--teacher-path", str(tmp_path / "teacher" / "best.pth"), "--teacher-input-size", "48"]
