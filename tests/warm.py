@@ -1,8 +1,8 @@
 """A process that has imported this repository and forks a copy of itself for each command, in milliseconds.
 
 A test that starts `python main.py` in a new interpreter waits seven seconds for its imports, longer than the run itself
-takes. `Popen` here is `subprocess.Popen`, except that it forks the warm process for scripts and for torchrun. A command
-starts as usual if it changes a variable that is read while an interpreter starts, or with `cold=True`.
+takes. `Popen` here is `subprocess.Popen`, except that it forks the warm process for scripts, tools and torchrun. A
+command starts as usual if it changes a variable that is read while an interpreter starts, or with `cold=True`.
 """
 
 import atexit
