@@ -288,8 +288,7 @@ def test_ranks_without_a_common_temporary_folder_are_a_user_error(listings):
 @pytest.mark.process
 def test_distillation_runs_on_two_ranks(tmp_path):
     small = [*FEW, "--opt", "sgd", "--batch-size", "32"]
-    teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--epochs", "1", "--drop-path", "0"]
-    run(*teacher, *small, "--output-dir", tmp_path / "teacher")
+    run(*tiny.RESNET, *small, "--epochs", "1", "--output-dir", tmp_path / "teacher")
     flags = ["--distillation-type", "soft", "--teacher-model", "test_resnet"]
     flags += ["--teacher-path", tmp_path / "teacher" / "best.pth", "--output-dir", tmp_path / "student"]
     tiny.torchrun(2, "main.py", *tiny.TINY, *small, *flags)

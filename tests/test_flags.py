@@ -145,22 +145,17 @@ def test_flags_of_a_cached_teacher_that_do_not_fit_are_a_one_line_error(words, r
     assert remedy in refused(words, capsys)
 
 
-HEAD = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--train-scope", "head", "--cache-features"]
-ONE_VIEW = ["--aa", "none", "--color-jitter", "0", "--hflip", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
-ONE_VIEW += ["--drop-path", "0", "--no-repeated-aug"]
-
-
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        (ONE_VIEW[:-1], "add --no-repeated-aug"),
-        (ONE_VIEW[2:], "add --aa none"),
-        ([*ONE_VIEW, "--train-scope", "all"], "needs --train-scope head"),
-        ([*ONE_VIEW, "--cutmix-minmax", "0.1", "0.2"], "no --cutmix-minmax"),
+        (tiny.ONE_VIEW[:-1], "add --no-repeated-aug"),
+        (tiny.ONE_VIEW[2:], "add --aa none"),
+        ([*tiny.ONE_VIEW, "--train-scope", "all"], "needs --train-scope head"),
+        ([*tiny.ONE_VIEW, "--cutmix-minmax", "0.1", "0.2"], "no --cutmix-minmax"),
     ],
 )
 def test_flags_of_cached_features_that_do_not_fit_are_a_one_line_error(words, remedy, capsys):
-    assert remedy in refused([*HEAD, *words, "--output-dir", ""], capsys)
+    assert remedy in refused([*tiny.HEAD, *words, "--output-dir", ""], capsys)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +164,8 @@ def test_flags_of_cached_features_that_do_not_fit_are_a_one_line_error(words, re
         (["--cosub", "--distillation-type", "hard"], "--cosub: cannot be combined with a teacher"),
         (["--src", "--input-size", "32", "48"], "--input-size 32 48: --src crops squares above 8 px"),
         (["--src", "--input-size", "8"], "--input-size 8: --src crops squares above 8 px"),
-        ([*HEAD, *ONE_VIEW, "--src"], "add --no-src"),
-        ([*HEAD, *ONE_VIEW, "--cosub"], "add --no-cosub"),
+        ([*tiny.HEAD, *tiny.ONE_VIEW, "--src"], "add --no-src"),
+        ([*tiny.HEAD, *tiny.ONE_VIEW, "--cosub"], "add --no-cosub"),
         (["--layer-decay", "0"], "0 is not above 0 and at most 1"),
         (["--layer-decay", "1.5"], "1.5 is not above 0 and at most 1"),
     ],
@@ -180,7 +175,7 @@ def test_flags_of_deit3_that_do_not_fit_are_a_one_line_error(words, remedy, caps
 
 
 def test_one_view_flags_satisfy_the_check():
-    flags.check_flags(parse_args([*HEAD, *ONE_VIEW]))
+    flags.check_flags(parse_args([*tiny.HEAD, *tiny.ONE_VIEW]))
 
 
 # -- flags that do not act --------------------------------------------------------------------------------------------

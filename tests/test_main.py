@@ -45,8 +45,7 @@ def plain_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher_flags(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
-    main.cli([*flags, "--train-fraction", "0.25", "--output-dir", str(folder)])
+    main.cli([*tiny.RESNET, "--epochs", "1", "--train-fraction", "0.25", "--output-dir", str(folder)])
     return ["--teacher-model", "test_resnet", "--teacher-path", folder / "best.pth"]
 
 

@@ -481,8 +481,7 @@ REDUCED = ["--drop-loc", "0", "--base-keep-rate", "0.5"]
 @pytest.mark.process
 def test_a_distilled_evit_trains_resumes_and_evaluates_at_its_final_rate(tmp_path, monkeypatch):
     few = ["--train-fraction", "0.25", "--batch-size", "32"]
-    teacher = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--drop-path", "0", "--epochs", "1"]
-    main.cli([*teacher, *few, "--output-dir", str(tmp_path / "teacher")])
+    main.cli([*tiny.RESNET, *few, "--epochs", "1", "--output-dir", str(tmp_path / "teacher")])
     run = [*RUN, *REDUCED, *few, "--shrink_start_epoch", "1", "--shrink_epochs", "2", "--epochs", "4"]
     run += ["--distillation-type", "hard", "--teacher-model", "test_resnet"]
     run += ["--teacher-path", str(tmp_path / "teacher" / "best.pth"), "--output-dir", str(tmp_path / "student")]

@@ -236,8 +236,8 @@ RUN = [*tiny.TINY, "--epochs", "2", "--train-fraction", "0.3", "--batch-size", "
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    flags = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--epochs", "2", "--drop-path", "0"]
-    main.cli([*flags, "--lr", "1e-2", "--warmup-epochs", "0", "--output-dir", str(folder)])
+    flags = [*tiny.RESNET, "--epochs", "2", "--lr", "1e-2", "--warmup-epochs", "0"]
+    main.cli([*flags, "--output-dir", str(folder)])
     return ["--teacher-path", str(folder / "best.pth")]
 
 
@@ -502,28 +502,9 @@ def test_without_mixing_another_number_of_processes_may_read(teacher, tmp_path):
 
 # -- heads on cached features ------------------------------------------------------------------------------------------
 
-HEAD = ["--model", "test_resnet", *tiny.DATA, "--input-size", "32", "--train-scope", "head", "--cache-features"]
-ONE_VIEW = [
-    "--aa",
-    "none",
-    "--color-jitter",
-    "0",
-    "--hflip",
-    "0",
-    "--reprob",
-    "0",
-    "--mixup",
-    "0",
-    "--cutmix",
-    "0",
-    "--drop-path",
-    "0",
-    "--no-repeated-aug",
-]
-
 
 def test_features_are_what_the_head_is_given(teacher):
-    args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
+    args = parse_args([*tiny.HEAD, *tiny.ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
     run = main.build_run(args, World.alone(CPU))
     model, source = run.model, run.train
     cached, head = main.cache_features(run)
@@ -540,7 +521,7 @@ def test_features_are_what_the_head_is_given(teacher):
 
 
 def test_features_reach_the_head_as_they_are(teacher):
-    args = parse_args([*HEAD, *ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
+    args = parse_args([*tiny.HEAD, *tiny.ONE_VIEW, "--amp", "off", "--finetune", teacher[1]])
     run = main.build_run(args, World.alone(CPU))
     cached, _ = main.cache_features(run)
     loader, head = main.training_batches(run)
@@ -553,30 +534,20 @@ def test_features_reach_the_head_as_they_are(teacher):
 
 @pytest.mark.process
 def test_a_head_on_cached_features_is_trained_alone_and_saved_whole(teacher, tmp_path, capsys):
-    run = [*HEAD, *ONE_VIEW, "--finetune", teacher[1], "--epochs", "30", "--lr", "1e-2", "--lr-scaling", "none"]
-    main.cli([*run, "--weight-decay", "0", "--eval-interval", "30", "--output-dir", str(tmp_path)])
+    run = [*tiny.HEAD, *tiny.ONE_VIEW, "--finetune", teacher[1], "--epochs", "30", "--eval-interval", "30"]
+    main.cli([*run, "--lr", "1e-2", "--lr-scaling", "none", "--weight-decay", "0", "--output-dir", str(tmp_path)])
     before = torch.load(teacher[1], weights_only=True)["model"]
     after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"fc.weight", "fc.bias"}
-    evaluated = tiny.run(
-        "main.py",
-        "--model",
-        "test_resnet",
-        *tiny.DATA,
-        "--input-size",
-        "32",
-        "--eval",
-        "--resume",
-        tmp_path / "checkpoint.pth",
-    )
+    evaluated = tiny.run("main.py", *tiny.RESNET, "--eval", "--resume", tmp_path / "checkpoint.pth")
     accuracy = tiny.log_of(tmp_path)[-1]["test_acc1"]
     assert accuracy > 75 and f"test_acc1 {accuracy:.4g}" in evaluated
 
 
 def test_features_for_two_heads_are_a_one_line_error(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main.cli([*HEAD, *ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224", "--output-dir", ""])
+        main.cli([*tiny.HEAD, *tiny.ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224", "--output-dir", ""])
     words = "does not end in one linear layer"
     assert exit_info.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 

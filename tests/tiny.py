@@ -24,6 +24,10 @@ DATA = ["--data-set", "DIGITS", "--num-workers", "0"]
 TINY = ["--model", "deit_tiny_distilled_patch16_224", *MODEL, *DATA, "--epochs", "1", "--warmup-epochs", "0"]
 # without what is drawn per process: Mixup pairs, stochastic depth
 PLAIN = [*TINY, "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--amp", "off"]
+RESNET = ["--model", "test_resnet", *DATA, "--input-size", "32", "--drop-path", "0"]
+HEAD = [*RESNET, "--train-scope", "head", "--cache-features"]
+ONE_VIEW = ["--aa", "none", "--color-jitter", "0", "--hflip", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
+ONE_VIEW += ["--drop-path", "0", "--no-repeated-aug"]  # of each image
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
