@@ -309,13 +309,16 @@ def _without_apex(name: str) -> str:
 def select_amp(name: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype for `auto`, `bf16`, `fp16` or `off`; None means float32.
 
-    `auto` is bf16 if the hardware supports it, else fp16 on CUDA, else off (emulated bf16 is slower than float32).
+    `auto` is bf16 if the hardware of all ranks supports it, else fp16 on CUDA, else off (emulated bf16 is slower than
+    float32). All ranks must call it.
     """
     if name == "auto":
         if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif device.type == "cpu" and _cpu_computes_bf16():
-            name = "bf16"
+            has_bf16, other = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
+        else:
+            has_bf16, other = device.type == "cpu" and _cpu_computes_bf16(), "off"
+        # Ranks may have different GPUs. fp16 gradients are scaled and bf16 gradients are not: they cannot be summed.
+        name = other if any(agree(not has_bf16)) else "bf16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 

@@ -370,6 +370,17 @@ def test_precisions_are_called_by_name(name, dtype):
     assert engine.select_amp("auto", CPU) in (None, torch.bfloat16)
 
 
+@pytest.mark.parametrize("device, other", [("cuda", torch.float16), ("cpu", None)])
+@pytest.mark.parametrize("here, there", [(True, True), (True, False), (False, True), (False, False)])
+def test_ranks_on_different_hardware_use_the_same_precision(device, other, here, there, monkeypatch):
+    # fp16 gradients are scaled, bf16 gradients are not, and DDP would sum them
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: here)
+    monkeypatch.setattr(engine, "_cpu_computes_bf16", lambda: here)
+    monkeypatch.setattr(engine, "agree", lambda lacking: [max(lacking, not there)])
+    expected = torch.bfloat16 if here and there else other
+    assert engine.select_amp("auto", torch.device(device)) is expected
+
+
 # -- optimizers --------------------------------------------------------------------------------------------------------
 
 
