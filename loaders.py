@@ -37,7 +37,7 @@ from sources import (
     Source,
     StreamingImages,
 )
-from utils import RunError, UserError, World, available_cpus, ignore_stop_signals, last_line, logger
+from utils import RunError, UserError, World, ignore_stop_signals, last_line, logger
 
 MOST_PADDING = 4  # maximum area of the padded buffer, relative to the mean image area
 MOST_WORKERS = 10  # default maximum of workers that only read stored images
@@ -498,8 +498,7 @@ def _stream_loader(source: StreamingImages, view: View, options: LoaderOptions, 
 
 def num_workers(options: LoaderOptions, world: World, on_device: bool = False) -> int:
     """Return the number of workers of this rank; with `on_device` they only read stored images."""
-    cpus = max(1, available_cpus() // world.local_size)
-    default = min(MOST_WORKERS, cpus) if on_device else cpus
+    default = min(MOST_WORKERS, world.cpus) if on_device else world.cpus
     return default if options.num_workers is None else options.num_workers
 
 

@@ -23,8 +23,9 @@ import tempfile
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -82,18 +83,18 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class World:
-    """Rank and size of the process group, and the device of this process."""
+    """Rank and size of the process group, and what this process has: a number of CPUs for itself, and a device."""
 
     rank: int
     size: int
     local_rank: int
-    local_size: int
+    cpus: int
     device: torch.device
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
         """Return the world of a single process on this device."""
-        return cls(rank=0, size=1, local_rank=0, local_size=1, device=device)
+        return cls(rank=0, size=1, local_rank=0, cpus=available_cpus(), device=device)
 
     @property
     def is_main(self) -> bool:
@@ -103,6 +104,17 @@ class World:
 def available_cpus() -> int:
     """Return the number of CPUs that this process may use, which SLURM and containers may restrict."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _own_cpus(local_size: int) -> int:
+    """Return the number of CPUs for this process alone; `local_size` is the number of processes of its machine.
+
+    Processes that may use the same CPUs share them. SLURM usually binds each one to CPUs of its own instead.
+    """
+    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    own = float(zlib.crc32(f"{socket.gethostname()} {bound}".encode()))
+    sharing = min(local_size, gather([own]).count([own]))  # machines may have equal names
+    return max(1, available_cpus() // sharing)
 
 
 def _launcher_environment() -> dict[str, str]:
@@ -215,14 +227,15 @@ def init_distributed(device_name: str) -> World:
     if size > 1:
         _needed(launched, "MASTER_ADDR"), _needed(launched, "MASTER_PORT")
         _whole_number(launched, "MASTER_PORT", 0, low=1, high=65535)
-    world = World(rank, size, local_rank, local_size, select_device(device_name, local_rank))
+    world = World(rank, size, local_rank, 1, select_device(device_name, local_rank))
     _check_gpus(world)
-    # torchrun sets OMP_NUM_THREADS=1. With other launchers, each rank would use all cores.
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cpus() // local_size))
     if size > 1:
         os.environ.update(launched)
         _join(world, launched["MASTER_ADDR"], int(launched["MASTER_PORT"]))
+    world = replace(world, cpus=_own_cpus(local_size))
+    # torchrun sets OMP_NUM_THREADS=1. With other launchers, each rank would use all cores.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(world.cpus)
     return world
 
 

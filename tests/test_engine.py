@@ -1623,7 +1623,7 @@ def test_epochs_may_go_unevaluated_but_not_the_last(tmp_path):
 
 def test_only_rank_0_writes(tmp_path):
     state = build_state()
-    world = World(rank=1, size=1, local_rank=1, local_size=1, device=CPU)
+    world = World(rank=1, size=1, local_rank=1, cpus=1, device=CPU)
     arguments = (train_loader(mixes=False), val_loader(), CRITERION, build_schedules(state))
     fit(state, *arguments, RunOptions(1), world, Output(tmp_path))
     assert files_in(tmp_path) == {} and state.epoch == 1

@@ -46,7 +46,7 @@ NO_MIXUP = MixupOptions(mixup=0, cutmix=0)
 
 
 def world(rank=0, size=1):
-    return World(rank, size, rank, size, CPU)
+    return World(rank, size, rank, 1, CPU)
 
 
 def train_loader(source, view, rank=0, size=1, **options):

@@ -174,7 +174,7 @@ def test_a_single_process_needs_no_process_group(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # leaves torch's threads alone
     world = init_distributed("cpu")
-    assert world == World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    assert world == World.alone(torch.device("cpu"))
     assert world.is_main and not utils.is_distributed()
     assert utils.Poll()(3, -1) == [3, -1]
     total = torch.tensor([2.0])
@@ -294,12 +294,33 @@ def test_processes_that_share_a_gpu_are_told_by_its_uuid():
         store = torch.distributed.HashStore()
         for rank, uuid in enumerate(uuids):
             store.set(f"gpu{rank}", uuid)
-        world = World(rank=1, size=len(uuids), local_rank=1, local_size=2, device=torch.device("cuda", 0))
+        world = World(rank=1, size=len(uuids), local_rank=1, cpus=1, device=torch.device("cuda", 0))
         utils._compare_gpus(store, world, types.SimpleNamespace(uuid=uuids[1], name="H100"))
 
     compare("a", "b", "c")
     with pytest.raises(UserError, match=r"^--device: ranks 0, 2 would share a GPU"):
         compare("a", "b", "a")
+
+
+GIVEN_CPUS = {  # by each rank of a machine: the CPUs it may use
+    "all of the machine": [range(16)] * 4,
+    "two halves": [range(8), range(8), range(8, 16), range(8, 16)],
+    "its own": [range(4 * rank, 4 * rank + 4) for rank in range(4)],
+    "one": [range(1)] * 4,
+}
+
+
+@pytest.mark.parametrize("given, expected", list(zip(GIVEN_CPUS, (4, 4, 4, 1), strict=True)))
+def test_processes_divide_the_cpus_that_they_share(given, expected, monkeypatch):
+    numbers = []
+    monkeypatch.setattr(utils, "gather", lambda own: numbers.append(own) or [own])
+    for cpus in GIVEN_CPUS[given]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(cpus))
+        utils._own_cpus(4)
+    monkeypatch.setattr(utils, "gather", lambda own: numbers)
+    for cpus in GIVEN_CPUS[given]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(cpus))
+        assert utils._own_cpus(4) == expected
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------
