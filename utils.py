@@ -267,13 +267,13 @@ def _join(world: World, address: str, port: int) -> None:
         store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=JOIN_TIMEOUT))
         # torchrun's restarts share one store. A prefix keeps a restarted run from reading old keys.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        if world.device.type == "cuda":
-            _compare_gpus(store, world, torch.cuda.get_device_properties(world.device))
+        is_gpu = world.device.type == "cuda"
+        _compare_gpus(store, world, torch.cuda.get_device_properties(world.device) if is_gpu else None)
         interface = _interface_towards(address, port)
         if interface:  # by default gloo resolves the host name, which other machines may not reach
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         # gloo for CPU tensors (log values, EMA weights on the CPU)
-        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
         _groups["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
@@ -314,13 +314,24 @@ def _check_port(port: int) -> None:
 
 
 def _compare_gpus(store: dist.Store, world: World, gpu: Any) -> None:
-    """Check by UUID that no two processes use the same GPU.
+    """Check by UUID that no two processes use the same GPU, and that either all use one or none does.
+
+    Args:
+        gpu: properties of the GPU of this process; None if it uses another device.
 
     Raises:
-        UserError: on all ranks, if two do.
+        UserError: on all ranks, if two share a GPU or some have none.
     """
-    store.set(f"gpu{world.rank}", str(gpu.uuid))
+    store.set(f"gpu{world.rank}", str(gpu.uuid) if gpu else "")
     found = [store.get(f"gpu{rank}") for rank in range(world.size)]
+    without = [rank for rank in range(world.size) if not found[rank]]
+    if len(without) == world.size:
+        return
+    if without:
+        raise UserError(
+            f"--device: ranks {', '.join(map(str, without))} find no GPU and the others do; check the driver there "
+            f"(nvidia-smi), or pass --device cpu"
+        )
     shared = [rank for rank in range(world.size) if found.count(found[rank]) > 1]
     if shared:
         raise UserError(

@@ -295,11 +295,15 @@ def test_processes_that_share_a_gpu_are_told_by_its_uuid():
         for rank, uuid in enumerate(uuids):
             store.set(f"gpu{rank}", uuid)
         world = World(rank=1, size=len(uuids), local_rank=1, cpus=1, device=torch.device("cuda", 0))
-        utils._compare_gpus(store, world, types.SimpleNamespace(uuid=uuids[1], name="H100"))
+        utils._compare_gpus(store, world, types.SimpleNamespace(uuid=uuids[1], name="H100") if uuids[1] else None)
 
     compare("a", "b", "c")
+    compare("", "", "")
     with pytest.raises(UserError, match=r"^--device: ranks 0, 2 would share a GPU"):
         compare("a", "b", "a")
+    for uuids in (("a", "b", ""), ("a", "", "")):  # a machine without a driver; others would wait for its GPU
+        with pytest.raises(UserError, match=r"^--device: ranks (2|1, 2) find no GPU and the others do"):
+            compare(*uuids)
 
 
 GIVEN_CPUS = {  # by each rank of a machine: the CPUs it may use
