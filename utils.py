@@ -607,6 +607,8 @@ class EndingSignals(StopSignals):
 
 def kill_workers() -> None:
     """Kill data-loader workers: they ignore SIGTERM and may be stuck, and Python would wait for them at exit."""
+    if threading.current_thread() is threading.main_thread():  # no other can set handlers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for a killed worker
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

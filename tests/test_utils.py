@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import types
 import pytest
 import tiny
 import torch
+from torch.utils.data import DataLoader
 
 import utils
 from utils import Progress, RunError, StepLog, UserError, World, append_log, init_distributed, last_line, select_device
@@ -325,6 +327,23 @@ def test_processes_divide_the_cpus_that_they_share(given, expected, monkeypatch)
     for cpus in GIVEN_CPUS[given]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(cpus))
         assert utils._own_cpus(4) == expected
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_workers_raise_no_error_in_the_ending_process():
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        loader = DataLoader(range(4), num_workers=1, persistent_workers=True, multiprocessing_context="fork")
+        batches = iter(loader)
+        next(batches)
+        utils.kill_workers()
+        for worker in batches._workers:
+            worker.join(60)  # where torch's handler would raise
+            assert worker.exitcode == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------
