@@ -10,13 +10,14 @@ writes its own files. The name of a finished file contains its checksum:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import re
 import reprlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -242,6 +243,18 @@ class LogProbabilities:
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn errors in writing a file of the cache into one line."""
+    try:
+        yield
+    except BlockingIOError:
+        raise RunError(f"{FLAG}: another run is adding to {path}; wait for it, or split the epochs") from None
+    except OSError as error:
+        why = error.strerror or "the disk or a quota is full"  # NumPy only counts what it could not write
+        raise RunError(f"{FLAG}: {path} cannot be written ({why}); fix that and repeat the command") from None
+
+
 def _lock(path: Path, flags: int) -> TextIO:
     """Open a file, creating it if needed, and lock it until it is closed, if the file system supports locks.
 
@@ -363,7 +376,7 @@ class TeacherCache:
     def _resume(self, epoch: int) -> np.ndarray:
         """Open this rank's unfinished file, creating it if needed; lock it while it is open."""
         path = self.folder / f"{self._stem(epoch)}.part.npy"
-        try:
+        with _writing(path):
             self.lock = _lock(path.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists():
                 # Written in full: writing to a sparse memory-mapped file kills the process when the disk is full.
@@ -372,12 +385,6 @@ class TeacherCache:
                 path.with_suffix(".new.npy").unlink(missing_ok=True)  # left by a killed run
                 np.save(path.with_suffix(".new.npy"), rows)
                 path.with_suffix(".new.npy").replace(path)
-        except BlockingIOError:
-            raise RunError(f"{FLAG}: another run is adding to {path}; wait for it, or split the epochs") from None
-        except OSError as error:
-            raise RunError(
-                f"{FLAG}: {path} cannot be written ({error.strerror}); fix that and repeat the command"
-            ) from None
         rows = self._load(path, self.rank, "r+")
         self.left = int(self.codec.missing(rows).sum())
         return rows
@@ -397,15 +404,20 @@ class TeacherCache:
         return rows
 
     def write(self, positions: np.ndarray, rows: np.ndarray) -> None:
-        """Store records [B] at this rank's positions [B]; finish the file once no view is missing."""
+        """Store records [B] at this rank's positions [B]; finish the file once no view is missing.
+
+        Raises:
+            RunError: if the finished file cannot be written.
+        """
         own, indices = self.files[self.rank], positions // self.world_size
         self.left -= int(self.codec.missing(own[indices]).sum())
         own[indices] = rows
         if not self.left:
-            own.flush()
             path = self.folder / f"{self._stem(self.epoch)}.part.npy"
-            path.replace(self.folder / f"{self._stem(self.epoch)}.crc{zlib.crc32(own):08x}.npy")
-            path.with_suffix(".lock").unlink(missing_ok=True)
+            with _writing(path):
+                own.flush()
+                path.replace(self.folder / f"{self._stem(self.epoch)}.crc{zlib.crc32(own):08x}.npy")
+                path.with_suffix(".lock").unlink(missing_ok=True)
 
 
 class CachedTeacher:

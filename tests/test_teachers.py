@@ -1,7 +1,10 @@
 """The cache of teacher predictions: exact, resumable, checked; as files, and as whole runs."""
 
+import errno
 import json
+import os
 import re
+import resource
 import shutil
 import time
 import types
@@ -165,6 +168,28 @@ def test_a_full_disk_is_said_before_and_while_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(RunError, match="No space left"):
         TeacherCache(tmp_path, Labels(10), 12, 0, 1).open(0)
+
+
+def test_a_quota_is_said_while_a_cache_file_is_created(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file may be larger
+        with pytest.raises(RunError, match=r"part.npy cannot be written \(the disk or a quota is full\)"):
+            TeacherCache(tmp_path, Labels(10), 10000, 0, 1).open(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ESTALE, errno.ENOSPC])
+def test_an_error_while_a_cache_file_is_finished_names_it(fill, tmp_path, number, monkeypatch):
+    def fails(_):
+        raise OSError(number, os.strerror(number))  # what mmap.flush raises, without a file name
+
+    monkeypatch.setattr(np.memmap, "flush", fails)
+    with pytest.raises(RunError, match=rf"rank0of1.part.npy cannot be written \({os.strerror(number)}\)"):
+        fill()
+    monkeypatch.undo()
+    assert TeacherCache(tmp_path, Labels(10), 12, 0, 1).is_whole(0) is False
 
 
 @pytest.mark.parametrize("codec", [Labels(10), LogProbabilities(10, 4), LogProbabilities(10, 10)])
