@@ -369,9 +369,12 @@ class TeacherCache:
             if wrong.any():
                 raise ValueError(f"record {wrong.argmax()} is not a valid prediction")
             return rows
-        except (OSError, ValueError) as error:
-            said = getattr(error, "strerror", None) or error
-            raise RunError(f"{FLAG}: {path} is damaged ({said}); delete it and precompute its epoch again") from None
+        except OSError as error:
+            raise RunError(
+                f"{FLAG}: {path} cannot be read ({error.strerror}); fix that and repeat the command"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"{FLAG}: {path} is damaged ({error}); delete it and precompute its epoch again") from None
 
     def _resume(self, epoch: int) -> np.ndarray:
         """Open this rank's unfinished file, creating it if needed; lock it while it is open."""

@@ -192,6 +192,18 @@ def test_an_error_while_a_cache_file_is_finished_names_it(fill, tmp_path, number
     assert TeacherCache(tmp_path, Labels(10), 12, 0, 1).is_whole(0) is False
 
 
+def test_a_cache_file_that_cannot_be_read_is_not_called_damaged(fill, tmp_path, monkeypatch):
+    fill()[0].close()
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", stale)
+    with pytest.raises(RunError, match=r"npy cannot be read \(Stale file handle\); fix that and repeat") as info:
+        TeacherCache(tmp_path, Labels(10), 12, 0, 1).open(0)
+    assert "delete" not in str(info.value)
+
+
 @pytest.mark.parametrize("codec", [Labels(10), LogProbabilities(10, 4), LogProbabilities(10, 10)])
 def test_the_teacher_sees_each_view_once(tmp_path, codec):
     seen = []
