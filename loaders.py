@@ -453,7 +453,8 @@ def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Mod
     if options.compile_augment and world.device.type == "cuda":
         lacking = why_not_compiled(world.device)
         if not lacking:
-            view.compile()
+            # By default, all batches after a smaller last one would run in another kernel, with dynamic shapes.
+            view.compile(dynamic=False)
         elif world.is_main:
             logger.warning("the augmentation is not compiled, which makes it slower: %s", lacking)
     return view.to(world.device)

@@ -71,7 +71,7 @@ def build_teacher(
     """
     model = models.place(load_teacher(options, num_classes), device)
     if options.compile:
-        model.compile()
+        model.compile(dynamic=False)
     return FrozenTeacher(model, models.normalization(model), student_normalization, options.size)
 
 

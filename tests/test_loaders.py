@@ -1,6 +1,7 @@
 """Loaders on tiny data sets: views on the host and on the device, streams, whole updates, Mixup."""
 
 import contextlib
+import functools
 import os
 import tempfile
 import traceback
@@ -202,12 +203,29 @@ def test_images_in_memory_are_picked_on_the_device_without_workers(images):
 def test_views_are_compiled_on_a_gpu_unless_told_otherwise(device, flags, is_compiled, monkeypatch):
     compiled, view = [], torch.nn.Identity()
     monkeypatch.setattr(loaders, "why_not_compiled", lambda device: "")
-    monkeypatch.setattr(view, "compile", lambda: compiled.append(view))
+    monkeypatch.setattr(view, "compile", lambda **_: compiled.append(view))
     monkeypatch.setattr(view, "to", lambda _: view)
     options = fill(LoaderOptions, parse_args(flags))
     assert loaders._on_device(view, options, World.alone(torch.device(device))) is view
     assert bool(compiled) == is_compiled
     assert loaders._on_device(lambda image: image, options, World.alone(torch.device(device))) is None
+
+
+def test_a_compiled_view_runs_the_same_graphs_in_every_epoch(monkeypatch):
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *arguments: ran.append(graph) or graph(*arguments)
+
+    view = torch.nn.BatchNorm2d(3, affine=False).eval()
+    compile_by = functools.partial(view.compile, backend=backend)
+    for name, value in (("compile", compile_by), ("to", lambda _: view)):
+        monkeypatch.setattr(view, name, value)
+    monkeypatch.setattr(loaders, "why_not_compiled", lambda device: "")
+    loaders._on_device(view, LoaderOptions(), World.alone(torch.device("cuda")))
+    for images in (4, 4, 3, 4, 4, 3):  # of two evaluations
+        view(torch.zeros(images, 3, 2, 2))
+    assert len(ran) == 6 and ran[:3] == ran[3:]
 
 
 def test_where_views_are_made_tells_compiled_ones():
@@ -226,7 +244,7 @@ def test_views_are_not_compiled_where_that_would_fail(monkeypatch, caplog):
         return fail
 
     view = torch.nn.Identity()
-    monkeypatch.setattr(view, "compile", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(view, "compile", lambda **_: pytest.fail("compiled"))
     monkeypatch.setattr(view, "to", lambda _: view)
     monkeypatch.setattr(torch, "compile", compiled)
     assert "(Python.h: No such file or directory)" in loaders.why_not_compiled(CPU)
