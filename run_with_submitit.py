@@ -122,6 +122,11 @@ def submit(args: argparse.Namespace) -> submitit.Job:
     flags.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
     if args.cluster != "slurm" and args.nodes != 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
+    if args.tasks_per_node and args.tasks_per_node < args.ngpus:
+        raise UserError(
+            f"--tasks-per-node {args.tasks_per_node}: uses {args.tasks_per_node} of {args.ngpus} GPUs, one per task; "
+            f"pass --ngpus {args.tasks_per_node}, or drop --tasks-per-node"
+        )
     for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # written into a shell script
         if not (getattr(args, name) or "").isprintable():
             raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")

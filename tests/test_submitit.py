@@ -38,11 +38,18 @@ def test_a_failed_job_ends_with_status_1_and_its_reason(tmp_path):
     assert "--batch-size 4096" in output
 
 
-def test_contradictions_are_refused_before_submission(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--nodes", "2"], "--nodes 2: --cluster local has one machine"),
+        (["--ngpus", "8", "--tasks-per-node", "1"], "--tasks-per-node 1: uses 1 of 8 GPUs"),
+    ],
+)
+def test_contradictions_are_refused_before_submission(flags, error, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        run_with_submitit.cli([*LOCAL[1:], "--nodes", "2", "--job-dir", str(tmp_path), *tiny.PLAIN])
+        run_with_submitit.cli([*LOCAL[1:], *flags, "--job-dir", str(tmp_path), *tiny.PLAIN])
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("run_with_submitit.py: error: --nodes 2")
+    assert capsys.readouterr().err.startswith(f"run_with_submitit.py: error: {error}")
     assert not list(tmp_path.iterdir())
 
 
