@@ -350,6 +350,13 @@ def with_classes(source: Data, class_names: Sequence[str]) -> Data:
     return replace(source, targets=index[source.targets], num_classes=len(names), class_names=names, class_samples=())
 
 
+def _by_class(source: Source) -> list[np.ndarray]:
+    """Return the positions of the images of each class, in ascending order."""
+    labels = source.targets[source.order]
+    ends = np.cumsum(np.bincount(labels, minlength=source.num_classes))
+    return np.split(np.argsort(labels, kind="stable"), ends[:-1])
+
+
 def take_fraction(source: Data, fraction: float) -> Data:
     """Select a fixed, class-balanced part: round(fraction · n) images of each class, at least one.
 
@@ -361,8 +368,7 @@ def take_fraction(source: Data, fraction: float) -> Data:
         raise UserError("--train-fraction: a stream cannot be divided by class; drop the flag")
     keys = random_keys(0, "train-fraction", source.order)
     chosen = []
-    for label in range(source.num_classes):
-        members = np.flatnonzero(source.targets[source.order] == label)
+    for members in _by_class(source):
         count = max(1, round(fraction * len(members))) if len(members) else 0
         chosen.append(members[np.argsort(keys[members], kind="stable")[:count]])
     return replace(source, order=source.order[np.sort(np.concatenate(chosen))])
@@ -378,8 +384,7 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
         UserError: if a class has only one image.
     """
     is_held_out = np.zeros(len(source), dtype=bool)
-    for label in range(source.num_classes):
-        members = np.flatnonzero(source.targets[source.order] == label)
+    for label, members in enumerate(_by_class(source)):
         if len(members) < 2:
             name = source.class_names[label]
             raise UserError(

@@ -30,6 +30,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import datasets
 import main
+import sources
 from augment import ViewOptions
 from datasets import (
     DIGITS_FILE,
@@ -1102,6 +1103,13 @@ def test_fraction_is_taken_of_each_class(fraction):
     expected = [max(1, round(fraction * count)) for count in counts]
     assert np.bincount(targets_of(part), minlength=4).tolist() == expected
     assert len(set(part.order)) == len(part) and part.num_classes == 4
+
+
+def test_images_are_grouped_by_class_in_their_order():
+    source = dataclasses.replace(source_of([30, 0, 12, 1, 0]), order=np.random.default_rng(1).permutation(43)[:40])
+    groups = sources._by_class(source)
+    naive = [[n for n, index in enumerate(source.order) if source.targets[index] == label] for label in range(5)]
+    assert [group.tolist() for group in groups] == naive
 
 
 def test_larger_fraction_contains_the_smaller_one():
