@@ -32,7 +32,18 @@ from augment import Normalization
 from checkpoints import Classes, compare_classes, flags_of, read_checkpoint, trained_size, weights_of
 from samplers import Batch
 from sources import Source
-from utils import RunError, UserError, World, check_space, logger, map_array, read_json, regular_file, write_first
+from utils import (
+    RunError,
+    UserError,
+    World,
+    check_space,
+    logger,
+    map_array,
+    read_json,
+    regular_file,
+    whole_file,
+    write_first,
+)
 
 FLAG = "--teacher-cache"
 
@@ -385,9 +396,8 @@ class TeacherCache:
                 # Written in full: writing to a sparse memory-mapped file kills the process when the disk is full.
                 rows = np.empty(self.views_of_rank, self.codec.dtype)
                 rows.view(np.uint8)[:] = 0xFF
-                path.with_suffix(".new.npy").unlink(missing_ok=True)  # left by a killed run
-                np.save(path.with_suffix(".new.npy"), rows)
-                path.with_suffix(".new.npy").replace(path)
+                with whole_file(path, lambda stream: np.save(stream, rows)):
+                    pass
         rows = self._load(path, self.rank, "r+")
         self.left = int(self.codec.missing(rows).sum())
         return rows
