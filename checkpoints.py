@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -216,7 +217,8 @@ def find_checkpoint(resume: str, output_dir: str, is_main: bool) -> str:
         if torn:
             logger.warning("%s is damaged; resuming from %s", latest, previous)
             if Path(output_dir).resolve() == latest.parent.resolve():
-                os.replace(latest, latest.with_suffix(".damaged"))
+                with contextlib.suppress(OSError):  # where a file cannot be renamed, the run cannot write either
+                    os.replace(latest, latest.with_suffix(".damaged"))
     (choice,) = agree(choice)
     if automatic:
         resume = str(latest) if choice else ""

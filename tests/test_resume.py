@@ -14,6 +14,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -535,6 +536,12 @@ def test_the_one_before_is_not_lost_to_a_damaged_one(stopped):
         run(stopped, "--resume", "auto", status=75)
     assert checkpoint(stopped)["step"] == step + 3
     assert (stopped / "checkpoint_previous.pth").read_bytes() == good
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_gives_way_too(stopped, monkeypatch):
+    (stopped / "checkpoint.pth").write_bytes(b"torn")
+    monkeypatch.setattr("os.replace", mock.Mock(side_effect=PermissionError))
+    assert checkpoints.find_checkpoint("auto", str(stopped), is_main=True) == str(stopped / "checkpoint_previous.pth")
 
 
 def test_two_damaged_checkpoints_are_a_user_error(stopped, capsys):
