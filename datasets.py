@@ -109,13 +109,20 @@ def build_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = F
     With `eval_only`, the training part may be empty. The first process of a machine downloads while the others wait.
 
     Raises:
-        UserError: see `read_sources`; also if the number of classes is not `nb_classes`, or the data do not support a
-            flag.
+        UserError: see `read_sources`; also if the number of classes is not `nb_classes`, if there is one class only to
+            train on, or if the data do not support a flag.
     """
     train, val = (_upright(part, options) for part in read_sources(options, local_rank, eval_only))
     if options.nb_classes not in (None, val.num_classes):
         name = " ".join(filter(None, (options.data_set, options.data_path)))
         raise UserError(f"--nb-classes {options.nb_classes}: {name} has {val.num_classes} classes; drop the flag")
+    if not eval_only and val.num_classes == 1:
+        name = " ".join(filter(None, (options.data_set, options.data_path)))
+        class_name = f", {val.class_names[0]}" if val.class_names else ""
+        raise UserError(
+            f"--data-set {name}: has one class only{class_name}, so any model is always right; it needs two or more "
+            f"(name the folder that holds the class folders)"
+        )
     if isinstance(train, Source):
         broken = BrokenImages(train.images, options.skip_broken_images) if options.skip_broken_images else None
         train = replace(train, broken=broken, is_training=True)
@@ -351,7 +358,7 @@ def _folder_part(
             raise UserError(f"--data-path {root}: {path} is a link to a folder that is already read; remove it")
     loose = sum(_is_visible(path.name) and path.is_file() for path in folder.iterdir())
     skipped = Counter({"outside of class folders": loose} if loose else {})
-    counts = np.zeros(len(class_names), dtype=np.int64)
+    counts, first = np.zeros(len(class_names), dtype=np.int64), []
     progress = Progress(f"listing {folder}", None, "file")
 
     def files() -> Iterator[str]:
@@ -362,6 +369,7 @@ def _folder_part(
                     f"--data-path {root}: no images in {folder.name}/ for class {name}; fill or remove the folder"
                 )
             counts[label] = len(found)
+            first.extend(found[:1])  # in the folder of its class, unless all images are in folders within it
             yield from found
 
     with contextlib.closing(progress):
@@ -371,6 +379,10 @@ def _folder_part(
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         logger.warning("--data-path %s: %d files in %s/ are not read: %s", root, skipped.total(), folder.name, kinds)
+    if {os.path.dirname(file) for file in first}.isdisjoint(map(str, itertools.chain(*folders.values()))):
+        names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
+        nested = "--data-path %s: all images of the classes %s are in folders within theirs, such as %s"
+        logger.warning(f"{nested}; if those are the classes, name the folder above them", root, names, first[0])
     source = whole_source(images, np.repeat(np.arange(len(class_names)), counts), class_names)
     return replace(source, class_samples=_class_samples(source))
 

@@ -387,6 +387,36 @@ def test_empty_class_is_a_user_error(tmp_path, name):
         read("IMNET", tmp_path)
 
 
+@pytest.mark.parametrize("part", ["", "train"])
+def test_one_class_cannot_be_trained(tmp_path, part):
+    """An archive that was unpacked into a folder of its own name: photos/photos/CLASS/."""
+    tiny.write_folders(tmp_path / part / "photos", ["cat", "dog"], per_class=4, parts=("",))
+    with tiny.user_error("--data-set IMNET", tmp_path, "one class only, photos"):
+        datasets.build_sources(DataOptions("IMNET", str(tmp_path), val_fraction=0.5))
+    train, _ = datasets.build_sources(DataOptions("IMNET", str(tmp_path / part / "photos"), val_fraction=0.5))
+    assert train.class_names == ("cat", "dog")
+
+
+def test_one_class_is_evaluated(tmp_path):
+    tiny.write_folders(tmp_path, ["cat"], per_class=2, parts=("val",))
+    _, val = datasets.build_sources(DataOptions("IMNET", str(tmp_path)), eval_only=True)
+    assert (val.class_names, targets_of(val)) == (("cat",), [0, 0])
+
+
+@pytest.mark.parametrize("moved, warned", [([], True), (["training"], False), (["testing", "training"], False)])
+def test_classes_without_images_of_their_own_are_a_warning(tmp_path, caplog, moved, warned):
+    """training/ and testing/ are no names of parts, so they are taken for classes."""
+    tiny.write_folders(tmp_path, ["cat", "dog"], per_class=2, parts=("training", "testing"))
+    for name in moved:
+        (tmp_path / name / "cat" / "0.png").rename(tmp_path / name / "0.png")
+    train, _ = read("IMNET", tmp_path, val_fraction=0.5)
+    assert train.class_names == ("testing", "training")
+    expected = f"the classes testing, training are in folders within theirs, such as {tmp_path}/testing/cat/0.png"
+    assert [expected in record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        True
+    ] * warned
+
+
 def paths_of(source):
     return [source.images.describe(index) for index in source.order]
 
