@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import http.client
+import io
 import itertools
 import json
 import os
@@ -160,7 +161,7 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
     if name == "DIGITS":
         return _digits()
     if name.startswith(CSV):
-        return _listed_once(partial(_csv, options), local_rank)
+        return _listed_once(partial(_csv, options, eval_only), local_rank)
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
         return _cifar(root, name, local_rank, eval_only)
@@ -403,7 +404,7 @@ def _class_samples(source: Source) -> tuple[int, ...]:
     return tuple(samples.tolist())
 
 
-def _csv(options: DataOptions) -> tuple[Source, Source]:
+def _csv(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
     """Read image files and classes from a CSV file, split by its column "split" or by `val_fraction`."""
     file = Path(options.data_set.removeprefix(CSV))
     what, folder = f"--data-set {CSV}{file}", Path(options.data_path or file.parent)
@@ -415,9 +416,11 @@ def _csv(options: DataOptions) -> tuple[Source, Source]:
         raise UserError(f"{what}: is not a CSV file ({reason(error)}); it needs a header and UTF-8 text") from None
     named = {"--image-column": options.image_column, "--label-column": options.label_column}
     image, label = (_csv_column(rows, flag, column, what) for flag, column in named.items())
-    incomplete = next((number for number, row in enumerate(rows, 1) if not (row[image] and row[label])), None)
+    # An accent may be one character or two.
+    labels = [unicodedata.normalize("NFC", row[label].strip()) for row in rows]
+    incomplete = next((number for number, row in enumerate(rows) if not (row[image] and labels[number])), None)
     if incomplete is not None:
-        raise UserError(f"{what}: row {incomplete} has no {image} or no {label}; fill or remove it")
+        raise UserError(f"{what}: row {incomplete + 1} has no {image} or no {label}; fill or remove it")
     paths = [folder / row[image] for row in rows]
     with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
         missing = [path for path, exists in zip(paths, pool.map(Path.is_file, paths), strict=True) if not exists]
@@ -426,20 +429,42 @@ def _csv(options: DataOptions) -> tuple[Source, Source]:
             f"{what}: {len(missing)} of {len(paths)} images are not in {folder}, first {missing[0]}; "
             f"name their folder with --data-path"
         )
-    labels = [row[label] for row in rows]
+    _check_classes(paths, labels, what)
     is_number = all(map(str.isdecimal, labels))
     names = sorted(set(labels), key=lambda name: (int(name), name) if is_number else name)
     index = {name: number for number, name in enumerate(names)}
     source = whole_source(PathImages(paths), [index[name] for name in labels], names)
     source = replace(source, class_samples=_class_samples(source))
-    if "split" not in rows[0]:
+    split = _column_of(rows, ["split"])
+    if split is None:
         if not options.val_fraction:
             raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
-        for flag, split in (("--train-split", options.train_split), ("--val-split", options.val_split)):
-            if split not in ("train", "validation"):  # the defaults
-                raise UserError(f'{flag} {split}: {what} has no column "split"; add it, or drop the flag')
-        return _held_out(source, options.val_fraction, file)
-    return _csv_parts(source, [row["split"] for row in rows], options, what)
+        for flag, name in (("--train-split", options.train_split), ("--val-split", options.val_split)):
+            if name not in ("train", "validation"):  # the defaults
+                raise UserError(f'{flag} {name}: {what} has no column "split"; add it, or drop the flag')
+        parts = _held_out(source, options.val_fraction, file)
+    else:
+        parts = _csv_parts(source, [row[split].strip() for row in rows], options, what)
+    train, val = ({paths[row] for row in part.order} for part in parts)
+    if not eval_only and not train.isdisjoint(val):
+        raise UserError(
+            f"{what}: {min(train & val)} is in the training and in the validation part; drop its other rows"
+        )
+    return parts
+
+
+def _check_classes(paths: Sequence[Path], labels: Sequence[str], what: str) -> None:
+    """Check that no image is listed with two classes.
+
+    Raises:
+        UserError: naming the first such row.
+    """
+    label_of: dict[Path, str] = {}
+    for number, (path, label) in enumerate(zip(paths, labels, strict=True), 1):
+        if label_of.setdefault(path, label) != label:
+            raise UserError(
+                f"{what}: row {number} lists {path} as {label}, an earlier row as {label_of[path]}; drop one"
+            )
 
 
 def _csv_rows(file: Path) -> list[dict[str, str]]:
@@ -448,12 +473,23 @@ def _csv_rows(file: Path) -> list[dict[str, str]]:
     Raises:
         OSError, UnicodeError, csv.Error: if it cannot be read.
     """
-    lines = regular_file(file).read_text(encoding="utf-8-sig").splitlines()
-    separator = max(",;\t", key=(lines or [""])[0].count)
-    rows = list(csv.DictReader(lines, delimiter=separator, strict=True, restval=""))
+    text = regular_file(file).read_text(encoding="utf-8-sig")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True, restval="", skipinitialspace=True)
+    reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+    repeated = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if repeated:
+        raise csv.Error(f"two columns are named {repeated}")
+    rows = list(reader)
     if not rows or any(None in row for row in rows):
         raise csv.Error("a row has more fields than the header" if rows else "no rows")
     return rows
+
+
+def _column_of(rows: list[dict[str, str]], names: Sequence[str]) -> str | None:
+    """Return the first existing column of these names, in this spelling or another case; None if there is none."""
+    columns = {column.lower(): column for column in rows[0]} | {column: column for column in rows[0]}
+    return next((columns[name] for name in names if name in columns), None)
 
 
 def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what: str) -> str:
@@ -462,7 +498,7 @@ def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what:
     Raises:
         UserError: if there is none.
     """
-    found = next((name for name in ([column] if column else CSV_COLUMNS[flag]) if name in rows[0]), None)
+    found = _column_of(rows, [column] if column else CSV_COLUMNS[flag])
     if found is None:
         raise UserError(
             f"{flag} {column or CSV_COLUMNS[flag][0]}: {what} has no such column; it has {', '.join(rows[0])}"

@@ -1,5 +1,6 @@
 """Data sets on tiny fabricated files, parts of them, images in memory, and the transforms of the host."""
 
+import csv
 import dataclasses
 import hashlib
 import io
@@ -354,6 +355,49 @@ def test_columns_and_folder_of_a_csv_file_are_flags(tmp_path):
 def test_a_wrong_csv_file_is_a_user_error(tmp_path, text, options, words):
     with tiny.user_error("list.csv" if "class a" not in words[0] else "--val-fraction", *words):
         read(write_csv(tmp_path, text), **options)
+
+
+@pytest.mark.parametrize("label", ["a\nb", "a\u2028b", "a\x85b", "a\x0cb"])
+def test_lines_of_a_csv_file_end_as_in_pythons_reader(tmp_path, label):
+    text = csv_rows([f'"{label}"', "ab"] * 4, "path,label,split", ["train"] * 4 + ["val"] * 4)
+    name = write_csv(tmp_path, text)
+    with open(tmp_path / "list.csv", encoding="utf-8", newline="") as file:
+        expected = [row["label"] for row in csv.DictReader(file)]
+    train, val = read(name)
+    assert [part.class_names[target] for part in (train, val) for target in targets_of(part)] == expected
+    assert set(train.class_names) == {label, "ab"} and len(expected) == 8
+
+
+def test_spaces_case_and_accents_in_a_csv_file_make_no_classes(tmp_path):
+    rows = ["path, Label ,SPLIT", *(f"images/{number}.png, caf\u00e9, train" for number in range(2))]
+    rows += [f"images/{number}.png,cafe\u0301 , Train " for number in range(2, 4)]
+    rows += ["images/4.png,tea,train", "images/5.png, tea,val ", 'images/6.png, "café",val']
+    train, val = read(write_csv(tmp_path, "\n".join(rows)), val_fraction=0.5)
+    assert train.class_names == val.class_names == ("caf\u00e9", "tea")
+    assert (targets_of(train), targets_of(val)) == ([0, 0, 0, 0, 1], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        (["0.png,a,train", "1.png,b,train", "./0.png,b,val"], {}, ["row 3 lists", "0.png as b, an earlier row as a"]),
+        (["0.png,a,train", "1.png,b,train", "0.png,a,val"], {}, ["0.png is in the training and in the validation"]),
+        (["0.png,a", "0.png,a", "1.png,b", "2.png,b"], {"val_fraction": 0.5}, ["0.png is in the training and"]),
+    ],
+)
+def test_an_image_of_a_csv_file_has_one_class_and_one_part(tmp_path, rows, options, words):
+    name = write_csv(tmp_path, "\n".join(["path,label" + ("" if options else ",split"), *rows]))
+    with tiny.user_error("list.csv", *words):
+        read(name, tmp_path / "images", **options)
+    if "row 3 lists" not in words:  # an evaluation reads one part only
+        datasets.read_sources(DataOptions(name, str(tmp_path / "images"), **options), eval_only=True)
+
+
+def test_columns_of_the_same_name_are_a_user_error(tmp_path):
+    with tiny.user_error("list.csv", "two columns are named label"):
+        read(write_csv(tmp_path, "path,label,label\nimages/0.png,a,b\n"), val_fraction=0.5)
+    rows = ["path,label,,", *(f"images/{number}.png,{'ab'[number % 2]},," for number in range(8))]
+    assert read(write_csv(tmp_path, "\n".join(rows)), val_fraction=0.5)[0].num_classes == 2
 
 
 def test_a_csv_file_that_is_none_is_a_user_error(tmp_path):
