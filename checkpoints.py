@@ -34,6 +34,7 @@ from utils import (
     is_utf8,
     logger,
     open_log,
+    read_json,
     read_log,
     reason,
     regular_file,
@@ -132,7 +133,7 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
         resume: the checkpoint that is resumed, or ''.
 
     Raises:
-        UserError: if the folder holds another run, which would be lost.
+        UserError: if the folder holds another run or files of another program, which would be lost.
     """
     if overwrite or _is_in(resume, folder):
         return
@@ -143,6 +144,9 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
                 f"--output-dir {folder}: holds the log.txt of an earlier run without checkpoints; name another folder, "
                 "move the file, or add --overwrite"
             )
+        if foreign := _foreign_file(folder):
+            what = f"holds a {foreign} that is not of a run"
+            raise UserError(f"--output-dir {folder}: {what}; name another folder, or add --overwrite")
         return
     of = f"another run than --resume {resume}" if resume else "an earlier run"
     remedy = "resume it with --resume auto, " if holds_checkpoint(folder) and not resume else ""
@@ -154,6 +158,19 @@ def _count_logged(folder: Path) -> int:
         return len(read_log(folder))
     except OSError:  # there is no log.txt
         return 0
+
+
+def _foreign_file(folder: Path) -> str:
+    """Return the name of a file that a run would replace, but has not written; '' if there is none."""
+    config, log = folder / "config.json", folder / "log.txt"
+    if os.path.lexists(config):
+        try:
+            flags = read_json(config)
+        except (OSError, ValueError):
+            flags = None
+        return "" if isinstance(flags, dict) and {"model", "data_set"} <= flags.keys() else config.name
+    # The first line of a run that was killed may be incomplete.
+    return log.name if log.is_file() and log.stat().st_size and not _count_logged(folder) else ""
 
 
 def _is_in(path: str, folder: Path) -> bool:

@@ -21,6 +21,33 @@ import checkpoints
 from checkpoints import compare_classes, file_hash, read_checkpoint, save_checkpoint
 from utils import RunError, UserError
 
+# -- the output folder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_free"),
+    [
+        ("config.json", '{"architecture": "deit_tiny_patch16_224", "exporter": "tools.export"}', False),
+        ("config.json", "[1]", False),
+        ("config.json", "# mine", False),
+        ("config.json", '{"model": "deit_tiny_patch16_224", "data_set": "IMNET"}', True),
+        ("log.txt", "my notes\n", False),
+        ("log.txt", "", True),
+        ("log.txt", '{"epoch": 0, "train_loss": 1.0}\n', True),  # of a run that was killed before its first checkpoint
+        ("notes.txt", "my notes\n", True),
+    ],
+)
+def test_a_run_leaves_files_of_other_programs_alone(tmp_path, name, text, is_free):
+    (tmp_path / name).write_text(text)
+    for resume in ("", str(tmp_path / "elsewhere" / "checkpoint.pth")):
+        if is_free:
+            checkpoints.check_folder(tmp_path, resume, overwrite=False)
+        else:
+            with tiny.user_error("--output-dir", tmp_path, name, "--overwrite"):
+                checkpoints.check_folder(tmp_path, resume, overwrite=False)
+    checkpoints.check_folder(tmp_path, "", overwrite=True)
+
+
 # -- writing checkpoints -----------------------------------------------------------------------------------------------
 
 
