@@ -193,7 +193,7 @@ def _upright(part: Data, options: DataOptions) -> Data:
     if not options.upright:
         return part
     if not (isinstance(part, Source) and isinstance(part.images, PathImages)):
-        raise UserError(f"--upright: {options.data_set} is not read from image files; drop the flag")
+        raise UserError(f"--upright: {options.data_set} is not read from image files; add --no-upright")
     return replace(part, images=PathImages(part.images.paths, upright=True))
 
 

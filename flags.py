@@ -748,7 +748,7 @@ def parse_trained(
     _refuse_to_fetch(saved, given, path)
     kept = TRAINED
     if given.get("data_set", saved.get("data_set")) != saved.get("data_set"):  # other data: drop all flags of the old
-        kept = [name for name in kept if name not in SHAPES["evaluation"] or name == "eval_crop_ratio"]
+        kept = [name for name in kept if name not in SHAPES["evaluation"] or name in ("eval_crop_ratio", "upright")]
     as_words = [word for name in kept if name in saved for word in _words(name, saved[name], path)]
     trained = parser.parse_args(as_words)
     if "model" in saved:

@@ -317,3 +317,9 @@ def test_option_class_is_frozen_and_its_fields_are_flags(kind):
 @pytest.mark.parametrize("kind", [augment.ViewOptions, models.ModelOptions, teachers.TeacherOptions])
 def test_input_size_fills_height_and_width(kind, words, size):
     assert flags.fill(kind, parse_args(["--input-size", *words])).input_size == size
+
+
+def test_other_data_are_seen_as_those_of_the_checkpoint():
+    saved = {"data_set": "IMNET", "data_path": "a", "val_fraction": 0.2, "upright": True, "eval_crop_ratio": 0.9}
+    args = flags.parse_trained(flags.get_parser(), ["--data-set", "csv/x.csv"], {"args": saved}, "x")
+    assert (args.data_path, args.val_fraction, args.upright, args.eval_crop_ratio) == (None, 0.0, True, 0.9)
