@@ -466,6 +466,7 @@ def test_broken_images_are_skipped_up_to_a_number(tree, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"skipped: {broken[0]}" in error
     assert f"cannot read image {broken[1]}" in error.splitlines()[-1]
+    assert not files_of(tmp_path / "pack")
     pack_tool(tmp_path / "pack", "--skip-broken-images", "2", data=tree)
     said = capsys.readouterr().err
     assert all(f"skipped: {path}" in said for path in broken)
@@ -508,6 +509,15 @@ def test_a_pack_is_replaced_only_on_demand(tree, tmp_path, capsys):
     # what it would read while it writes
     error = line_of(capsys, tmp_path, "--overwrite", "--data-set", "PACKED", "--data-path", tmp_path)
     assert "is the folder of the data" in error and holds_pack(tmp_path)
+
+
+def test_files_named_like_those_of_a_pack_are_kept_unless_overwritten(tree, tmp_path, capsys):
+    (tmp_path / "train_00000.bin").write_text("tokens of another program")
+    assert "holds train_00000.bin" in (error := line_of(capsys, tmp_path, data=tree)) and "--overwrite" in error
+    assert sorted(os.listdir(tmp_path)) == ["train_00000.bin", "tree"]
+    assert (tmp_path / "train_00000.bin").read_text() == "tokens of another program"
+    pack_tool(tmp_path, "--overwrite", data=tree)
+    assert verify(tmp_path) == []
 
 
 def test_a_pack_can_be_packed_again_in_another_format(pack, tmp_path):

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -171,13 +172,22 @@ def write_pack(
     about |= {"num_classes": num_classes, "class_names": list(class_names)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in files_of(folder):  # pack.json first: without it there is no pack
-            path.unlink()
+        _clear(folder)
         about["splits"] = {split: _write_split(folder, split, splits[split], shard_bytes) for split in splits}
         write_whole(folder / packs.PACK, (json.dumps(about, indent=1) + "\n").encode())
-    except OSError as error:
-        raise RunError(f"cannot write to {folder} ({error.strerror or error}); no pack was written") from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _clear(folder)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write to {folder} ({error.strerror or error}); no pack was written") from error
+        raise
     return about
+
+
+def _clear(folder: Path) -> None:
+    """Remove a pack or what a killed process has left of it."""
+    for path in files_of(folder):  # pack.json first: without it there is no pack
+        path.unlink()
 
 
 def _write_split(folder: Path, split: str, records: Iterable[Record], shard_bytes: int) -> dict[str, Any]:
@@ -321,8 +331,9 @@ def pack(own: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--quality: has no effect on --format uint8; drop the flag, or add --format jpeg")
     if own.output.exists() and not own.output.is_dir():
         raise UserError(f"--output {own.output}: is a file; name a folder")
-    if holds_pack(own.output) and not own.overwrite:
-        raise UserError(f"--output {own.output}: holds a pack; add --overwrite to replace it, or name another folder")
+    if (found := files_of(own.output)) and not own.overwrite:
+        what = "a pack" if holds_pack(own.output) else f"{found[0].name}, of an unfinished pack or another program"
+        raise UserError(f"--output {own.output}: holds {what}; add --overwrite to replace it, or name another folder")
     if own.data_path and own.output.resolve() == Path(own.data_path).resolve():
         raise UserError(f"--output {own.output}: is the folder of the data; name another")
     sources = find_sources(own)
