@@ -14,7 +14,7 @@ import pytest
 import timm
 import tiny
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 
@@ -78,6 +78,13 @@ def images_of(size, batch=3):
 
 def photo(width, height):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def save_on_its_side(image, path):
+    """Save a photo as a cell phone stores it that was held upright: viewers turn it clockwise."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
 
 
 def our_view(model, size, image):
@@ -268,7 +275,7 @@ for name, size in (("plain", (72, 72)), ("distilled", (72, 96)), ("evit", (32, 3
     random = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         found = space["model"](random)
-    results[name] = {"random": found, "image": space["logits"].detach(), "view": space["transform"](image),
+    results[name] = {"random": found, "image": space["logits"].detach(), "view": space["transform"](space["image"]),
                      "names": space["model"].pretrained_cfg["label_names"]}
 assert sys.modules["models_evit"].__file__.startswith(os.getcwd()) and "checkpoints" not in sys.modules
 torch.save(results, sys.argv[3])
@@ -277,7 +284,7 @@ torch.save(results, sys.argv[3])
 
 @pytest.mark.process
 def test_folders_load_by_their_readme_without_this_repository(trained, tmp_path):
-    photo(130, 101).save(tmp_path / "photo.png")
+    save_on_its_side(photo(130, 101), tmp_path / "photo.png")
     root = trained["plain"][2].parent
     tiny.run("-I", "-c", WITHOUT_US, tmp_path / "photo.png", root, tmp_path / "results.pt")
     for name, found in torch.load(tmp_path / "results.pt", weights_only=True).items():
@@ -300,11 +307,13 @@ def code_of_docs(heading):
 def test_onnx_runs_by_its_docs_without_torch(trained, tmp_path, name):
     model, checkpoint, _ = trained[name]
     export.main(["--resume", str(checkpoint), "--output", str(tmp_path / "model.onnx")])
-    photo(130, 101).save(tmp_path / "photo.jpg", quality=95)
+    save_on_its_side(photo(130, 101), tmp_path / "photo.jpg")
     end = "import sys; assert 'torch' not in sys.modules; np.save('pixels.npy', pixels); np.save('logits.npy', logits)"
     code = "\n".join(["import os, sys", f"os.chdir({str(tmp_path)!r})", code_of_docs("ONNX"), end])
     printed = tiny.run("-I", "-c", code)
-    view = our_view(model, MODELS[name][1], Image.open(tmp_path / "photo.jpg"))
+    with Image.open(tmp_path / "photo.jpg") as image:
+        upright = image.transpose(Image.Transpose.ROTATE_270)
+    view = our_view(model, MODELS[name][1], upright)
     pixels = torch.from_numpy(np.load(tmp_path / "pixels.npy")).permute(2, 0, 1)
     torch.testing.assert_close(pixels, view, atol=1e-5, rtol=0)
     with torch.no_grad():

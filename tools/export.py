@@ -266,9 +266,11 @@ def readme(about: Mapping[str, Any], modules: Sequence[Path], best_acc1: Any) ->
         f"## Preprocess images\n\nImages are {crop}, and normalized:",
         _indented(
             [
+                "import PIL.ImageOps",
                 "config = timm.data.resolve_model_data_config(model)",
                 "transform = timm.data.create_transform(**config, is_training=False)",
-                'logits = model(transform(image.convert("RGB"))[None])  # image: a PIL image',
+                "image = PIL.ImageOps.exif_transpose(image)  # a PIL image; photos may be stored on their side",
+                'logits = model(transform(image.convert("RGB"))[None])',
             ]
         ),
         _indented([f"{key}: {about[key]}" for key in TRANSFORM]),
