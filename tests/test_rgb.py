@@ -167,6 +167,19 @@ def writable_kinds():
     return sorted((kinds | {"AVIF"}) & set(Image.SAVE))
 
 
+@pytest.mark.parametrize("size", [(60000, 1), (1, 60000), (3001, 3)])
+def test_extremely_long_images_are_refused(tmp_path, size):
+    """PNGs of a few hundred bytes; timm's evaluation transform would resize the first to 15360000 x 256 px."""
+    Image.new("L", size).save(tmp_path / "long.png")
+    assert (tmp_path / "long.png").stat().st_size < 1000
+    with pytest.raises(ImageError, match=f"^{size[0]} x {size[1]} px, longer than 1000 times"):
+        open_rgb(tmp_path / "long.png")
+
+
+def test_long_images_are_read():
+    assert as_rgb(Image.new("L", (3000, 3))).size == (3000, 3)
+
+
 @pytest.mark.parametrize("kind", writable_kinds())
 def test_damaged_files_raise_one_type_of_error(kind):
     try:
