@@ -311,6 +311,10 @@ def _image_folders(root: Path, val_fraction: float, eval_only: bool) -> tuple[So
         return _folder_tree(root / "train", root / "val", eval_only)
     folder = root / "train" if has_train else root
     with _readable(root):
+        others = [each.name for each in root.iterdir() if each.is_dir() and each != folder and _is_visible(each.name)]
+        if has_train and others:
+            unread = ", ".join(sorted(others)[:12])
+            logger.warning("--data-path %s: only train/ is read, not %s; a validation part is named val/", root, unread)
         folders = _class_folders(folder)
         _warn_of_text_order(root, list(folders))
         whole = _folder_part(folder, folders, list(folders))

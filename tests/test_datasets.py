@@ -431,6 +431,18 @@ def test_empty_class_is_a_user_error(tmp_path, name):
         read("IMNET", tmp_path)
 
 
+@pytest.mark.parametrize(("others", "warned"), [(["valid", "test", ".cache"], True), ([".cache"], False)])
+def test_parts_that_are_not_read_are_a_warning(tmp_path, caplog, others, warned):
+    tiny.write_folders(tmp_path, ["cat", "dog"], per_class=4, parts=["train", *others])
+    train, val = read("IMNET", tmp_path, val_fraction=0.5)
+    assert {Path(path).parents[1].name for part in (train, val) for path in ordered_paths(part)} == {"train"}
+    assert [record.getMessage() for record in caplog.records if "is read, not test, valid;" in record.getMessage()] == [
+        f"--data-path {tmp_path}: only train/ is read, not test, valid; a validation part is named val/"
+    ] * warned
+    read("IMNET", tmp_path / "train", val_fraction=0.5)  # its folders are the classes
+    assert sum("is read, not" in record.getMessage() for record in caplog.records) == warned
+
+
 @pytest.mark.parametrize("part", ["", "train"])
 def test_one_class_cannot_be_trained(tmp_path, part):
     """An archive that was unpacked into a folder of its own name: photos/photos/CLASS/."""
