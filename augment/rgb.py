@@ -15,7 +15,7 @@ from utils import reason, regular_file
 # Formats to accept. By default, Pillow detects the format from the content, whatever the file name, and may run
 # programs for it, such as Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
-LONGEST = 1000  # maximum long side, relative to the short side
+MAX_ASPECT = 1000  # maximum long side, relative to the short side
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 
 
@@ -46,9 +46,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
             integers).
     """
     with decoding():
-        if max(image.size) > LONGEST * min(image.size):
+        if max(image.size) > MAX_ASPECT * min(image.size):
             # Resizing the short side of 60000 x 1 px to 256 px would take 12 GB.
-            raise ImageError(f"{image.width} x {image.height} px, longer than {LONGEST} times its short side; crop it")
+            raise ImageError(f"{image.width} x {image.height} px, longer than {MAX_ASPECT} times its short side; crop it")
         if image.mode == "F":
             raise ImageError("float pixels, whose range is unknown; convert it to 8 or 16 bits")
         return _from_integers(image) if image.mode.startswith("I") else image.convert("RGB")
