@@ -48,7 +48,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     with decoding():
         if max(image.size) > MAX_ASPECT * min(image.size):
             # Resizing the short side of 60000 x 1 px to 256 px would take 12 GB.
-            raise ImageError(f"{image.width} x {image.height} px, longer than {MAX_ASPECT} times its short side; crop it")
+            raise ImageError(f"{image.width} x {image.height} px, over {MAX_ASPECT} times its short side; crop it")
         if image.mode == "F":
             raise ImageError("float pixels, whose range is unknown; convert it to 8 or 16 bits")
         return _from_integers(image) if image.mode.startswith("I") else image.convert("RGB")

@@ -43,7 +43,8 @@ def save(path, name, size, tokens, **more):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     args = {"model": name, "input_size": list(size), "patch_size": 8, "model_kwargs": KWARGS, "eval_crop_ratio": 0.9}
-    about = {"args": args | tokens, "class_names": [f"digit {n}" for n in range(10)], "best_acc1": 93.21}
+    about = {"args": args | tokens, "class_names": [f"digit {n}" for n in range(10)]}
+    about |= {"best_acc1": 93.21, "epoch": 5, "best_epoch": 4}
     torch.save({"model": model.state_dict()} | about | more, path)
     return model
 
@@ -223,6 +224,25 @@ def test_the_readme_says_what_is_in_the_folder(trained, capsys):
     for part in ("# evit_tiny_distilled_patch16_224", "10 classes", "32 x 32 px", "93.21 %", "    3: digit 3\n"):
         assert part in text
     assert "    import models_evit " in text and "models_evit" not in (trained["plain"][2] / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "flags"),
+    [
+        ({"epoch": 7}, []),
+        ({"progress": {"images": 8}}, []),
+        ({"best_epoch": None}, []),
+        ({"model_ema": True}, ["--ema"]),
+        ({}, ["--base-keep-rate", "1"]),
+        ({}, ["--input-size", "48"]),
+    ],
+)
+def test_readme_has_no_accuracy_of_other_weights_or_views(changed, flags, tmp_path):
+    model = save(tmp_path / "x.pth", *MODELS["evit"], **changed)
+    if "model_ema" in changed:
+        save(tmp_path / "x.pth", *MODELS["evit"], model_ema=model.state_dict())
+    export.main(["--resume", str(tmp_path / "x.pth"), "--output", str(tmp_path / "f"), *flags])
+    assert "10 classes" in (text := (tmp_path / "f" / "README.md").read_text()) and "93.21" not in text
 
 
 def test_hostile_class_names_stay_text(tmp_path):

@@ -246,12 +246,19 @@ def loading_lines(folder: str, modules: Sequence[Path]) -> list[str]:
     return [*lines, "import timm", 'model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()']
 
 
-def readme(about: Mapping[str, Any], modules: Sequence[Path], best_acc1: Any) -> str:
+def accuracy_of(trained: command.Trained) -> float | None:
+    """Return the top-1 in percent of these very weights and this preprocessing in the training run, if it is known."""
+    about, is_changed = trained.about, bool(trained.own.ema or trained.own.main_flags)
+    epoch, best_epoch, best_acc1 = (about.get(key) for key in ("epoch", "best_epoch", "best_acc1"))
+    if is_changed or about.get("progress") or not type(epoch) is type(best_epoch) is int or epoch != best_epoch + 1:
+        return None
+    return best_acc1 if type(best_acc1) in (int, float) and 0 <= best_acc1 <= 100 else None
+
+
+def readme(about: Mapping[str, Any], modules: Sequence[Path], acc1: float | None) -> str:
     """Build README.md of a folder; texts from the checkpoint are in indented blocks, where markup has no effect."""
     names, size = about["class_names"], " x ".join(map(str, about["input_size"][1:]))
-    accuracy = ""
-    if type(best_acc1) in (int, float) and 0 <= best_acc1 <= 100:
-        accuracy = f"The best epoch of its training run had {best_acc1:.2f} % top-1 accuracy on the validation data."
+    accuracy = "" if acc1 is None else f"It had {acc1:.2f} % top-1 accuracy on the validation data of its training run."
     classes = [f"{index}: {escaped(name)[:80]}" for index, name in enumerate(names[:LISTED_CLASSES])]
     more = f"The other {len(names) - len(classes)} are in `config.json`." if len(names) > len(classes) else ""
     crop = "resized to that size" if about["crop_mode"] == "squash" else "resized, and cropped to the center"
@@ -305,7 +312,9 @@ def save_for_timm(model: nn.Module, folder: Path, about: Mapping[str, Any], modu
     weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it readable by its owner only
 
 
-def export_folder(model: nn.Module, output: str, about: Mapping[str, Any], best_acc1: Any) -> tuple[float, list[str]]:
+def export_folder(
+    model: nn.Module, output: str, about: Mapping[str, Any], acc1: float | None
+) -> tuple[float, list[str]]:
     """Write a folder that timm loads, completely or not at all; return the logit difference and the loading code.
 
     Raises:
@@ -326,7 +335,7 @@ def export_folder(model: nn.Module, output: str, about: Mapping[str, Any], best_
                 f"it with timm's build_model_with_cfg, or use .onnx or .pt2"
             ) from error
         worst = check_agreement(model, loaded, about, output)
-        (new / "README.md").write_text(readme(about, modules, best_acc1), encoding="utf-8")
+        (new / "README.md").write_text(readme(about, modules, acc1), encoding="utf-8")
         for module in modules:
             shutil.copyfile(module, new / module.name)
         _swap(new, check_folder(output), old)
@@ -360,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if output.endswith("/") or not Path(output).suffix:
             check_folder(output)
             model, run = load_for_timm(trained)
-            worst, lines = export_folder(model, output, describe(model, run, trained), trained.about.get("best_acc1"))
+            worst, lines = export_folder(model, output, describe(model, run, trained), accuracy_of(trained))
             files = list(Path(output).iterdir())
         elif output.endswith((".onnx", ".pt2")):
             model = load(trained, trained.run)
