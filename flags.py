@@ -25,7 +25,29 @@ from utils import UserError, escaped, is_utf8, regular_file
 MOST_WORDS, MOST_RECIPES = 10_000, 100  # limits of a command line
 LONGEST_RECIPE = 2**16  # bytes
 
-
+# Flags of timm's train.py that have another name here, or that only look like a flag of ours ("").
+OF_TIMM = {
+    "-b": "--batch-size",
+    "-j": "--num-workers",
+    "--amp-dtype": "--amp",
+    "--aug-repeats": "--repeated-aug",
+    "--bn-momentum": "",
+    "--checkpoint-hist": "",
+    "--crop-pct": "--eval-crop-ratio",
+    "--data-dir": "--data-path",
+    "--drop-block": "",
+    "--experiment": "--output-dir",
+    "--img-size": "--input-size",
+    "--initial-checkpoint": "--finetune",
+    "--kd-distill-type": "--distillation-type",
+    "--kd-model-name": "--teacher-model",
+    "--kd-temperature": "--distillation-tau",
+    "--pretrained-path": "--finetune",
+    "--torchcompile": "--compile",
+    "--train-crop-mode": "",
+    "--vflip": "",
+    "--wandb-project": "--log-wandb",
+}
 # Mutually exclusive flags: a typed flag replaces the other one in a recipe.
 ALTERNATIVES = (("--pretrained", "--finetune"), ("--teacher-pretrained", "--teacher-path"))
 EXAMPLES = """Train and evaluate data-efficient image transformers.
@@ -117,11 +139,20 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message: str) -> NoReturn:
-        known = self._option_string_actions.keys() - {"--overwrite", "--no-overwrite"}  # a typo must not delete a run
-        for word in message.partition("unrecognized arguments: ")[2].split():
-            near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.75)
-            message += f"; did you mean {near[0]}?" if near else ""
+        hints = [self._meant(word) for word in message.partition("unrecognized arguments: ")[2].split()]
+        message += "".join(f"; did you mean {hint}?" for hint in hints if hint)
         self.exit(2, f"{self.prog}: error: {escaped(message)}; --help lists the flags\n")
+
+    def _meant(self, word: str) -> str:
+        """Return the flag that an unknown word stands for, or several flags written without spaces; '' if unclear."""
+        known = self._option_string_actions.keys() - {"--overwrite", "--no-overwrite"}  # a typo must not delete a run
+        flag = word.partition("=")[0]
+        joined = flag.replace("--", " --").split()
+        if len(joined) > 1 and known.issuperset(joined):
+            return " ".join(joined)
+        if flag in OF_TIMM:
+            return OF_TIMM[flag] if OF_TIMM[flag] in known else ""
+        return next(iter(difflib.get_close_matches(flag, known, n=1, cutoff=0.8)), "")
 
 
 def _hyphenated(word: str) -> str:
@@ -554,7 +585,7 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _schedule(text: str) -> str:
     """Check that a name is in `SCHEDULES` (an argparse type)."""
-    if text == "plateau":  # the original implementation fails after the first epoch, because it passes no metric
+    if text == "plateau":  # the original implementation fails after the warm-up, because it passes no metric
         raise argparse.ArgumentTypeError("plateau follows a metric; use --sched step, or --early-stop N to end a run")
     if text not in SCHEDULES:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is unknown; use one of {', '.join(SCHEDULES)}")

@@ -97,6 +97,15 @@ def test_two_typed_weights_are_refused(capsys):
         ("--use-lmdb", ""),
         ("--epoch", "--epochs"),
         ("--weight-decy", "--weight-decay"),
+        ("--repeated-aug--bce-loss", "--repeated-aug --bce-loss"),  # in a command of DeiT III
+        ("-b", "--batch-size"),  # this and the next: flags of timm's train.py
+        ("--img-size", "--input-size"),
+        ("--crop_pct=0.9", "--eval-crop-ratio"),
+        ("--grad-accum-steps", "--accum-steps"),
+        ("--workers", "--num-workers"),
+        ("--checkpoint-hist", ""),
+        ("--drop-block", ""),
+        ("--opt-kwargs", ""),
     ],
 )
 def test_suggestions_are_close_and_never_delete_a_run(typo, hint, capsys):
@@ -113,6 +122,11 @@ def test_help_opens_with_commands_and_names_no_empty_default(capsys):
         known = [word for word in shlex.split(words) if word != "FLAGS"]
         parse_args([f"@{tiny.REPOSITORY / word[1:]}" if word.startswith("@") else word for word in known])
     assert not re.search(r"default: (None|True|False|\{|''|;|$)", " ".join(said.split()))
+
+
+def test_flags_of_timm_are_unknown_here_and_their_hints_known():
+    known = flags.get_parser()._option_string_actions.keys()
+    assert not known & flags.OF_TIMM.keys() and known > set(flags.OF_TIMM.values()) - {""}
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------
