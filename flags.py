@@ -651,7 +651,8 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help=scale)
     one_head = "distill into the class token, next to the labels; works with any student model"
     add("--distill-on-class-token", action=_SWITCH, default=False, help=one_head)
-    add("--teacher-model", default="regnety_160", help="timm's name of the teacher model")
+    teacher = "timm's name of the teacher; the paper's, with --teacher-pretrained, is regnety_160.deit_in1k"
+    add("--teacher-model", default="regnety_160", help=teacher)
     add("--teacher-path", type=path_name, default="", help="checkpoint of the teacher (file or https URL)")
     add("--teacher-pretrained", action=_SWITCH, default=False, help="use timm's weights for the teacher (downloaded)")
     add("--teacher-model-kwargs", **extra, help="more keyword arguments of the teacher")
