@@ -22,8 +22,8 @@ from augment import PADDING, SMALL_IMAGE
 from checkpoints import flags_of, read_checkpoint, split_address
 from utils import UserError, escaped, is_utf8, regular_file
 
-MOST_WORDS, MOST_RECIPES = 10_000, 100  # limits of a command line
-LONGEST_RECIPE = 2**16  # bytes
+MAX_WORDS, MAX_RECIPES = 10_000, 100  # limits of a command line
+MAX_RECIPE_BYTES = 2**16  # bytes
 
 # Flags of timm's train.py that have another name here, or that only look like a flag of ours ("").
 OF_TIMM = {
@@ -114,16 +114,16 @@ class Parser(argparse.ArgumentParser):
             if path in within:
                 self.error(f"{word}: includes itself; drop the line")
             pending += [(each, (*within, path)) for each in reversed(self._words_of(word[1:]))]
-            if recipes > MOST_RECIPES or len(pending) + len(found) > MOST_WORDS:
-                self.error(f"{word}: above {MOST_RECIPES} recipes or {MOST_WORDS} words; the recipes are in recipes/")
+            if recipes > MAX_RECIPES or len(pending) + len(found) > MAX_WORDS:
+                self.error(f"{word}: above {MAX_RECIPES} recipes or {MAX_WORDS} words; the recipes are in recipes/")
         return found
 
     def _words_of(self, path: str) -> list[str]:
         """Return the words of a recipe, line by line."""
         words: list[str] = []
         try:
-            if regular_file(path).stat().st_size > LONGEST_RECIPE:
-                self.error(f"@{path}: too long for a recipe, above {LONGEST_RECIPE} bytes; the recipes are in recipes/")
+            if regular_file(path).stat().st_size > MAX_RECIPE_BYTES:
+                self.error(f"@{path}: a recipe has at most {MAX_RECIPE_BYTES} bytes; the recipes are in recipes/")
             with open(path, encoding="utf-8") as file:
                 lines = file.read().splitlines()
             for line in lines:
@@ -201,7 +201,7 @@ class _ModelKwargs(argparse.Action):
     """Parser of `embed_dim=96 depth=6` into {"embed_dim": 96, "depth": 6}; values are Python literals or text."""
 
     TAKEN = frozenset(("name", "flag", "input_size", "num_classes", "pretrained", "checkpoint_path"))
-    LONGEST = 2000  # maximum characters of a value
+    MAX_LENGTH = 2000  # maximum characters of a value
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         wrong = next((value for value in values if "=" not in value), None)
@@ -214,8 +214,8 @@ class _ModelKwargs(argparse.Action):
         setattr(namespace, self.dest, found)
 
     def _literal(self, key: str, text: str) -> Any:
-        if len(text) > self.LONGEST:  # Python's parser has crashed on much longer values
-            raise argparse.ArgumentError(self, f"the value of {key[:80]!r} is longer than {self.LONGEST} characters")
+        if len(text) > self.MAX_LENGTH:  # Python's parser has crashed on much longer values
+            raise argparse.ArgumentError(self, f"the value of {key[:80]!r} is longer than {self.MAX_LENGTH} characters")
         try:
             return ast.literal_eval(text)
         except (RecursionError, MemoryError):
@@ -374,7 +374,7 @@ _SIZES = ("input_size", "teacher_input_size")
 _FETCHING = _ModelKwargs.TAKEN | {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 COUNT, _NATURAL = in_range(int, 1), in_range(int, 0)
-_RATE, _SHARE, _NON_NEGATIVE = in_range(float, 0, 1), in_range(float, 0, 1, open_low=True), in_range(float, 0)
+_RATE, _FRACTION, _NON_NEGATIVE = in_range(float, 0, 1), in_range(float, 0, 1, open_low=True), in_range(float, 0)
 _POSITIVE = in_range(float, 0, open_low=True)
 _SWITCH = argparse.BooleanOptionalAction
 
@@ -471,7 +471,7 @@ def _layers(text: str) -> list[int]:
 
 def keep_rates(text: str) -> float | list[float]:
     """Parse `0.7` into 0.7, and `0.7,0.7,0.5` into [0.7, 0.7, 0.5]."""
-    rates = [_SHARE(rate) for rate in text.strip("()[] ").split(",") if rate.strip()]
+    rates = [_FRACTION(rate) for rate in text.strip("()[] ").split(",") if rate.strip()]
     return rates[0] if len(rates) == 1 else rates
 
 
@@ -509,7 +509,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     upright = "rotate photos in folders and CSV files by their EXIF orientation"
     add("--upright", action=_SWITCH, default=False, help=upright)
-    add("--train-fraction", type=_SHARE, default=1.0, help="fraction of the training images of each class to use")
+    add("--train-fraction", type=_FRACTION, default=1.0, help="fraction of the training images of each class to use")
     cache = "keep decoded data of up to MIB mebibytes in memory; 0: keep none"
     add("--ram-cache", type=_NON_NEGATIVE, default=1024, metavar="MIB", help=cache)
     broken = "replace up to N unreadable training images with the next image"
@@ -517,7 +517,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     mismatch = "only warn if class names of a checkpoint, teacher or cache differ from those of the data"
     add("--allow-class-mismatch", action=_SWITCH, default=False, help=mismatch)
     crop = "crop size / resized size in evaluation (timm's crop_pct); no effect up to 64 px"
-    add("--eval-crop-ratio", type=_SHARE, default=0.875, help=crop)
+    add("--eval-crop-ratio", type=_FRACTION, default=0.875, help=crop)
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -612,7 +612,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     scaling = "multiply --lr by r = effective batch size / 512 (linear), sqrt(r) (sqrt), or 1 (none)"
     add("--lr-scaling", choices=("linear", "sqrt", "none"), default="linear", help=scaling)
     layers = "multiply the learning rate by D for each layer below the head; default: the same rate for all layers"
-    add("--layer-decay", type=_SHARE, metavar="D", help=layers)
+    add("--layer-decay", type=_FRACTION, metavar="D", help=layers)
     names = ", ".join(SCHEDULES)
     add("--sched", type=_schedule, default="cosine", metavar="NAME", help=f"learning-rate schedule: {names}")
     clock = "update the learning rate every epoch, like the original implementation; default: every update"
@@ -632,7 +632,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="add noise to the learning rate from this fraction of the epochs on, up to a second fraction",
     )
-    add("--lr-noise-pct", type=_SHARE, default=0.67, help="maximum noise relative to the learning rate")
+    add("--lr-noise-pct", type=_FRACTION, default=0.67, help="maximum noise relative to the learning rate")
     add("--lr-noise-std", type=_NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
 
 

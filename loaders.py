@@ -39,9 +39,9 @@ from sources import (
 )
 from utils import RunError, UserError, World, ignore_stop_signals, last_line, logger
 
-MOST_PADDING = 4  # maximum area of the padded buffer, relative to the mean image area
-MOST_WORKERS = 10  # default maximum of workers that only read stored images
-MOST_SOCKET_NAME = 107 if sys.platform == "linux" else 103  # length limit of an AF_UNIX socket name
+MAX_PADDING = 4  # maximum area of the padded buffer, relative to the mean image area
+MAX_WORKERS = 10  # default maximum of workers that only read stored images
+MAX_SOCKET_NAME = 107 if sys.platform == "linux" else 103  # length limit of an AF_UNIX socket name
 
 View = Callable[[Image.Image], torch.Tensor] | torch.nn.Module  # on the host, or a module for batches on the device
 
@@ -164,7 +164,7 @@ def can_pad(source: Data) -> bool:
     if not isinstance(source, Source) or not hasattr(source.images, "shapes"):
         return False
     areas = source.images.shapes[source.order, :2].prod(axis=1)
-    return np.prod(padded_size(source)) <= MOST_PADDING * areas.mean()
+    return np.prod(padded_size(source)) <= MAX_PADDING * areas.mean()
 
 
 def augments_on_device(source: Data, where: str, views: ViewOptions, device: torch.device) -> bool:
@@ -499,7 +499,7 @@ def _stream_loader(source: StreamingImages, view: View, options: LoaderOptions, 
 
 def num_workers(options: LoaderOptions, world: World, on_device: bool = False) -> int:
     """Return the number of workers of this rank; with `on_device` they only read stored images."""
-    default = min(MOST_WORKERS, world.cpus) if on_device else world.cpus
+    default = min(MAX_WORKERS, world.cpus) if on_device else world.cpus
     return default if options.num_workers is None else options.num_workers
 
 
@@ -523,7 +523,7 @@ def _check_temporary_folder() -> None:
         UserError: if the folder's name is too long. Workers would fail, and the main process would wait forever.
     """
     folder = tempfile.gettempdir()
-    room = MOST_SOCKET_NAME - len("/pymp-12345678/listener-12345678")
+    room = MAX_SOCKET_NAME - len("/pymp-12345678/listener-12345678")
     if len(os.fsencode(folder)) > room:
         raise UserError(
             f"TMPDIR {folder}: is too long for data-loader workers, at most {room} characters; set TMPDIR to another "

@@ -37,7 +37,7 @@ INDEX = np.dtype(
         for name in ("shard", "offset", "length", "height", "width", "target", "crc32")
     ]
 )
-MOST_CLASSES = 2**20
+MAX_CLASSES = 2**20
 ROWS = 2**20  # index rows to check at once
 LARGEST_SIDE = 65535  # pixels; the limit of JPEG
 LARGEST_AREA = 2 * Image.MAX_IMAGE_PIXELS  # the limit of Pillow
@@ -128,7 +128,7 @@ class PackImages:
         about = read_about(self.folder, flag)
         try:
             part = about["splits"][split]
-            self.kind, self.num_classes = about["kind"], _count(about, "num_classes", 1, MOST_CLASSES)
+            self.kind, self.num_classes = about["kind"], _count(about, "num_classes", 1, MAX_CLASSES)
             if self.kind not in KINDS:
                 raise ValueError(f"kind is {reprlib.repr(self.kind)}")
             self.class_names = _stated_names(about, self.num_classes)

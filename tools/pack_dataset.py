@@ -37,7 +37,7 @@ from tools import command
 from utils import Progress, RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
 
 PROBES = 16  # images used to estimate the pack's size
-LONGEST = 1.5  # maximum long side, relative to --size
+MAX_SIDE_RATIO = 1.5  # maximum long side, relative to --size
 SHARD_BYTES = 2**30
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -113,7 +113,7 @@ def reduced(image: Image.Image, size: int) -> Image.Image:
 
     The aspect ratio is kept, so beyond 3:2 the short side becomes shorter than `size`.
     """
-    scale = min(size / min(image.size), LONGEST * size / max(image.size))
+    scale = min(size / min(image.size), MAX_SIDE_RATIO * size / max(image.size))
     if scale >= 1:
         return image
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)

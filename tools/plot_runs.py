@@ -24,7 +24,7 @@ from utils import UserError, escaped
 
 NARROWEST_ACCURACY = 5.0  # percentage points
 NARROWEST_SHARE = 0.1  # of the largest value, for other axes
-MOST_MARKERS = 20  # on a curve
+MAX_MARKERS = 20  # on a curve
 TITLES = {
     "train_loss": "training loss",
     "train_lr": "learning rate",
@@ -146,7 +146,7 @@ def draw_panel(
     for index, (run, xs) in enumerate(zip(runs, all_xs, strict=True)):
         points = [(x, y) for x, y in zip(xs, run.values(key), strict=True) if x is not None and y is not None]
         if points:
-            every = -(-len(points) // MOST_MARKERS)
+            every = -(-len(points) // MAX_MARKERS)
             axes.plot(*zip(*points, strict=True), **pictures.line_style(index), markevery=every, clip_on=False)
             drawn += [y for _, y in points]
     if drawn:

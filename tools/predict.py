@@ -34,7 +34,7 @@ from sources import HostView
 from tools import command
 from utils import Progress, escaped, init_distributed, logger, set_up_logging
 
-WIDTH, LONGEST_CLASS = 80, 40  # columns of the table and of a class name
+WIDTH, MAX_CLASS_LENGTH = 80, 40  # columns of the table and of a class name
 READ_AHEAD = 2  # batches of views to decode ahead
 
 
@@ -151,7 +151,7 @@ def _shortened(text: str, columns: int, from_left: bool = False) -> str:
 
 def write_table(rows: Iterator[Prediction], names: Sequence[str], score: str, out: TextIO) -> None:
     """Write one line per class in at most `WIDTH` columns; an image is named in its first line."""
-    shown = [_shortened(escaped(name), LONGEST_CLASS) for name in names]
+    shown = [_shortened(escaped(name), MAX_CLASS_LENGTH) for name in names]
     width = max(map(_columns, ["class", *shown]))
     out.write(f"{score:>7s}  {'class':{width}s}  image\n")
     for number, row in enumerate(rows):

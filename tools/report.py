@@ -50,7 +50,7 @@ from utils import (
 FORMAT = "deit report 1"  # in report.json; marks a folder that may be replaced
 DEFAULT_RATES = [1.0, 0.9, 0.7, 0.5]
 BINS = 15  # of the calibration
-MOST_CLASSES = 100  # limit for storing and drawing the confusion matrix
+MAX_CLASSES = 100  # limit for storing and drawing the confusion matrix
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any],
         "calibration": calibration(outcome),
         "classes": class_rows(outcome, names),
         "confused_pairs": confused_pairs(outcome, names),
-        "confusion_matrix": confusion_matrix(outcome, len(names)).tolist() if len(names) <= MOST_CLASSES else None,
+        "confusion_matrix": confusion_matrix(outcome, len(names)).tolist() if len(names) <= MAX_CLASSES else None,
         "mistakes": mistakes(outcome, names, files, own.num_mistakes),
         "keep_rates": rate_rows(trained, model, loader, outcome, world),
     }, files

@@ -13,9 +13,9 @@ from tools import pictures
 from utils import escaped
 
 BLUE, ORANGE, GRAY = *pictures.COLORS[:2], "#777777"
-MOST_NUMBERS = 20  # maximum number of classes for numbers in the cells of a confusion matrix
-MOST_PAIRS = 30  # confusions on the page
-LONGEST_LABEL = 24  # characters of a class name in a picture
+MAX_NUMBERS = 20  # maximum number of classes for numbers in the cells of a confusion matrix
+MAX_PAIRS = 30  # confusions on the page
+MAX_LABEL_LENGTH = 24  # characters of a class name in a picture
 FIGURES = {"reliability": "reliability.png", "confusion": "confusion.png", "keep_rates": "keep_rates.png"}
 
 
@@ -66,7 +66,7 @@ def _draw_confusion(matrix: np.ndarray, names: Sequence[str], file: Path) -> Non
     from matplotlib.colors import PowerNorm
 
     count = len(names)
-    has_numbers = count <= MOST_NUMBERS
+    has_numbers = count <= MAX_NUMBERS
     side = 2.5 + (0.55 if has_numbers else 0.12) * count
     with pictures.plot(file, max(5, side + 1), max(4, side)) as figure:
         axes = figure.subplots()
@@ -75,7 +75,7 @@ def _draw_confusion(matrix: np.ndarray, names: Sequence[str], file: Path) -> Non
         picture = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         bar = figure.colorbar(picture, ax=axes, shrink=0.8, ticks=(0, 1, 5, 10, 20, 40, 60, 80, 100))
         bar.set_label("share of the true class's images (%)")
-        labels = [pictures.plain(name, LONGEST_LABEL) for name in names]
+        labels = [pictures.plain(name, MAX_LABEL_LENGTH) for name in names]
         size = {"fontsize": 10 if has_numbers else 7}
         axes.set_xticks(range(count), labels=labels, rotation=90 if count > 5 else 30, **size)
         if count <= 5:
@@ -187,9 +187,9 @@ def _confusions(report: dict[str, Any]) -> str:
         text = "Confusion matrix: a row for each true class, a column for each predicted class"
         parts.append(_picture("confusion", min(960, 400 + 24 * len(report["classes"])), text))
     pairs = report["confused_pairs"]
-    rows = [(row["true"], row["predicted"], row["images"], _percent(row["share"])) for row in pairs[:MOST_PAIRS]]
+    rows = [(row["true"], row["predicted"], row["images"], _percent(row["share"])) for row in pairs[:MAX_PAIRS]]
     if rows:
-        shown = f"the {MOST_PAIRS} most frequent of {len(pairs)}" if len(pairs) > MOST_PAIRS else "all"
+        shown = f"the {MAX_PAIRS} most frequent of {len(pairs)}" if len(pairs) > MAX_PAIRS else "all"
         parts.append(f"<p class='note'>Pairs of true and predicted class, {shown}.</p>")
         parts.append(_table(("true class", "predicted class", "images", "of the true class"), rows, (2, 3)))
     return "\n".join(parts) or "<p>There are none.</p>"

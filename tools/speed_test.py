@@ -29,7 +29,7 @@ from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import available_cpus, select_device
 
 
-def contestants(names: list[str], keep_rates: list[float]) -> list[tuple[str, float | None]]:
+def models_to_time(names: list[str], keep_rates: list[float]) -> list[tuple[str, float | None]]:
     """List (model, keep rate) pairs: an EViT once per rate, other models once."""
     pairs = []
     for name in names:
@@ -123,7 +123,7 @@ def peak_memory(work: Callable[[], int], device: torch.device) -> int | None:
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Return a row for each batch size and model."""
-    pairs, amp = contestants(args.models, args.keep_rates), engine.select_amp(args.amp, device)
+    pairs, amp = models_to_time(args.models, args.keep_rates), engine.select_amp(args.amp, device)
     built = [build(name, rate, args.input_size, device) for name, rate in pairs]
     facts = [describe(model, (args.input_size, args.input_size)) for model in built]
     if args.compile:
