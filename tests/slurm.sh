@@ -116,8 +116,9 @@ start() {
 }
 
 stop() {
-    timeout 10 scancel --quiet --full --signal=KILL --user="$(id -un)" 2>/dev/null || true
+    # A job that is killed before it is canceled may be requeued.
     timeout 10 scancel --quiet --user="$(id -un)" 2>/dev/null || true
+    timeout 10 scancel --quiet --full --signal=KILL --user="$(id -un)" 2>/dev/null || true
     for _ in $(seq 50); do
         [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] || break
         sleep 0.2
