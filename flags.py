@@ -566,12 +566,8 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         default="batch",
         help="draw a mixing ratio per batch, pair or image (elem); pair and elem sync the GPU in every step",
     )
-    add(
-        "--augmentation-epochs",
-        type=COUNT,
-        metavar="K",
-        help="repeat the augmented views every K epochs; default: never",
-    )
+    again = "repeat the augmented views every K epochs; default: never"
+    add("--augmentation-epochs", type=COUNT, metavar="K", help=again)
     add("--smoothing", type=_RATE, default=0.1, help="label smoothing")
     add(
         "--bce-loss",

@@ -300,20 +300,25 @@ ELSEWHERE = "192.0.2.1"  # an address that no machine has (RFC 5737), so that th
 
 def _interface_towards(address: str, port: int) -> str:
     """Return the network interface that leads to an address; '' if unknown."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((address, port))  # sends nothing
-        own = socket.inet_aton(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        own = _own_address(address, port)
         if own[0] == 127 and not re.fullmatch(r"localhost|127\..*", address):
             # Many systems give their own name the address 127.0.1.1, which other machines cannot reach.
             with contextlib.suppress(OSError):  # without a default route, there are no other machines
-                probe.connect((ELSEWHERE, port))
-                own = socket.inet_aton(probe.getsockname()[0])
+                own = _own_address(ELSEWHERE, port)
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+            with contextlib.suppress(OSError), socket.socket() as any_socket:  # an interface without an IPv4 address
                 request = struct.pack("256s", name.encode())
-                if fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24] == own:
+                if fcntl.ioctl(any_socket, _SIOCGIFADDR, request)[20:24] == own:
                     return name
     return ""
+
+
+def _own_address(address: str, port: int) -> bytes:
+    """Return the IPv4 address of this machine from which packets to an address are sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port))  # sends nothing
+        return socket.inet_aton(probe.getsockname()[0])
 
 
 def _check_port(port: int) -> None:

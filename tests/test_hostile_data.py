@@ -453,7 +453,7 @@ def test_hostile_car_labels_are_a_one_line_error(tmp_path, name, content):
 @pytest.mark.parametrize("label", [0, 3])
 def test_a_car_of_no_class_is_a_one_line_error(tmp_path, label):
     stanford_cars(tmp_path, label)
-    with tiny.user_error("--data-path", "not Stanford Cars", "none of its 2 classes"):
+    with tiny.user_error("--data-path", "not Stanford Cars", "not one of its 2 classes"):
         read("CARS", tmp_path)
 
 

@@ -144,7 +144,7 @@ def test_flags_of_a_job_keep_their_meaning():
     [
         ("--sched plateau", "plateau follows a metric; use --sched step"),
         ("--sched linear", "use one of cosine, step"),
-        ("--start-epoch 4 --epochs 4", "use a lower one"),
+        ("--start-epoch 4 --epochs 4", "pass a lower number"),
         ("--test_speed --base-keep-rate 0.5", "tools.speed_test --models deit_base_patch16_224 --input-size 224"),
         ("--only_test_speed", "run python -m tools.speed_test"),
         ("--data-set DIGITS --nb-classes 1000 --output-dir=", "DIGITS has 10 classes; drop the flag"),

@@ -198,6 +198,9 @@ def run(request, streams):
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    # like an interpreter; the server's may be seekable files
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     if request["new_session"]:
         os.setsid()
     show(request["environment"])
