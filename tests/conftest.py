@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import http.server
+import logging
 import os
 import signal
 import ssl
@@ -40,12 +41,16 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def logger_as_found():
-    """Take back what `set_up_logging` does: its handler writes to a stream that ends with the test."""
-    logger = utils.logger
-    found = logger.handlers[:], logger.propagate, logger.level
+def fresh_logger():
+    """Undo `set_up_logging` before and after each test: its handler writes to a stream that ends with a test."""
+
+    def reset():
+        utils.logger.handlers[:], utils.logger.propagate = [], True
+        utils.logger.setLevel(logging.NOTSET)
+
+    reset()
     yield
-    logger.handlers[:], logger.propagate, logger.level = found
+    reset()
 
 
 @pytest.fixture(autouse=True)
