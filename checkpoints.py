@@ -38,6 +38,7 @@ from utils import (
     read_log,
     reason,
     regular_file,
+    remove_temporary,
     temporary_name,
     whole_file,
     write_whole,
@@ -49,8 +50,7 @@ LATEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "best.pth"
 def _remove_temporary_files(folder: Path) -> None:
     """Remove the half-written files that killed processes left behind."""
     for name in (LATEST, PREVIOUS, BEST, "log.txt", "config.json"):
-        for path in folder.glob(f".{name}.*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_temporary(folder / name)
 
 
 def on_host(value: Any) -> Any:

@@ -41,6 +41,7 @@ from utils import (
     map_array,
     read_json,
     regular_file,
+    remove_temporary,
     whole_file,
     write_first,
 )
@@ -396,6 +397,7 @@ class TeacherCache:
                 # Written in full: writing to a sparse memory-mapped file kills the process when the disk is full.
                 rows = np.empty(self.views_of_rank, self.codec.dtype)
                 rows.view(np.uint8)[:] = 0xFF
+                remove_temporary(path)
                 with whole_file(path, lambda stream: np.save(stream, rows)):
                     pass
         rows = self._load(path, self.rank, "r+")

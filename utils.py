@@ -805,6 +805,12 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def remove_temporary(path: Path) -> None:
+    """Remove what killed processes left of writing this file; no other process may write it now."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Sync the names in a folder to disk, as fsync does for the content of a file."""
     with contextlib.suppress(OSError):  # not all systems can open a folder

@@ -115,7 +115,14 @@ def test_a_cache_file_resumes_where_it_stopped(fill, tmp_path):
     assert again.codec.missing(again.read(np.arange(12))).tolist() == [False] * 8 + [True] * 4
     again.write(np.arange(8, 12), again.codec.encode(torch.eye(10)[:4]))
     assert again.is_whole(0) and again.next_missing() == 12
-    assert not list(tmp_path.glob("*.part.*")) and not list(tmp_path.glob("*.new*"))
+    assert not list(tmp_path.glob("*.part.*"))
+
+
+def test_a_cache_file_half_written_by_a_killed_process_is_removed(fill, tmp_path):
+    left = tmp_path / ".epoch_0000_rank0of1.part.npy.4194305.tmp"  # above all process numbers
+    left.write_bytes(b"half")
+    fill(batches=4)
+    assert [path.name for path in tmp_path.glob("*.npy")] == ["epoch_0000_rank0of1.part.npy"] and not left.exists()
 
 
 def test_an_epoch_is_whole_when_all_ranks_have_finished_it(fill, tmp_path):

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import engine
 from augment import ViewOptions
 from checkpoints import compare_classes
@@ -28,7 +26,7 @@ from tools import command
 from tools.outcomes import Outcome, accuracy_row, evaluate_images
 from tools.predict import score_name
 from tools.timing import write_results
-from utils import UserError, World, available_cpus, escaped, init_distributed
+from utils import UserError, World, escaped, init_distributed
 
 
 def evaluate(trained: command.Trained, val: Data, world: World) -> Outcome:
@@ -69,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = [*own.main_flags, *(["--ema"] if own.ema else [])]
         one = command.get_parser("compare", __doc__)
         models = [command.parse(one, ["--resume", path, *words]) for path in own.checkpoints]
-        torch.set_num_threads(available_cpus())
         world = init_distributed(models[0].run.device)
         if world.size > 1:
             raise UserError(f"WORLD_SIZE={world.size}: one process compares; start it without a launcher")

@@ -31,7 +31,7 @@ from tools.outcomes import accuracy_row, evaluate_images, wilson
 from tools.predict import score_name
 from tools.speed_test import describe, inference
 from tools.timing import interleaved_rates, ratio_row, write_results
-from utils import UserError, World, available_cpus, init_distributed
+from utils import UserError, World, init_distributed
 
 NARROWEST_ACCURACY = 5.0  # minimum span of the axis in percentage points
 
@@ -137,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         own, run = trained.own, trained.run
         if own.output and own.output.suffix in pictures.PLOT_SUFFIXES:
             raise UserError(f"--output {own.output}: is the name of the plot; name a .json file next to it")
-        torch.set_num_threads(available_cpus())
         world = init_distributed(run.device)
         if world.size > 1:
             raise UserError(f"WORLD_SIZE={world.size}: one process measures; start it without a launcher")
