@@ -634,6 +634,10 @@ def test_the_update_after_a_resume_is_adamw_with_the_new_options():
 )
 @pytest.mark.parametrize("named", [True, False])
 def test_the_state_of_another_optimizer_is_refused(written, read, named):
+    if (written, read, named) == ("adamw", "adam", False) and "decoupled_weight_decay" not in torch.optim.Adam(
+        [torch.zeros(1)]
+    ).defaults:
+        pytest.skip("before torch 2.7, only the name tells the states of Adam and AdamW apart")
     model = build_deit()
     state = TrainState(model, model, build_optimizer(model, written, lr=0.01, momentum=0.9))
     take_step(state, random_batches((4,))[0])
