@@ -681,8 +681,8 @@ def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ThreeAugment", dest="aa", const="3a", **constant, help="same as --aa 3a")
     add("--attn-only", dest="train_scope", const="attn", **constant, help="same as --train-scope attn")
     add("--unscale-lr", dest="lr_scaling", const="none", **constant, help="same as --lr-scaling none")
-    for name in ("--dist-eval", "--distributed"):
-        add(name, action="store_true", help="no effect: always on")
+    add("--dist-eval", action="store_true", help="no effect: all processes evaluate their share")
+    add("--distributed", action="store_true", help="no effect: the launcher's environment decides")
     for name in ("--world-size", "--dist-url", "--local-rank"):
         add(name, help="no effect: the launcher's environment decides")
     for name in ("--cooldown-epochs", "--patience-epochs"):

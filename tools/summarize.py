@@ -89,15 +89,15 @@ def sorted_rows(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the rows for a terminal, followed by where the files of a run are."""
+    """Format the rows for a terminal."""
     lines = [list(COLUMNS.values()), *([_cell(row, name) for name in COLUMNS] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ""
+    text = []
     for line in lines:
         cells = zip(line, widths, COLUMNS, strict=True)
         padded = [cell.ljust(width) if name in TEXTS else cell.rjust(width) for cell, width, name in cells]
-        text += "  ".join(padded).rstrip() + "\n"
-    return text + "A run's folder holds log.txt, checkpoint.pth, best.pth and tensorboard/."
+        text.append("  ".join(padded).rstrip())
+    return "\n".join(text)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
