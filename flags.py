@@ -645,7 +645,7 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distillation-tau", type=_POSITIVE, default=1.0, help="temperature of soft distillation")
     scale = "divide the soft loss by the batch size; legacy: also by the number of classes, like the original"
     add("--distillation-scale", choices=("batchmean", "legacy"), default="batchmean", help=scale)
-    one_head = "distill into the class token, next to the labels; works with any student model"
+    one_head = "apply the distillation loss to the class token; works with any student model"
     add("--distill-on-class-token", action=_SWITCH, default=False, help=one_head)
     teacher = "timm's name of the teacher; the paper's, with --teacher-pretrained, is regnety_160.deit_in1k"
     add("--teacher-model", default="regnety_160", help=teacher)

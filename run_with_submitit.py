@@ -23,7 +23,7 @@ DESCRIPTION = """Run main.py as a SLURM job that resumes by itself after a timeo
 SLURM         python run_with_submitit.py --nodes 2 --ngpus 8 --data-path /path/to/imagenet
 this machine  python run_with_submitit.py --cluster local --nodes 1 --ngpus 0 --data-set CIFAR
 
-The flags of the job come last, after those of main.py.
+The flags of the SLURM job are at the end of this list.
 """
 
 
