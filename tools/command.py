@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -17,10 +18,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 import flags
-from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
+from checkpoints import changes, class_names_of, compare_classes, ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
-from utils import RunError, UserError, escaped, known_cause, logger
+from sources import Data, with_classes
+from utils import RunError, UserError, World, escaped, init_distributed, known_cause, logger, set_up_logging
 
+# Flags of main.py that a tool may read.
+OF_MODEL = frozenset((*flags.SHAPES["model"], *flags.SHAPES["adjustable"], "eval_crop_ratio", "pretrained", "finetune"))
+OF_PHOTOS = OF_MODEL | {"device", "amp", "batch_size", "num_workers"}
+OF_DATA = OF_MODEL | {*flags.SHAPES["evaluation"], "nb_classes", "device"}
+OF_EVALUATION = OF_PHOTOS | OF_DATA | {"pin_mem", "augment", "compile_augment", "ram_cache", "allow_class_mismatch"}
 PROBE = 1009  # number of classes for finding the classification layer by its size; no other layer is so wide
 
 
@@ -56,6 +63,15 @@ class _PassOn(argparse.Action):
         namespace.main_flags = [*namespace.main_flags, *words]
 
 
+class _Refused(argparse.Action):
+    """argparse action for a flag of main.py that the tool does not read."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        means_output = option_string == "--output-dir" and "--output" in parser._option_string_actions
+        remedy = "did you mean --output?" if means_output else "drop it"
+        parser.error(f"{option_string}: is a flag of main.py that this tool does not read; {remedy}")
+
+
 def at_keep_rate(run: argparse.Namespace, rate: float | Sequence[float]) -> argparse.Namespace:
     """Return the flags of a run with an EViT's keep rate changed, whichever flag had set it."""
     changed = argparse.Namespace(**vars(run))
@@ -63,18 +79,22 @@ def at_keep_rate(run: argparse.Namespace, rate: float | Sequence[float]) -> argp
     return changed
 
 
-def get_parser(tool: str, description: str | None, weights: str | None = "") -> flags.Parser:
-    """Build the parser of a tool that takes `--resume`, `--ema` and the flags of main.py.
+def get_parser(
+    tool: str, description: str | None, weights: str | None = "", reads: Collection[str] = OF_EVALUATION
+) -> flags.Parser:
+    """Build the parser of a tool that takes `--resume`, `--ema` and flags of main.py.
 
     Args:
+        reads: names of the flags of main.py that the tool reads; it refuses the others.
         weights: where weights come from without `--resume`, for its help text; by default `--resume` is required, with
             None it is hidden.
     """
+    names = ("data_path", "device", "batch_size", "num_workers", "amp", "model", "base_keep_rate", "input_size")
+    shown = ", ".join(flags.spelled(name) for name in names if name in reads)
+    source = "Model and data come" if "data_set" in reads else "The model comes"
+    epilog = f"{source} from the checkpoint. These flags of main.py work here, too, and override the checkpoint: "
     parser = flags.Parser(
-        prog=f"python -m tools.{tool}",
-        description=description,
-        epilog="Model and data come from the checkpoint. Flags of main.py work here, too, and\noverride the "
-        "checkpoint: --data-path, --device, --batch-size, --num-workers,\n--amp, --model, --base-keep-rate, ...",
+        prog=f"python -m tools.{tool}", description=description, epilog=textwrap.fill(f"{epilog}{shown}, ...", 79)
     )
     # Set before the flags are added, so that they are hidden from the help, which mentions them in words.
     parser.set_defaults(resume="", main_flags=[])
@@ -85,8 +105,9 @@ def get_parser(tool: str, description: str | None, weights: str | None = "") -> 
     # This parser must know these flags, or it would take their values for arguments of the tool.
     for action in flags.get_parser()._actions:
         if action.dest not in ("help", "resume"):
+            kind = _PassOn if action.dest in reads else _Refused
             parser.add_argument(
-                *action.option_strings, action=_PassOn, nargs=action.nargs, dest="main_flags", help=argparse.SUPPRESS
+                *action.option_strings, action=kind, nargs=action.nargs, dest="main_flags", help=argparse.SUPPRESS
             )
     return parser
 
@@ -99,12 +120,14 @@ class Trained(NamedTuple):
         run: flags of main.py; model and data come from the checkpoint unless given.
         weights: the model's weights by name; None for timm's pretrained weights.
         about: other entries of the checkpoint, such as class names.
+        changed: what differs from the settings of the training run.
     """
 
     own: argparse.Namespace
     run: argparse.Namespace
     weights: dict[str, torch.Tensor] | None
     about: Mapping[str, Any]
+    changed: Sequence[str] = ()
 
 
 # Available everywhere, for tools that read no data: the checkpoint's data may be on another machine.
@@ -134,7 +157,32 @@ def parse(parser: flags.Parser, argv: Sequence[str] | None, reads_data: bool = T
         run_parser.set_defaults(**_preprocessing(run))
         run = flags.parse_trained(run_parser, words, checkpoint, own.resume)
     flags.check_flags(run)
-    return Trained(own, run, weights, checkpoint)
+    compared = flags.TRAINED if reads_data else OF_MODEL & set(flags.TRAINED)
+    return Trained(own, run, weights, checkpoint, changes(checkpoint, {"args": vars(run), "run": {}}, compared))
+
+
+def start(trained: Trained, does: str) -> World:
+    """Select the device, set up logging, and log what differs from the training run.
+
+    Args:
+        does: what the one process does, for the error message.
+
+    Raises:
+        UserError: if a launcher has started several processes, or the device is missing.
+    """
+    world = init_distributed(trained.run.device)
+    if world.size > 1:
+        raise UserError(f"WORLD_SIZE={world.size}: one process {does}; start it without a launcher")
+    set_up_logging(world)
+    log_changes(trained)
+    return world
+
+
+def log_changes(trained: Trained) -> None:
+    """Log what differs from the training run, as `main.py --eval` does."""
+    for change in trained.changed:
+        prefix = f"{trained.own.resume}: " if trained.own.resume else ""
+        logger.info("%sevaluated with another setting than in training: %s", prefix, change)
 
 
 def _weights_of(own: argparse.Namespace, checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
@@ -191,6 +239,25 @@ def load_model(
     if not getattr(model, "num_classes", 1):
         raise UserError(f"--model {run.model}: has no classification layer; use a model that has one")
     return place(model, device).eval()
+
+
+def with_classes_of(trained: Trained, model: nn.Module, val: Data) -> Data:
+    """Return the data with the class indices of the model, of whose classes they may have only some.
+
+    Raises:
+        UserError: if the data have other classes.
+    """
+    names, what = class_names_of(trained.about), f"--resume {trained.own.resume}"
+    if val.class_names and set(val.class_names) < set(names):
+        logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
+        val = with_classes(val, names)
+    if val.num_classes != model.num_classes:
+        raise UserError(
+            f"{what}: the model has {model.num_classes} classes, the data have {val.num_classes}; name data of its "
+            f"classes with --data-set and --data-path, or another checkpoint"
+        )
+    compare_classes(trained.about, {"val": val}, what, trained.run.allow_class_mismatch)
+    return val
 
 
 def find_files(paths: Sequence[str], flag: str) -> list[str]:

@@ -359,7 +359,7 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command.get_parser("export", __doc__)
+    parser = command.get_parser("export", __doc__, reads=command.OF_MODEL)
     parser.add_argument(
         "--output", required=True, metavar="PATH", help="NAME.onnx, NAME.pt2, or a folder for timm: no suffix, or NAME/"
     )

@@ -32,7 +32,7 @@ from loaders import LoaderOptions, num_workers
 from models import normalization
 from sources import HostView
 from tools import command
-from utils import Progress, escaped, init_distributed, logger, set_up_logging
+from utils import Progress, escaped, logger
 
 WIDTH, MAX_CLASS_LENGTH = 80, 40  # columns of the table and of a class name
 READ_AHEAD = 2  # batches of views to decode ahead
@@ -187,7 +187,12 @@ def write_json(rows: Iterator[Prediction], names: Sequence[str], out: TextIO) ->
 
 
 def build_parser() -> Parser:
-    parser = command.get_parser("predict", __doc__, weights="timm's weights of --model NAME, with --pretrained")
+    parser = command.get_parser(
+        "predict",
+        __doc__,
+        weights="timm's weights of --model NAME, with --pretrained",
+        reads=command.OF_PHOTOS,
+    )
     add = parser.add_argument
     photos = "files and folders (searched recursively); name them before flags that take several values"
     add("images", nargs="+", help=photos)
@@ -204,9 +209,9 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     with command.one_line_errors("predict"):
-        own, run, weights, about = command.parse(parser, argv, reads_data=False)
-        world = init_distributed(run.device)
-        set_up_logging(world)
+        trained = command.parse(parser, argv, reads_data=False)
+        own, run, weights, about, _ = trained
+        world = command.start(trained, "predicts")
         files = command.find_files(own.images, "images")
         model = command.load_model(run, weights, own.resume, world.device)
         names, score, amp_dtype = class_names(about, model), score_name(about), engine.select_amp(run.amp, world.device)

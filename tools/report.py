@@ -25,13 +25,13 @@ from torch import nn
 
 import engine
 from augment import ViewOptions
-from checkpoints import class_names_of, compare_classes
+from checkpoints import class_names_of
 from datasets import DataOptions, build_sources
 from flags import TRAINED, Parser, fill, in_range, keep_rates
 from loaders import DeviceLoader, LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import evit_blocks, is_evit
-from sources import Data, Source, keep_in_memory, with_classes
+from sources import Data, Source, keep_in_memory
 from tools import command, report_page
 from tools.outcomes import Outcome, evaluate_images, wilson
 from tools.predict import score_name
@@ -39,11 +39,9 @@ from tools.timing import describe_environment
 from utils import (
     UserError,
     World,
-    init_distributed,
     parse_json,
     reason,
     regular_file,
-    set_up_logging,
     write_whole,
 )
 
@@ -134,18 +132,15 @@ def mistakes(outcome: Outcome, names: Sequence[str], source: Data, number: int) 
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def validation_data(trained: command.Trained, world: World) -> tuple[Data, Data]:
+def validation_data(trained: command.Trained, model: nn.Module, world: World) -> tuple[Data, Data]:
     """Return the validation data as main.py evaluates them, and again with their file names.
 
     Raises:
         UserError: if a class index means another class than in the checkpoint.
     """
-    run, names = trained.run, class_names_of(trained.about)
-    options = fill(DataOptions, run)
+    options = fill(DataOptions, trained.run)
     _, files = build_sources(dataclasses.replace(options, ram_cache=0), world.local_rank, eval_only=True)
-    if files.class_names and set(files.class_names) < set(names):
-        files = with_classes(files, names)  # they may have only some of the classes
-    compare_classes(trained.about, {"val": files}, f"--resume {trained.own.resume}", run.allow_class_mismatch)
+    files = command.with_classes_of(trained, model, files)
     return keep_in_memory(files, options.ram_cache), files
 
 
@@ -180,12 +175,8 @@ def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any],
         UserError: if model and data have different classes.
     """
     own, run = trained.own, trained.run
-    val, files = validation_data(trained, world)
     model = command.load_model(run, trained.weights, own.resume, world.device)
-    if val.num_classes != model.num_classes:
-        raise UserError(
-            f"--data-set {run.data_set}: has {val.num_classes} classes, the model {model.num_classes}; use its own data"
-        )
+    val, files = validation_data(trained, model, world)
     loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
     score, amp_dtype = score_name(trained.about), engine.select_amp(run.amp, world.device)
     outcome = evaluate_images(model, loader, score, amp_dtype)
@@ -287,10 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--keep-rates: {run.model} has no EViT blocks; drop the flag")
         folder = own.output or (Path() if "://" in own.resume else Path(own.resume).parent) / "report"
         earlier_report(folder)
-        world = init_distributed(run.device)
-        if world.size > 1:
-            raise UserError(f"WORLD_SIZE={world.size}: one process makes the report; start it without a launcher")
-        set_up_logging(world)
+        world = command.start(trained, "makes the report")
         report, files = make_report(trained, world)
         write(report, files, folder)
         low, high = report["interval"]

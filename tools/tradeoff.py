@@ -20,7 +20,6 @@ import torch
 
 import engine
 from augment import ViewOptions
-from checkpoints import compare_classes
 from datasets import DataOptions, build_sources
 from flags import COUNT, TRAINED, fill, keep_rates
 from loaders import LoaderOptions, build_val_loader
@@ -31,7 +30,7 @@ from tools.outcomes import accuracy_row, evaluate_images, wilson
 from tools.predict import score_name
 from tools.speed_test import describe, inference
 from tools.timing import interleaved_rates, ratio_row, write_results
-from utils import UserError, World, init_distributed
+from utils import UserError, World
 
 NARROWEST_ACCURACY = 5.0  # minimum span of the axis in percentage points
 
@@ -47,11 +46,7 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
         if run.compile:
             models[-1].compile()
     _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
-    if val.num_classes != models[0].num_classes:
-        raise UserError(
-            f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}; use its data"
-        )
-    compare_classes(trained.about, {"val": val}, f"--resume {own.resume}", run.allow_class_mismatch)
+    val = command.with_classes_of(trained, models[0], val)
     views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
     loader = build_val_loader(val, views, normalization(models[0]), options, world)
     results = [evaluate_images(model, loader, score_name(trained.about), amp) for model in models]
@@ -118,7 +113,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command.get_parser("tradeoff", __doc__)
+    parser = command.get_parser("tradeoff", __doc__, reads=command.OF_EVALUATION | {"compile"})
     default = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
     add = parser.add_argument
     add(
@@ -137,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own, run = trained.own, trained.run
         if own.output and own.output.suffix in pictures.PLOT_SUFFIXES:
             raise UserError(f"--output {own.output}: is the name of the plot; name a .json file next to it")
-        world = init_distributed(run.device)
-        if world.size > 1:
-            raise UserError(f"WORLD_SIZE={world.size}: one process measures; start it without a launcher")
+        world = command.start(trained, "measures")
         rows = measure(trained, world)
         print(table(rows))
         if own.output:

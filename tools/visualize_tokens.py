@@ -28,7 +28,7 @@ from flags import COUNT, fill
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
 from tools import command, pictures
-from utils import UserError, World, escaped, init_distributed
+from utils import UserError, World, escaped
 
 
 @dataclass
@@ -130,7 +130,7 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> sou
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command.get_parser("visualize_tokens", __doc__)
+    parser = command.get_parser("visualize_tokens", __doc__, reads=command.OF_DATA)
     parser.add_argument(
         "--images",
         nargs="+",
@@ -140,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-images", type=COUNT, default=8, help="number of validation images")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
     with command.one_line_errors("visualize_tokens"):
-        own, run, weights, _ = command.parse(parser, argv)
-        world = init_distributed(run.device)
+        trained = command.parse(parser, argv)
+        own, run, weights, *_ = trained
+        world = command.start(trained, "draws")
         model = command.load_model(run, weights, own.resume, world.device)
         if not any(block.keep_rate < 1 for block in evit_blocks(model)):
             raise UserError(f"--model {run.model}: drops no patches; add --base-keep-rate 0.7, or --model evit_...")
