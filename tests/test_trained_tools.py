@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.layers import resample_abs_pos_embed
 
 import main
@@ -23,11 +24,14 @@ from tools import (
     outcomes,
     pictures,
     plot_runs,
+    predict,
+    report,
     show_augmentation,
     summarize,
     tradeoff,
     visualize_tokens,
 )
+from utils import World
 
 MODEL = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, "--drop-loc", "0", "--base-keep-rate", "0.5"]
 
@@ -58,10 +62,10 @@ def checkpoint(run):
 
 
 def line_of(capsys, tool, *flags):
-    """The one line with which the tool refuses."""
+    """The one line with which the tool refuses, after the lines of its log."""
     with pytest.raises(SystemExit) as exit_info:
         tool.main([str(flag) for flag in flags])
-    error = capsys.readouterr().err
+    error = re.sub(r"^\d\d:\d\d:\d\d .*\n", "", capsys.readouterr().err, flags=re.MULTILINE)
     assert exit_info.value.code == 2 and error.count("\n") == 1, error
     return error
 
@@ -87,7 +91,7 @@ def model_of(checkpoint):
 
 
 def test_the_checkpoint_names_model_and_data_and_flags_go_before_it(checkpoint):
-    own, run, weights, _ = command.parse(command.get_parser("x", None), ["--resume", checkpoint])
+    own, run, weights, *_ = command.parse(command.get_parser("x", None), ["--resume", checkpoint])
     assert (run.model, run.data_set, run.drop_loc) == ("evit_tiny_distilled_patch16_224", "DIGITS", [0])
     assert run.output_dir == "output" and run.resume == ""  # how it was trained is not what is asked now
     _, run, *_ = command.parse(
@@ -112,7 +116,7 @@ def test_a_checkpoint_of_the_original_implementation_is_read_by_its_flags(checkp
     )
     torch.save({"model": model_of(checkpoint).state_dict(), "args": published}, tmp_path / "their.pth")
     flags = ["--resume", str(tmp_path / "their.pth"), "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
-    own, run, weights, _ = command.parse(command.get_parser("x", None), flags)
+    own, run, weights, *_ = command.parse(command.get_parser("x", None), flags)
     assert run.input_size == [32] and run.drop_loc == [0] and run.fuse_token is False
     assert not evit_blocks(command.load_model(run, weights, own.resume, torch.device("cpu")))[0].fuse_token
 
@@ -120,7 +124,7 @@ def test_a_checkpoint_of_the_original_implementation_is_read_by_its_flags(checkp
 def test_ema_weights_are_taken_with_the_ema_flag(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     for flags, name in (([], "model"), (["--ema"], "model_ema")):
-        _, _, weights, _ = command.parse(command.get_parser("x", None), ["--resume", checkpoint, *flags])
+        _, _, weights, *_ = command.parse(command.get_parser("x", None), ["--resume", checkpoint, *flags])
         assert all(torch.equal(weights[key], value) for key, value in saved[name].items())
 
 
@@ -130,7 +134,7 @@ def test_ema_weights_of_timm_and_weights_in_a_wrapper_are_read(checkpoint, tmp_p
     wrapped = {f"model.{key}": value for key, value in saved["model"].items()}
     torch.save({"state_dict": wrapped, "state_dict_ema": average, "args": saved["args"]}, tmp_path / "x.pth")
     for flags, expected in ((["--ema"], average), ([], saved["model"])):
-        own, run, weights, _ = command.parse(
+        own, run, weights, *_ = command.parse(
             command.get_parser("x", None), ["--resume", str(tmp_path / "x.pth"), *flags]
         )
         model = command.load_model(run, weights, own.resume, torch.device("cpu"))
@@ -139,7 +143,7 @@ def test_ema_weights_of_timm_and_weights_in_a_wrapper_are_read(checkpoint, tmp_p
 
 def test_a_model_is_evaluated_at_another_image_size(checkpoint):
     flags = ["--resume", checkpoint, "--input-size", "16", "64"]  # as many patches
-    own, run, weights, _ = command.parse(command.get_parser("x", None), flags)
+    own, run, weights, *_ = command.parse(command.get_parser("x", None), flags)
     model, pos_embed = command.load_model(run, weights, own.resume, torch.device("cpu")), weights["pos_embed"]
     expected = resample_abs_pos_embed(pos_embed, [2, 8], old_size=[4, 4], num_prefix_tokens=2)
     torch.testing.assert_close(model.pos_embed, expected)
@@ -411,7 +415,7 @@ def test_what_has_no_tradeoff_is_a_one_line_error(checkpoint, tmp_path, capsys):
             (tmp_path / "data" / part / kind).mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(tmp_path / "data" / part / kind / "1.png")
     flags = ["--resume", checkpoint, "--data-set", "IMNET", "--data-path", tmp_path / "data"]
-    assert "has 2 classes, the model 10" in line_of(capsys, tradeoff, *flags)
+    assert "the model has 10 classes, the data have 2; name data" in line_of(capsys, tradeoff, *flags)
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
@@ -445,6 +449,84 @@ def test_models_are_compared_on_the_same_images(run, checkpoint, tmp_path, capsy
     assert len(lines) == 4 and lines[3].endswith(str(other)) and f"{low:+.2f} {high:+.2f}" in lines[3]
 
 
+@pytest.fixture(scope="module")
+def turned_photos(tmp_path_factory):
+    """Class folders of 10 photos each, all with an EXIF orientation."""
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for kind in "ab":
+        (folder / kind).mkdir()
+        for number in range(10):
+            pixels = generator.integers(0, 255, (40, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{kind}{number}.jpg", exif=exif)
+    return folder
+
+
+def write_checkpoint(file, photos, num_classes=2, names="ab", **args):
+    """A random model that names these photos as its data, 0.3 of them held out."""
+    torch.manual_seed(0)
+    size = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    size_of_image = {"img_size": args.get("input_size", [32])[0], "patch_size": 8}
+    model = timm.create_model("evit_tiny_patch16_224", num_classes=num_classes, drop_loc=(0,), **size_of_image, **size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    usual = {"model_kwargs": size, "input_size": [32], "patch_size": 8, "val_fraction": 0.3, "drop_loc": [0]}
+    args = usual | {"base_keep_rate": None} | args
+    args |= {"model": "evit_tiny_patch16_224", "data_set": "IMNET", "data_path": str(photos)}
+    torch.save({"model": model.state_dict(), "args": args, "class_names": list(names)}, file)
+    return str(file)
+
+
+PHOTOS = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
+
+
+def rows_of(tool, folder, *flags):
+    tool.main([*map(str, flags), *PHOTOS, "--output", str(folder / "rows.json")])
+    return json.loads((folder / "rows.json").read_text())["rows"]
+
+
+def test_models_of_other_held_out_images_are_not_compared(turned_photos, tmp_path, capsys):
+    """The smaller held-out part is in the larger one, so no model was trained on it."""
+    files = [write_checkpoint(tmp_path / f"{n}.pth", turned_photos, val_fraction=n / 10) for n in (3, 1)]
+    line = line_of(capsys, compare, *files, *PHOTOS)
+    assert "--val-fraction: " in line and "trained with 0.3" in line and "add --val-fraction 0.1" in line
+    rows = rows_of(compare, tmp_path, *files, "--val-fraction", "0.1")
+    assert [row["images"] for row in rows] == [2, 2]
+    assert f"{files[0]}: evaluated with another setting than in training: --val-fraction was 0.3" in (
+        capsys.readouterr().err
+    )
+
+
+def test_each_compared_model_has_its_own_preprocessing(turned_photos, tmp_path):
+    changes = ({}, {"upright": True}, {"input_size": [80], "eval_crop_ratio": 0.5})
+    files = [write_checkpoint(tmp_path / f"{n}.pth", turned_photos, **change) for n, change in enumerate(changes)]
+    rows = rows_of(compare, tmp_path, *files)
+    alone = [rows_of(compare, tmp_path, file)[0] for file in files]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in alone] and len({row["loss"] for row in rows}) == 3
+
+
+def test_data_with_some_of_the_classes_are_compared(turned_photos, tmp_path):
+    """As main.py --eval does: they keep the class indices of the checkpoint."""
+    file = write_checkpoint(tmp_path / "x.pth", turned_photos, num_classes=3, names=["_", "a", "b"])
+    half = write_checkpoint(tmp_path / "y.pth", turned_photos, num_classes=3, names=["_", "a", "b"], base_keep_rate=0.5)
+    one, other = rows_of(compare, tmp_path, file, half)
+    assert one["images"] == 6 and one["loss"] != other["loss"]
+    rates = ["--keep-rates", "0.7", "0.5", "--rounds", "1", "--steps", "1", "--batch-size", "4"]
+    assert [row["loss"] for row in rows_of(tradeoff, tmp_path, "--resume", file, *rates)] == [
+        pytest.approx(one["loss"]),
+        pytest.approx(other["loss"]),
+    ]
+
+
+def test_compared_data_of_other_classes_have_a_remedy(turned_photos, tmp_path, capsys):
+    first = write_checkpoint(tmp_path / "2.pth", turned_photos)
+    other = write_checkpoint(tmp_path / "3.pth", turned_photos, num_classes=3, names="xyz")
+    line = line_of(capsys, compare, first, other, *PHOTOS)
+    assert f"--resume {other}: the model has 3 classes, the data have 2; name data" in line
+
+
 def test_models_of_other_classes_are_not_compared(checkpoint, tmp_path, capsys):
     saved = torch.load(checkpoint, weights_only=True)
     saved["class_names"] = saved["class_names"][::-1]
@@ -465,3 +547,46 @@ def test_weights_that_are_not_finite_are_a_one_line_error(checkpoint, tmp_path, 
     torch.save(saved, file := tmp_path / "nan.pth")
     output = ["--output", tmp_path / "out.pt2"]
     assert f"{file}: norm.weight is not finite" in line_of(capsys, tool, "--resume", file, *output)
+
+
+@pytest.mark.parametrize(
+    ("tool", "flag"),
+    [
+        (report, "--output-dir=x"),
+        (report, "--compile"),
+        (report, "--lr=1"),
+        (compare, "--epochs=3"),
+        (tradeoff, "--seed=1"),
+        (predict, "--no-upright"),
+        (predict, "--data-path=x"),
+        (export, "--device=cpu"),
+        (export, "--batch-size=7"),
+        (visualize_tokens, "--amp=off"),
+        (report, "--eval"),
+    ],
+)
+def test_tools_refuse_flags_that_they_do_not_read(checkpoint, capsys, tool, flag):
+    resume = [checkpoint] if tool is compare else ["--resume", checkpoint]
+    line = line_of(capsys, tool, *resume, *(["x.jpg"] if tool is predict else []), flag)
+    remedy = "did you mean --output?" if flag == "--output-dir=x" else "drop it"
+    assert f"{flag.partition('=')[0]}: is a flag of main.py that this tool does not read; {remedy}" in line
+
+
+@pytest.mark.parametrize("tool", [report, compare, tradeoff, predict, visualize_tokens])
+def test_one_process_uses_a_model(checkpoint, capsys, monkeypatch, tool):
+    monkeypatch.setattr(command, "init_distributed", lambda _: World(0, 2, 0, 1, torch.device("cpu")))
+    resume = [checkpoint] if tool is compare else ["--resume", checkpoint]
+    line = line_of(capsys, tool, *resume, *(["x.jpg"] if tool is predict else []))
+    assert "WORLD_SIZE=2: one process " in line and "start it without a launcher" in line
+
+
+def test_what_differs_from_training_is_logged(turned_photos, tmp_path, capsys):
+    file = write_checkpoint(tmp_path / "x.pth", turned_photos)
+    report.main(["--resume", file, *PHOTOS, "--val-fraction", "0.8", "--num-mistakes", "0", "--keep-rates", "0.7"])
+    changed = "evaluated with another setting than in training: --val-fraction was 0.3, is 0.8"
+    assert changed in capsys.readouterr().err
+    photo = str(turned_photos / "a" / "a0.jpg")
+    predict.main(["--resume", file, "--base-keep-rate", "0.5", photo])
+    predict.main(["--resume", file, photo])
+    said = capsys.readouterr().err
+    assert said.count("another setting than in training: ") == 1 and "--base-keep-rate was None, is 0.5" in said

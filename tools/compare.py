@@ -3,7 +3,8 @@
     python -m tools.compare output/A/best.pth output/B/best.pth
 
 All models see the validation data of the first checkpoint, each at its own
-input size. `change` is the top-1 minus that of the first model, in percentage
+input size, crop ratio and --upright. Checkpoints of one data set must agree on
+its other flags, such as --val-fraction. `change` is the top-1 minus that of the first model, in percentage
 points. All intervals are 95 % confidence intervals. The interval of a change
 depends on the images that only one of the two models gets right.
 """
@@ -11,14 +12,16 @@ depends on the images that only one of the two models gets right.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import engine
 from augment import ViewOptions
-from checkpoints import compare_classes
 from datasets import DataOptions, build_sources
-from flags import fill
+from flags import SHAPES, fill, spelled
 from loaders import LoaderOptions, build_val_loader
 from models import normalization
 from sources import Data
@@ -26,20 +29,48 @@ from tools import command
 from tools.outcomes import Outcome, accuracy_row, evaluate_images
 from tools.predict import score_name
 from tools.timing import write_results
-from utils import UserError, World, escaped, init_distributed
+from utils import UserError, World, escaped
+
+OWN = ("upright", "eval_crop_ratio")  # part of a model's preprocessing, so models may differ
 
 
-def evaluate(trained: command.Trained, val: Data, world: World) -> Outcome:
-    """Evaluate one model on these images.
+def check_split(models: Sequence[command.Trained]) -> None:
+    """Check that models of one data set were trained with the same split of it.
 
     Raises:
-        UserError: if its classes are not those of the data.
+        UserError: naming the first flag that differs.
     """
-    run, path = trained.run, trained.own.resume
-    model = command.load_model(run, trained.weights, path, world.device)
-    if val.num_classes != model.num_classes:
-        raise UserError(f"--resume {path}: has {model.num_classes} classes, the data have {val.num_classes}")
-    compare_classes(trained.about, {"val": val}, f"--resume {path}", run.allow_class_mismatch)
+    first = models[0]
+    for other in models[1:]:
+        if other.run.data_set != first.run.data_set:
+            continue
+        for name in SHAPES["evaluation"]:
+            ours, theirs = getattr(first.run, name), getattr(other.run, name)
+            if ours == theirs or name in ("data_path", *OWN):
+                continue
+            remedy = f"add {spelled(name)} VALUE for all, whose images no model was trained on"
+            if name == "val_fraction":  # a smaller held-out part is contained in a larger one
+                smallest = min(trained.run.val_fraction for trained in models)
+                remedy = f"add --val-fraction {smallest:g}, which all of them held out" if smallest else "drop one"
+            raise UserError(
+                f"{spelled(name)}: {first.own.resume} was trained with {ours}, {other.own.resume} with {theirs}, so "
+                f"one may have been trained on validation images of the other; {remedy}"
+            )
+
+
+def validation_data(models: Sequence[command.Trained], world: World) -> list[Data]:
+    """Return the validation data of the first checkpoint once per model, upright where the model expects it."""
+    options = fill(DataOptions, models[0].run)
+    found = {
+        upright: build_sources(replace(options, upright=upright), world.local_rank, eval_only=True)[1]
+        for upright in {trained.run.upright for trained in models}
+    }
+    return [found[trained.run.upright] for trained in models]
+
+
+def evaluate(trained: command.Trained, model: nn.Module, val: Data, world: World) -> Outcome:
+    """Evaluate one model on these images, with its own preprocessing."""
+    run = trained.run
     loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
     return evaluate_images(model, loader, score_name(trained.about), engine.select_amp(run.amp, world.device))
 
@@ -67,11 +98,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = [*own.main_flags, *(["--ema"] if own.ema else [])]
         one = command.get_parser("compare", __doc__)
         models = [command.parse(one, ["--resume", path, *words]) for path in own.checkpoints]
-        world = init_distributed(models[0].run.device)
-        if world.size > 1:
-            raise UserError(f"WORLD_SIZE={world.size}: one process compares; start it without a launcher")
-        _, val = build_sources(fill(DataOptions, models[0].run), world.local_rank, eval_only=True)
-        results = [evaluate(trained, val, world) for trained in models]
+        check_split(models)
+        world = command.start(models[0], "compares")
+        for trained in models[1:]:
+            command.log_changes(trained)
+        built = [command.load_model(each.run, each.weights, each.own.resume, world.device) for each in models]
+        parts = [
+            command.with_classes_of(trained, model, val)
+            for trained, model, val in zip(models, built, validation_data(models, world), strict=True)
+        ]
+        results = [evaluate(*each, world) for each in zip(models, built, parts, strict=True)]
         named = zip(own.checkpoints, results, strict=True)
         rows = [{"checkpoint": path} | accuracy_row(result, results[0]) for path, result in named]
         print(table(rows))
