@@ -1115,7 +1115,7 @@ def fit(
             )
             trained = train_one_epoch(state, batches, criterion, schedules, log, after_update=saver.check, **seeds)
             _close_epoch(state, world)
-            record = _described(state, trained, schedules)
+            record = _described(state, trained, schedules) | {"train_images": train_loader.num_positions}
             if (state.epoch + 1) % options.eval_interval == 0 or state.epoch + 1 == options.epochs:
                 saver.save(log)  # because the evaluation can fail
                 tested = _test(state, val_loader, stop)

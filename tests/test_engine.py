@@ -1517,7 +1517,7 @@ def test_the_log_has_the_original_keys_once_per_epoch(tmp_path):
     assert [record["epoch"] for record in records] == [0, 1]
     published = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
     averaged = {"test_ema_loss", "test_ema_acc1", "test_ema_acc5"}
-    assert all(set(record) == published | averaged | {"images_per_second"} for record in records)
+    assert all(set(record) == published | averaged | {"images_per_second", "train_images"} for record in records)
     assert records[0]["n_parameters"] == sum(parameter.numel() for parameter in build_deit().parameters())
 
 

@@ -516,6 +516,7 @@ def test_a_cosub_run_logs_both_losses_and_counts_its_real_images(tmp_path, monke
         count.remove()
     [record] = tiny.log_of(tmp_path)
     assert counted == [32]
-    assert json.loads((tmp_path / "config.json").read_text())["images_per_epoch"] == 4 * 32  # 145 images make 4 batches
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["images_per_epoch"] == record["train_images"] == 4 * 32  # 145 images make 4 batches
     assert forwards.count(64) == 4
     assert record["train_loss"] == pytest.approx((record["train_loss_base"] + record["train_loss_cosub"]) / 2)

@@ -167,7 +167,7 @@ def test_runs_are_compared_at_equal_minutes(tmp_path, capsys):
         output = capsys.readouterr()
         (row,) = json.loads(output.out)
         assert [row["epochs"], row["test_acc1"], row["minutes"]] == expected
-        assert f"skipped --within: {untimed}: log.txt has no images_per_second" in output.err
+        assert f"skipped --within: {untimed}/config.json has no images_per_epoch; drop" in output.err
 
 
 def test_summary_of_no_run_is_a_one_line_error(tmp_path):
@@ -408,12 +408,36 @@ def test_minutes_are_those_of_the_epochs_in_the_log(tmp_path):
     (tmp_path / "run" / "log.txt").write_text(
         log.replace('"epoch": 1', '"epoch": 101').replace('"epoch": 0', '"epoch": 100')
     )
+    assert read_run(tmp_path / "run").values("minutes") == [None, None]  # 100 epochs of unknown time
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"images_per_epoch": 600, "start_epoch": 100}))
     assert read_run(tmp_path / "run").values("minutes") == [1.0, 2.0]
     write_run(tmp_path / "zero", rate, {"images_per_second": 0.0}, rate, images_per_epoch=600)
     assert read_run(tmp_path / "zero").values("minutes") == [1.0, None, None]
     write_run(tmp_path / "huge", rate, images_per_epoch=600)
     (tmp_path / "huge" / "log.txt").write_text('{"epoch": 1' + 400 * "0" + ', "images_per_second": 1}\n')
     assert read_run(tmp_path / "huge").values("minutes") == [None]
+
+
+def test_a_log_without_its_first_epochs_tells_no_time(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", *3 * [{"images_per_second": 10.0}], images_per_epoch=600, start_epoch=0)
+    log = (tmp_path / "run" / "log.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "log.txt").write_text("".join(log[1:]))  # resumed from a checkpoint without its log
+    summarize.main([folder, "--format", "json"])
+    assert json.loads(capsys.readouterr().out)[0]["minutes"] is None
+    assert "lacks the epochs before 1" in error_line(capsys, summarize.main, folder, "--within", "9")
+    flags = ["--keys", "images_per_second", "--output", tmp_path / "x.png"]
+    assert "use --x epoch" in error_line(capsys, plot_runs.main, folder, "--x", "minutes", *flags)
+    plot_runs.main([folder, "--x", "images", *map(str, flags)])
+
+
+def test_each_record_has_its_own_number_of_images(tmp_path):
+    """A run may resume with another batch size; config.json is that of the last start."""
+    records = [{"images_per_second": 10.0, "train_images": images} for images in (600, 600, 1200)]
+    write_run(tmp_path / "run", *records, images_per_epoch=1200)
+    run = read_run(tmp_path / "run")
+    assert run.values("images") == [600, 1200, 2400] and run.values("minutes") == [1.0, 2.0, 4.0]
+    write_run(tmp_path / "old", {"images_per_second": 10.0}, records[2], images_per_epoch=300)
+    assert read_run(tmp_path / "old").values("minutes") == [0.5, 2.5]
 
 
 def test_models_whose_blocks_yield_no_tokens_are_measured(capsys):

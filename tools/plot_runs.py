@@ -31,6 +31,7 @@ TITLES = {
     "images_per_second": "training throughput",
     "keep_rate": "keep rate",
     "n_parameters": "trainable parameters",
+    "train_images": "training images per epoch",
 }
 MEASURES = {"loss": "loss", "acc1": "top-1 accuracy", "acc5": "top-5 accuracy"}
 TITLES |= {f"test_{name}": f"validation {title}" for name, title in MEASURES.items()}
@@ -80,10 +81,8 @@ def positions(runs: Sequence[Run], axis: str) -> tuple[str, list[list[float | No
     if axis == "epoch":
         return "epoch", [run.values("epoch") for run in runs]
     for run in runs:
-        if None in run.values("images"):
-            raise UserError(f"--x {axis}: {run.folder}/config.json has no images_per_epoch; use --x epoch")
-        if axis == "minutes" and None in run.values("minutes"):
-            raise UserError(f"--x minutes: {run.folder}/log.txt has records with no images_per_second; use --x epoch")
+        if None in run.values("images") or (axis == "minutes" and run.why_untimed()):
+            raise UserError(f"--x {axis}: {run.why_untimed()}; use --x epoch")
     if axis == "images":
         return "training images seen", [run.values("images") for run in runs]
     return "training time without evaluation (minutes)", [run.values("minutes") for run in runs]

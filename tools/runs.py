@@ -19,8 +19,8 @@ class Run:
 
     Attributes:
         folder: as the user named it.
-        records: one per epoch, from log.txt. If config.json has the images per epoch, with the number of training
-            `images` so far and the `minutes` of training so far, without evaluation, at the logged images/s.
+        records: one per epoch, from log.txt. If it or config.json has the images per epoch, with the number of
+            training `images` so far and the `minutes` of training so far, without evaluation, at the logged images/s.
         config: the flags, from config.json; empty if it cannot be read.
     """
 
@@ -49,18 +49,23 @@ class Run:
         """Return True if a record's accuracy counts for the best: an EViT must be at its final keep rate."""
         return number(record.get("keep_rate")) in (None, self.final_keep_rate())
 
+    def why_untimed(self) -> str:
+        """Return why the minutes of some record are unknown; '' if all are known."""
+        if None in self.values("images"):
+            return f"{self.folder}/config.json has no images_per_epoch"
+        if not _begins(self.records, self.config):
+            return f"{self.folder}/log.txt lacks the epochs before {self.records[0]['epoch']} and their time"
+        return f"{self.folder}/log.txt has records with no images_per_second" if None in self.values("minutes") else ""
+
     def within(self, minutes: float) -> Run:
         """Return the run as it was after this much training.
 
         Raises:
             UserError: if its files do not tell the time.
         """
+        if why := self.why_untimed():
+            raise UserError(f"--within: {why}; drop the flag or this run")
         times = self.values("minutes")
-        if None in times:
-            raise UserError(
-                f"--within: {self.folder}: log.txt has no images_per_second, or config.json no images_per_epoch; "
-                "drop the flag or this run"
-            )
         return replace(self, records=[r for r, time in zip(self.records, times, strict=True) if time <= minutes])
 
 
@@ -89,28 +94,31 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError):
         config = {}
     config = config if isinstance(config, dict) else {}
-    images = number(config.get("images_per_epoch"))
-    if images is not None:
-        records = _with_time(records, images)
-    return Run(folder, records, config)
+    return Run(folder, _with_time(records, config), config)
 
 
-def _with_time(records: Sequence[dict[str, Any]], images_per_epoch: float) -> list[dict[str, Any]]:
-    """Add `images` and `minutes` until the end of each record; no `minutes` once a record has no rate.
+def _begins(records: Sequence[dict[str, Any]], config: dict[str, Any]) -> bool:
+    """Return True if the records begin at the first epoch of the run."""
+    return not records or records[0]["epoch"] in (0, config.get("start_epoch"))
 
-    Epochs before the first record are not in the minutes.
+
+def _with_time(records: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add `images` and `minutes` until the end of each record, as far as they are known.
+
+    Epochs before the first record count as images of the same number per epoch; their minutes are unknown, except for
+    those before --start-epoch, which do not count.
     """
-    timed, last, minutes = [], None, 0.0
+    timed, last, images, minutes = [], None, 0.0, 0.0 if _begins(records, config) else None
     for record in records:
         epoch, rate = number(record["epoch"]), number(record.get("images_per_second"))
-        if epoch is None:  # above all floats
+        size = number(record.get("train_images", config.get("images_per_epoch")))  # logs of earlier versions: config
+        if epoch is None or size is None:  # above all floats
             return list(records)
-        last = epoch - 1 if last is None else last
-        minutes = None if not rate or minutes is None else minutes + (epoch - last) * images_per_epoch / rate / 60
+        images += size * (epoch + 1 if last is None else epoch - last)
+        since = 1 if last is None else epoch - last
+        minutes = None if not rate or minutes is None else minutes + since * size / rate / 60
         last = epoch
-        timed.append(
-            {"images": images_per_epoch * (epoch + 1)} | ({} if minutes is None else {"minutes": minutes}) | record
-        )
+        timed.append({"images": images} | ({} if minutes is None else {"minutes": minutes}) | record)
     return timed
 
 

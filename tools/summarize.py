@@ -4,8 +4,9 @@
 
 `best` is the highest validation top-1, next to its epoch. For an EViT, only
 epochs at the final keep rate count, as for best.pth. Images/s is the median
-over epochs; minutes are training time without evaluation. --within M compares
-runs at equal training time: it uses only the epochs of the first M minutes.
+over epochs; minutes are training time without evaluation, unknown if log.txt
+lacks the first epochs. --within M compares runs at equal training time: it uses
+only the epochs of the first M minutes.
 """
 
 from __future__ import annotations
