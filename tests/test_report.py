@@ -14,9 +14,12 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix
 from test_datasets import write_stream
 from timm.data import create_transform
+from torch import nn
 
 import engine
 import main
+from loaders import DeviceLoader
+from samplers import Batch
 from tools import outcomes, report, report_page
 
 MODEL = ["--model", "evit_tiny_patch16_224", "--input-size", "32", "--patch-size", "8", "--drop-loc", "0"]
@@ -190,10 +193,68 @@ def test_a_difference_on_the_same_images_has_the_interval_of_its_pairs():
     difference, (low, high) = outcomes.paired_difference(one, other)
     gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
     assert difference == pytest.approx(100 * (gained - lost) / 500)
-    # variance of McNemar's counts
-    error = 100 * np.sqrt(gained + lost - (gained - lost) ** 2 / 500) / 500
-    assert (low, high) == pytest.approx((difference - outcomes.Z * error, difference + outcomes.Z * error))
-    assert outcomes.paired_difference(one, one) == (0.0, [0.0, 0.0])
+    # the mean of -1, 0 and 1 with half an observation more of each kind of pair
+    counts = np.array([gained, lost, 500 - gained - lost]) + [0.5, 0.5, 1]
+    mean = np.average([1, -1, 0], weights=counts)
+    error = np.sqrt(np.average((np.array([1, -1, 0]) - mean) ** 2, weights=counts) / counts.sum())
+    assert (low, high) == pytest.approx((100 * (mean - outcomes.Z * error), 100 * (mean + outcomes.Z * error)))
+    assert (low, high) == pytest.approx(score_interval(gained, lost, 500), abs=0.05)
+
+
+def score_interval(gained, lost, images):
+    """Tango's score interval, by a search for the differences at which the test is at its limit."""
+    counts = np.array([gained, lost, images - gained - lost])
+
+    def statistic(delta):
+        rare = np.linspace(max(0, -delta), (1 - delta) / 2, 20001)[1:-1]  # share of lost images
+        shares = np.stack([rare + delta, rare, 1 - 2 * rare - delta])
+        with np.errstate(divide="ignore"):
+            best = rare[np.argmax((counts[:, None] * np.log(shares)).sum(axis=0))]
+        return (gained - lost - images * delta) / np.sqrt(images * (2 * best + delta - delta**2))
+
+    found = np.linspace(-0.3, 0.3, 2401)
+    inside = [delta for delta in found if abs(statistic(delta)) <= outcomes.Z]
+    return 100 * min(inside), 100 * max(inside)
+
+
+@pytest.mark.parametrize(
+    ("images", "gained", "low", "high"),
+    [(42, 0, -4.45, 4.45), (1, 1, -51.01, 100), (2, 2, -19.30, 100), (20, 19, 69.48, 100), (20, -19, -100, -69.48)],
+)
+def test_intervals_of_few_images_are_wide_and_at_most_100_points(images, gained, low, high):
+    one, other = np.arange(images) < max(gained, 0), np.arange(images) < max(-gained, 0)
+    difference, interval = outcomes.paired_difference(one, other)
+    assert difference == pytest.approx(100 * gained / images) and interval == pytest.approx((low, high), abs=0.005)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(700, 560), (60, 80), (1000, 1400), (0, 0)])
+def test_intervals_of_many_images_are_those_of_the_normal_approximation(gained, lost):
+    images = np.arange(10000)
+    one, other = images < gained, (images >= gained) & (images < gained + lost)
+    error = 100 * outcomes.Z * (one.astype(float) - other).std() / 100
+    difference, interval = outcomes.paired_difference(one, other)
+    assert interval == pytest.approx((difference - error, difference + error), abs=0.02)
+
+
+def test_only_a_model_compared_with_itself_has_no_interval():
+    row = outcomes.Outcome(dict.fromkeys(("acc1", "acc5", "loss", "images"), 0), *np.zeros((5, 42), int))
+    other = outcomes.Outcome(row.stats, *np.zeros((5, 42), int))
+    assert outcomes.accuracy_row(row, row)["acc1_change_interval"] == [0, 0]
+    assert outcomes.accuracy_row(other, row)["acc1_change_interval"] == pytest.approx((-4.45, 4.45), abs=0.005)
+
+
+def test_a_compiled_model_s_padded_batches_are_recorded_without_padding():
+    """A worker's partial batch of a stream may come before full ones."""
+    torch.manual_seed(0)
+    images, model = torch.randn(10, 3, 4, 4), nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+    with torch.no_grad():
+        targets = model(images).argmax(dim=1)
+    targets[3] = (targets[3] + 1) % 3
+    batches = [Batch(images[a:b], targets[a:b], torch.arange(a, b)) for a, b in ((0, 4), (4, 6), (6, 10))]
+    model.compile(backend="eager")
+    outcome = outcomes.evaluate_images(model, DeviceLoader(batches, torch.device("cpu"), None, 10), "softmax", None)
+    assert outcome.hits.tolist() == [position != 3 for position in range(10)] and outcome.stats["acc1"] == 90
+    assert outcome.positions.tolist() == list(range(10)) and len(outcome.true_probability) == 10
 
 
 def test_keep_rates_have_the_accuracy_of_their_evaluation(checkpoint, tmp_path, monkeypatch):

@@ -47,13 +47,14 @@ class Recorder(nn.Module):
         self.rows: list[list[torch.Tensor]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits = self.model(images)
-        batch, scores = self.loader.batch, probabilities(logits, self.score)
+        output, batch = self.model(images), self.loader.batch
+        logits = output[: len(batch.targets)]  # a compiled model also gets images that fill the batch
+        scores = probabilities(logits, self.score)
         # As in engine.evaluate, so that ties are decided alike.
         predicted = logits.float().topk(min(5, logits.shape[1])).indices[:, :1]
         chosen = [scores.gather(1, index)[:, 0] for index in (predicted, batch.targets[:, None])]
         self.rows.append([each.cpu() for each in (batch.positions, batch.targets, predicted[:, 0], *chosen)])
-        return logits
+        return output
 
 
 @dataclasses.dataclass
@@ -85,6 +86,8 @@ def evaluate_images(model: nn.Module, loader: DeviceLoader, score: str, amp_dtyp
     recorder = Recorder(model, recorded, score)
     stats = engine.evaluate(recorder, recorded, engine.autocast(model, amp_dtype))
     columns = [torch.cat(parts).numpy() for parts in zip(*recorder.rows, strict=True)]
+    if len({stats["images"], *map(len, columns)}) > 1:
+        raise RuntimeError(f"{stats['images']} images, but records of {', '.join(str(len(each)) for each in columns)}")
     order = np.argsort(columns[0], kind="stable")
     positions, targets, predicted, *chosen = (column[order] for column in columns)
     return Outcome(stats, positions, targets, predicted, *(each.astype(np.float64) for each in chosen))
@@ -107,17 +110,20 @@ def paired_difference(hits: np.ndarray, others: np.ndarray) -> tuple[float, list
         hits, others: [N] bool, which images each model predicts correctly.
 
     Returns:
-        The difference of the top-1 accuracies in percentage points, and its 95 % interval by the normal approximation.
+        The difference of the top-1 accuracies in percentage points, and its 95 % interval by Agresti and Min (2005):
+        Wald's after adding 1/2 to each of the four counts of pairs, so that few images do not give a narrow interval.
         Images that both models get right, or both wrong, narrow it.
     """
-    each = hits.astype(np.float64) - others
-    mean, margin = float(each.mean()), Z * float(each.std()) / math.sqrt(len(each))
-    return 100 * mean, [100 * (mean - margin), 100 * (mean + margin)]
+    images, gained, lost = len(hits), int((hits & ~others).sum()), int((others & ~hits).sum())
+    total, difference = images + 2, gained - lost
+    margin = Z * math.sqrt(gained + lost + 1 - difference**2 / total) / total
+    low, high = max(-1.0, difference / total - margin), min(1.0, difference / total + margin)
+    return 100 * difference / images, [100 * low, 100 * high]
 
 
 def accuracy_row(result: Outcome, first: Outcome) -> dict[str, Any]:
     """Return accuracies and loss as JSON values, with the change of top-1 against the first result."""
-    change, interval = paired_difference(result.hits, first.hits)
+    change, interval = (0.0, [0.0, 0.0]) if result is first else paired_difference(result.hits, first.hits)
     stats = {name: result.stats[name] for name in ("acc1", "acc5", "loss", "images")}
     known = {"acc1_interval": wilson(int(result.hits.sum()), len(result.hits))}
     return stats | known | {"acc1_change": change, "acc1_change_interval": interval}
