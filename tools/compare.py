@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--resume {own.resume}: would not be compared; name all checkpoints without this flag")
         words = [*own.main_flags, *(["--ema"] if own.ema else [])]
         one = command.get_parser("compare", __doc__)
-        models = [command.parse(one, ["--resume", path, *words]) for path in own.checkpoints]
+        paths = list(dict.fromkeys(own.checkpoints))  # each once
+        models = [command.parse(one, ["--resume", path, *words]) for path in paths]
         check_split(models)
         world = command.start(models[0], "compares")
         for trained in models[1:]:
@@ -108,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for trained, model, val in zip(models, built, validation_data(models, world), strict=True)
         ]
         results = [evaluate(*each, world) for each in zip(models, built, parts, strict=True)]
-        named = zip(own.checkpoints, results, strict=True)
+        named = zip(paths, results, strict=True)
         rows = [{"checkpoint": path} | accuracy_row(result, results[0]) for path, result in named]
         print(table(rows))
         if own.output:
-            write_results(own.output, world.device, {"checkpoints": own.checkpoints, "ema": own.ema}, {"rows": rows})
+            write_results(own.output, world.device, {"checkpoints": paths, "ema": own.ema}, {"rows": rows})
 
 
 if __name__ == "__main__":
