@@ -295,6 +295,13 @@ for name, size in (("plain", (72, 72)), ("distilled", (72, 96)), ("evit", (32, 3
     random = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         found = space["model"](random)
+    deep = Image.new("I;16", (40, 40), 30000)
+    try:
+        exec(chr(10).join(code), {"image": deep})
+    except ValueError as error:
+        assert str(error) == "convert it to 8 bits per channel first"
+    else:
+        raise AssertionError("16-bit images would be white")
     results[name] = {"random": found, "image": space["logits"].detach(), "view": space["transform"](space["image"]),
                      "names": space["model"].pretrained_cfg["label_names"]}
 assert sys.modules["models_evit"].__file__.startswith(os.getcwd()) and "checkpoints" not in sys.modules
@@ -340,6 +347,8 @@ def test_onnx_runs_by_its_docs_without_torch(trained, tmp_path, name):
         expected = model(view[None])
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "logits.npy")), expected, atol=1e-5, rtol=0)
     assert f"digit {expected.argmax()}" in printed
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(tmp_path / "photo.png")  # Pillow would turn it white
+    assert "convert it to 8 bits" in tiny.run("-I", "-c", code.replace("photo.jpg", "photo.png"), status=1)
 
 
 # -- models of one's own -----------------------------------------------------------------------------------------------

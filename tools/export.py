@@ -277,6 +277,7 @@ def readme(about: Mapping[str, Any], modules: Sequence[Path], acc1: float | None
                 "config = timm.data.resolve_model_data_config(model)",
                 "transform = timm.data.create_transform(**config, is_training=False)",
                 "image = PIL.ImageOps.exif_transpose(image)  # a PIL image; photos may be stored on their side",
+                'if image.mode[0] in "IF": raise ValueError("convert it to 8 bits per channel first")',
                 'logits = model(transform(image.convert("RGB"))[None])',
             ]
         ),
