@@ -704,8 +704,10 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
     train, val = _folder_tree(*parts, eval_only)
     if (options.num_classes or val.num_classes) < val.num_classes:
         raise UserError(f"--num-classes {options.num_classes}: {root} has {val.num_classes} classes; drop the flag")
-    num_classes = options.num_classes or val.num_classes
-    return replace(train, num_classes=num_classes), replace(val, num_classes=num_classes)
+    if (options.num_classes or val.num_classes) == val.num_classes:
+        return train, val
+    nameless = {"num_classes": options.num_classes, "class_names": (), "class_samples": ()}  # a name per class, or none
+    return replace(train, **nameless), replace(val, **nameless)
 
 
 def _share_images(train: Data, val: Data, options: DataOptions) -> bool:

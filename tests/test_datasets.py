@@ -956,6 +956,7 @@ def test_torch_folders_ignore_hidden_ones_and_take_more_classes(tmp_path):
         save(picture(0), tmp_path / part / ".ipynb_checkpoints" / "1.png")
     assert [source.num_classes for source in read("torch/image_folder", tmp_path)] == [2, 2]
     assert [source.num_classes for source in read("torch/image_folder", tmp_path, num_classes=5)] == [5, 5]
+    assert [source.class_names for source in read("torch/image_folder", tmp_path, num_classes=5)] == [(), ()]
     with tiny.user_error("--num-classes 1"):
         read("torch/image_folder", tmp_path, num_classes=1)
 

@@ -20,7 +20,7 @@ import engine
 import main
 from loaders import DeviceLoader
 from samplers import Batch
-from tools import outcomes, report, report_page
+from tools import outcomes, pack_dataset, report, report_page
 
 MODEL = ["--model", "evit_tiny_patch16_224", "--input-size", "32", "--patch-size", "8", "--drop-loc", "0"]
 MODEL += ["--model-kwargs", "embed_dim=48", "depth=2", "num_heads=3"]
@@ -298,6 +298,16 @@ def test_some_of_the_classes_have_the_indices_of_the_checkpoint(checkpoint, data
     assert found["acc1"] == evaluated(checkpoint, monkeypatch, *flags)["test_acc1"]
     assert [row["images"] for row in found["classes"]] == [0, 12, 12, 0]
     assert found["classes"][0]["acc1"] is None and found["classes"][0]["interval"] is None
+
+
+@pytest.mark.parametrize("stored", [sorted(NAMES), []])  # an earlier version stored names for some of the outputs
+def test_outputs_without_a_class_of_the_data_have_a_number(data, tmp_path, stored):
+    torch.save({"model": new_model(6).state_dict(), "class_names": stored}, tmp_path / "six.pth")
+    flags = ["--data-set", "torch/image_folder", "--data-path", str(data), "--num-classes", "6"]
+    report.main(["--resume", str(tmp_path / "six.pth"), *MODEL, *flags, *FAST, "--keep-rates", "0.7"])
+    names = [row["class"] for row in made(tmp_path / "report")["classes"]]
+    assert names == [*stored, *(f"class {index}" for index in range(len(stored), 6))]
+    pack_dataset.main([*flags, "--output", str(tmp_path / "pack"), "--size", "32", "--verify"])
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from torch import nn
 
 import engine
 from augment import ViewOptions
-from checkpoints import class_names_of
 from datasets import DataOptions, build_sources
 from flags import TRAINED, Parser, fill, in_range, keep_rates
 from loaders import DeviceLoader, LoaderOptions, build_val_loader
@@ -34,7 +33,7 @@ from models_evit import evit_blocks, is_evit
 from sources import Data, Source, keep_in_memory
 from tools import command, report_page
 from tools.outcomes import Outcome, evaluate_images, wilson
-from tools.predict import score_name
+from tools.predict import class_names, score_name
 from tools.timing import describe_environment
 from utils import (
     UserError,
@@ -180,7 +179,7 @@ def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any],
     loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
     score, amp_dtype = score_name(trained.about), engine.select_amp(run.amp, world.device)
     outcome = evaluate_images(model, loader, score, amp_dtype)
-    names = list(val.class_names or class_names_of(trained.about)) or [f"class {i}" for i in range(val.num_classes)]
+    names = list(val.class_names) or class_names(trained.about, model)
     stats, correct = outcome.stats, int(outcome.hits.sum())
     settings = {name: getattr(run, name) for name in (*TRAINED, "batch_size")}
     settings |= {"resume": own.resume, "ema": own.ema, "precision": str(amp_dtype or torch.float32)}
