@@ -205,6 +205,20 @@ def test_an_official_file_has_the_classes_of_imagenet(photos, tmp_path, capsys):
     assert max(map(len, table.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("outputs", "named"), [(4, 4), (6, 4), (1000, 4), (3, 0)])
+def test_stored_names_are_used_as_far_as_there_are_any(outputs, named):
+    model = torch.nn.Module()
+    model.num_classes = outputs
+    expected = [*NAMES[:named], *(f"class {index}" for index in range(named, outputs))]
+    assert predict.class_names({"class_names": NAMES}, model) == expected
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_infinite_logits_have_no_probability(score):
+    logits = torch.tensor([[0.0, 1.0], [torch.inf, 0.0], [-torch.inf, 0.0], [torch.nan, 0.0]], dtype=torch.float16)
+    assert predict.probabilities(logits, score).isfinite().all(dim=1).tolist() == [True, False, False, False]
+
+
 def test_weights_that_are_not_clear_are_a_one_line_error(checkpoint, photos, tmp_path, capsys):
     def line(*flags):
         error = run(capsys, photos, *flags, status=2).err

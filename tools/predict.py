@@ -55,21 +55,29 @@ def score_name(about: Mapping[str, Any]) -> str:
 
 
 def probabilities(logits: torch.Tensor, score: str) -> torch.Tensor:
-    """Return float32 probabilities [B, C] of logits [B, C] in any precision; `score` is a `score_name`."""
-    return logits.float().sigmoid() if score == "sigmoid" else logits.float().softmax(dim=1)
+    """Return float32 probabilities [B, C] of logits [B, C] in any precision; `score` is a `score_name`.
+
+    They are NaN for an image with a logit that is not finite.
+    """
+    logits = logits.float()
+    finite = logits.isfinite().all(dim=1, keepdim=True)
+    return (logits.sigmoid() if score == "sigmoid" else logits.softmax(dim=1)).where(finite, torch.nan)
 
 
 def class_names(about: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Return the class names of the checkpoint or of timm's weights; ImageNet-1k's for 1000 classes; else `class 3`."""
-    config = getattr(model, "pretrained_cfg", {})
+    """Return the class names of the checkpoint or of timm's weights, and `class 3` for a class without a name.
+
+    Without any names, 1000 classes are those of ImageNet-1k.
+    """
+    config, total = getattr(model, "pretrained_cfg", {}), model.num_classes
     published = [] if about else list(config.get("label_names") or ())
     described = config.get("label_descriptions") or {}
-    for names in (class_names_of(about), [str(described.get(name, name)) for name in published]):
-        if len(names) == model.num_classes:
-            return list(names)
-    if model.num_classes == 1000:
+    names = list(class_names_of(about)) or [str(described.get(name, name)) for name in published]
+    if not names and total == 1000:
         return ImageNetInfo(infer_imagenet_subset(model)).label_descriptions()
-    return [f"class {index}" for index in range(model.num_classes)]
+    if len(names) > total:  # of another model
+        names = []
+    return [*names, *(f"class {index}" for index in range(len(names), total))]
 
 
 # -- from files to predictions -----------------------------------------------------------------------------------------
