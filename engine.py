@@ -787,11 +787,12 @@ def settle_buckets(model: DistributedDataParallel, example: torch.Tensor) -> Non
     model.zero_grad(set_to_none=True)
 
 
-def check_one_image(model: nn.Module, example: torch.Tensor) -> None:
+def check_one_image(model: nn.Module, example: torch.Tensor, flag: str = "--batch-size") -> None:
     """Check before training that a model can train on one image at a time.
 
     Args:
         example: input batch of one image.
+        flag: the flag that set the batch size, for the error message.
 
     Raises:
         UserError: if batch normalization would get a single value per channel.
@@ -801,8 +802,8 @@ def check_one_image(model: nn.Module, example: torch.Tensor) -> None:
             model(example)
     except ValueError as error:
         raise UserError(
-            f"--batch-size 1: batch normalization cannot train on it ({reason(error)}); use --batch-size 2 or more, or "
-            f"a larger --input-size"
+            f"{flag} 1: batch normalization cannot train on it ({reason(error)}); use {flag} 2 or more, or a larger "
+            f"--input-size"
         ) from None
 
 

@@ -24,6 +24,7 @@ from tools import (
     loop_overhead,
     pictures,
     plot_runs,
+    show_augmentation,
     speed_test,
     summarize,
 )
@@ -505,6 +506,36 @@ def test_the_whole_attention_matrix_takes_its_memory(tmp_path):
     assert peaks["math"] - peaks["fused"] > matrix
 
 
+@pytest.mark.parametrize(
+    ("tool", "flags", "words"),
+    [
+        (speed_test, ["--models", "deit_tiny_patch16_224", "--input-size", "8"], "8 is not a multiple of the 16 px"),
+        (speed_test, ["--models", "test_resnet", "--train", "--batch-sizes", "2", "1"], "--batch-sizes 1: batch"),
+        (distillation_cost, ["--student", "test_resnet", "--batch-size", "1"], "--batch-size 1: batch norm"),
+        (distillation_cost, ["--teacher", "deit_tiny_patch16_224", "--input-size", "24"], "patch of --teacher deit"),
+        (checkpoint_cost, ["--model", "test_resnet", "--batch-size", "1"], "--batch-size 1: batch norm"),
+        (checkpoint_cost, ["--input-size", "8"], "8 is not a multiple of the 16 px patch"),
+    ],
+)
+def test_sizes_that_a_model_cannot_take_are_a_one_line_error(tool, flags, words, capsys):
+    usual = ["--device", "cpu", "--input-size", "32", "--rounds", "1", "--steps", "1"]
+    usual += ["--teacher", "test_resnet"] if tool is distillation_cost else []
+    assert words in error_line(capsys, tool.main, *usual, *flags)
+
+
+def test_a_distilled_model_without_a_teacher_is_timed(tmp_path):
+    flags = ["--student", "deit_tiny_distilled_patch16_224", "--teacher", "test_resnet", "--input-size", "32"]
+    flags += ["--batch-size", "2", "--rounds", "1", "--steps", "1", "--device", "cpu"]
+    distillation_cost.main([*flags, "--output", str(tmp_path / "cost.json")])
+    assert len(json.loads((tmp_path / "cost.json").read_text())["rows"]) == 4
+
+
+@pytest.mark.parametrize("suffix", [".psd", ".fli", ".dcx", ".xyz"])
+def test_pictures_of_formats_that_are_only_read_are_a_one_line_error(tmp_path, capsys, suffix):
+    flags = ["--input-size", "32", "--aa", "none", "--output", tmp_path / f"x{suffix}"]
+    assert "is not named as a picture; try x.png" in error_line(capsys, show_augmentation.main, *flags)
+
+
 def test_every_way_to_be_taught_is_timed(tmp_path, capsys):
     flags = ["--teacher", "test_resnet", "--input-size", "32", "--batch-size", "2", "--rounds", "1", "--steps", "2"]
     distillation_cost.main([*flags, "--device", "cpu", "--output", str(tmp_path / "cost.json")])
@@ -514,10 +545,19 @@ def test_every_way_to_be_taught_is_timed(tmp_path, capsys):
     assert capsys.readouterr().out.count("images/s") == 4
 
 
+def test_a_resumed_process_is_timed_to_its_first_step(tmp_path, monkeypatch):
+    """With --accum-steps, a log line counts forward passes and a checkpoint updates."""
+    lines = iter(["resuming epoch 0 after 10 of its 90 updates\n", "epoch 0  step 21/180  loss 2\n", "step 22/180\n"])
+    calls = {"terminate": lambda: None, "communicate": lambda: None, "stderr": lines, "pid": 0}
+    fake = types.SimpleNamespace(Popen=lambda *_, **__: types.SimpleNamespace(**calls), DEVNULL=None, PIPE=None)
+    monkeypatch.setattr(checkpoint_cost, "subprocess", fake)
+    assert checkpoint_cost.until_step([], tmp_path)["seconds"] > 0 and next(lines) == "step 22/180\n"
+
+
 @pytest.mark.process
 def test_saving_and_resuming_are_measured(tmp_path, capsys):
     small = ["--input-size", "32", "--batch-size", "2", "--steps", "1", "--rounds", "1", "--middle", "20"]
-    flags = [*map(str, tiny.TINY), "--batch-size", "16", "--epochs", "9"]
+    flags = [*map(str, tiny.TINY), "--batch-size", "16", "--epochs", "9", "--accum-steps", "2"]
     checkpoint_cost.main([*small, "--device", "cpu", "--output", str(tmp_path / "out.json"), "--", *flags])
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["saving"]["mebibytes"] > 60 and written["saving"]["seconds_of_saving"] > 0  # four of 5.5 million

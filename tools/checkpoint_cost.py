@@ -11,6 +11,7 @@ main.py with the flags after --. Linux only.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -27,10 +28,9 @@ import engine
 from checkpoints import LATEST
 from flags import COUNT, Parser
 from losses import SupervisedLoss, build_base_criterion
-from models import create_model
 from samplers import Batch
 from tools.chaos import REPOSITORY
-from tools.command import one_line_errors
+from tools.command import one_line_errors, untrained_model
 from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import RunError, StepLog, StopSignals, World, available_cpus, select_device
 
@@ -38,7 +38,9 @@ from utils import RunError, StepLog, StopSignals, World, available_cpus, select_
 def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Measure images/s of steps with and without one checkpoint, and the seconds of a checkpoint."""
     size = args.input_size
-    model = create_model(args.model, flag="--model", num_classes=10, input_size=(size, size)).to(device).train()
+    model = untrained_model(args.model, "--model", 10, size).to(device).train()
+    if args.batch_size == 1:
+        engine.check_one_image(model, torch.zeros(1, 3, size, size, device=device))
     optimizer = engine.build_optimizer(model, "adamw", lr=1e-5, weight_decay=0.05)
     amp = engine.select_amp(args.amp, device)
     state = engine.TrainState(model, model, optimizer, amp_dtype=amp, ema=ModelEmaV3(model))
@@ -93,8 +95,10 @@ def _bytes_read(process: subprocess.Popen) -> int:
     return total
 
 
-def until_step(flags: list[str], folder: Path, step: int) -> dict[str, float]:
-    """Run main.py until it logs this step of an epoch, then end it; by then it has saved.
+def until_step(flags: list[str], folder: Path, step: int | None = None) -> dict[str, float]:
+    """Run main.py until it logs this step of an epoch, by default the first step that it makes, then end it.
+
+    By then it has saved.
 
     Raises:
         RunError: if it ends before that step.
@@ -107,12 +111,12 @@ def until_step(flags: list[str], folder: Path, step: int) -> dict[str, float]:
     said = []
     for line in process.stderr:
         said.append(line)
-        if f"step {step}/" in line:
+        if re.search(rf"step {step or '[0-9]+'}/", line):
             found = {"seconds": time.perf_counter() - begin, "mebibytes_read": _bytes_read(process) / 2**20}
             process.terminate()
             process.communicate()
             return found
-    raise RunError(f"main.py ended before step {step}: {''.join(said[-3:])}")
+    raise RunError(f"main.py ended before {f'step {step}' if step else 'its first step'}: {''.join(said[-3:])}")
 
 
 def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[str, Any]:
@@ -120,9 +124,9 @@ def resuming(flags: list[str], folder: Path, middle: int, rounds: int) -> dict[s
     until_step(flags, folder / "run", middle)
     starts: dict[str, list[dict[str, float]]] = {"fresh": [], "resumed": []}
     for number in range(rounds):
-        starts["fresh"].append(until_step(flags, folder / f"fresh{number}", 1))
-        saved = torch.load(folder / "run" / LATEST, weights_only=True)  # each resumed run has trained one more step
-        starts["resumed"].append(until_step(flags, folder / "run", saved["step"] + 1))
+        starts["fresh"].append(until_step(flags, folder / f"fresh{number}"))
+        saved = torch.load(folder / "run" / LATEST, weights_only=True)  # each resumed run has trained further
+        starts["resumed"].append(until_step(flags, folder / "run"))
     medians = {
         kind: {name: statistics.median(start[name] for start in each) for name in each[0]}
         for kind, each in starts.items()

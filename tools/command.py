@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import datasets
 import flags
 from checkpoints import changes, class_names_of, compare_classes, ema_of, read_checkpoint, trained_size, weights_of
-from models import EVALUATION, ModelOptions, build_model, load_weights, place
+from models import EVALUATION, ModelOptions, build_model, create_model, load_weights, place, try_out
 from sources import Data, with_classes
 from utils import RunError, UserError, World, escaped, init_distributed, known_cause, logger, set_up_logging
 
@@ -239,6 +239,17 @@ def load_model(
     if not getattr(model, "num_classes", 1):
         raise UserError(f"--model {run.model}: has no classification layer; use a model that has one")
     return place(model, device).eval()
+
+
+def untrained_model(name: str, flag: str, num_classes: int, side: int, **options: Any) -> nn.Module:
+    """Build a model with random weights, because speed does not depend on them, and try it on one square image.
+
+    Raises:
+        UserError: if it cannot be built, or takes no images of this side in pixels; `flag` names it there.
+    """
+    model = create_model(name, flag=flag, num_classes=num_classes, input_size=(side, side), **options)
+    try_out(model, f"{flag} {name}", (side, side))
+    return model
 
 
 def with_classes_of(trained: Trained, model: nn.Module, val: Data) -> Data:

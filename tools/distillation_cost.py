@@ -19,26 +19,29 @@ import torch
 import engine
 from flags import COUNT, Parser
 from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
-from models import create_model, place
+from models import place
 from samplers import Batch
 from teachers import CachedTeacher, FrozenTeacher, Labels, LogProbabilities, TeacherCache
-from tools.command import one_line_errors
+from tools.command import one_line_errors, untrained_model
 from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import available_cpus, select_device
 
 CLASSES = 1000
 
 
-def student(name: str, input_size: int, amp: torch.dtype | None, device: torch.device, compiled: bool) -> Any:
-    """Build a model to train, with its optimizer."""
-    model = create_model(name, flag="--student", num_classes=CLASSES, input_size=(input_size, input_size))
+def student(args: argparse.Namespace, flag: str, device: torch.device) -> engine.TrainState:
+    """Build the model that a flag names, with its optimizer; `--distilled` also trains its distillation head."""
+    name, side = getattr(args, flag.removeprefix("--")), args.input_size
+    model = untrained_model(name, flag, CLASSES, side)
     if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(True)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    if compiled:
+        model.set_distilled_training(flag == "--distilled")
+    model = place(model, device).train()
+    if args.batch_size == 1:
+        engine.check_one_image(model, torch.zeros(1, 3, side, side, device=device))
+    if args.compile:
         model.compile()
     optimizer = engine.build_optimizer(model, "adamw", lr=1e-5, weight_decay=0.05)
-    return engine.TrainState(model, model, optimizer, amp_dtype=amp)
+    return engine.TrainState(model, model, optimizer, amp_dtype=engine.select_amp(args.amp, device))
 
 
 def steps(state: engine.TrainState, criterion: Callable, batches: list[Batch], number: int) -> Callable[[], int]:
@@ -57,13 +60,13 @@ def steps(state: engine.TrainState, criterion: Callable, batches: list[Batch], n
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> list[dict[str, Any]]:
     """Return a row for each kind of teacher, with ratios to training without one."""
-    amp, size = engine.select_amp(args.amp, device), args.input_size
+    size = args.input_size
     batches = []
     for number in range(4):
         images = torch.randn(args.batch_size, 3, size, size, device=device)
         targets = torch.randn(args.batch_size, CLASSES, device=device).softmax(dim=1)  # as Mixup returns them
         batches.append(Batch(images, targets, torch.arange(number * args.batch_size, (number + 1) * args.batch_size)))
-    model = create_model(args.teacher, flag="--teacher", num_classes=CLASSES, input_size=(size, size))
+    model = untrained_model(args.teacher, "--teacher", CLASSES, size)
     same = ((0.5,) * 3, (0.25,) * 3)
     live = FrozenTeacher(place(model, device), same, same)
     base = build_base_criterion(False, 0.1)
@@ -78,18 +81,15 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
         return DistillationLoss(base, teacher, LossOptions(distillation_type=kind))
 
     ways: dict[str, tuple[str, Any]] = {
-        "no teacher": (args.student, SupervisedLoss(base)),
-        "cached labels (hard)": (args.distilled, cached(Labels(CLASSES), "hard", "hard")),
-        "50 cached probabilities (soft)": (args.distilled, cached(LogProbabilities(CLASSES, 50), "soft", "soft")),
+        "no teacher": ("--student", SupervisedLoss(base)),
+        "cached labels (hard)": ("--distilled", cached(Labels(CLASSES), "hard", "hard")),
+        "50 cached probabilities (soft)": ("--distilled", cached(LogProbabilities(CLASSES, 50), "soft", "soft")),
         f"live {args.teacher} (hard)": (
-            args.distilled,
+            "--distilled",
             DistillationLoss(base, live, LossOptions(distillation_type="hard")),
         ),
     }
-    works = [
-        steps(student(name, size, amp, device, args.compile), criterion, batches, args.steps)
-        for name, criterion in ways.values()
-    ]
+    works = [steps(student(args, flag, device), criterion, batches, args.steps) for flag, criterion in ways.values()]
     rates = interleaved_rates(works, args.rounds, device)
     return [{"teacher": way} | ratio_row(own, rates[0]) for way, own in zip(ways, rates, strict=True)]
 

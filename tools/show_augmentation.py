@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line_errors("show_augmentation"):
         own = build_parser().parse_args(argv)
         set_up_logging(World.alone(torch.device("cpu")))
-        if own.output.suffix.lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(own.output.suffix.lower()) not in Image.SAVE:
             raise UserError(f"--output {own.output}: is not named as a picture; try {own.output.stem or 'picture'}.png")
         if own.aa not in ("", "none"):
             Policy(own.aa)  # refuses policies that cannot be compared

@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 import engine
 import models_evit
 from flags import COUNT, Parser, in_range
-from models import count_macs, create_model
-from tools.command import one_line_errors
+from models import count_macs
+from tools.command import one_line_errors, untrained_model
 from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import available_cpus, select_device
 
@@ -38,10 +38,9 @@ def models_to_time(names: list[str], keep_rates: list[float]) -> list[tuple[str,
 
 
 def build(name: str, keep_rate: float | None, input_size: int, device: torch.device) -> nn.Module:
-    """Build a model with random weights, because speed does not depend on them."""
+    """Build a model with random weights on the device."""
     options = {} if keep_rate is None else {"keep_rate": keep_rate}
-    size = (input_size, input_size)
-    model = create_model(name, flag="--models", num_classes=1000, input_size=size, **options)
+    model = untrained_model(name, "--models", 1000, input_size, **options)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     return model.to(device, memory_format=torch.channels_last)
@@ -125,6 +124,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     """Return a row for each batch size and model."""
     pairs, amp = models_to_time(args.models, args.keep_rates), engine.select_amp(args.amp, device)
     built = [build(name, rate, args.input_size, device) for name, rate in pairs]
+    if args.train and 1 in args.batch_sizes:
+        for model in built:
+            engine.check_one_image(model, torch.zeros(1, 3, *2 * (args.input_size,), device=device), "--batch-sizes")
     facts = [describe(model, (args.input_size, args.input_size)) for model in built]
     if args.compile:
         for model in built:
