@@ -1,6 +1,7 @@
 """The benchmark at a tiny size; its timings are not checked."""
 
 import json
+import os
 import sys
 import time
 import types
@@ -148,8 +149,8 @@ def test_runs_on_a_cpu_are_timed_in_processes_of_their_own(tmp_path, capsys, mon
     monkeypatch.setattr(bench, "subprocess", types.SimpleNamespace(Popen=Process, PIPE=None))
     monkeypatch.setattr(bench, "available_cpus", lambda: 2)
     monkeypatch.setattr(bench.ctypes.util, "find_library", lambda name: f"lib{name}.so.4")
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LD_PRELOAD", "another.so")  # of this process; both are set for each run
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     (rows,) = run(tmp_path, capsys, "cpu")
     library = "libtcmalloc_minimal.so.4"
     assert started == [(None, None), (None, "1"), (None, "1"), (library, None), (library, "1"), (library, "1")]
@@ -165,7 +166,7 @@ def test_runs_on_a_cpu_are_timed_in_processes_of_their_own(tmp_path, capsys, mon
 @pytest.mark.slow
 def test_a_run_on_a_cpu_tells_its_images_per_second(monkeypatch):
     monkeypatch.setattr(bench, "SMALL_RUN", [*bench.SMALL_RUN, "--train-fraction", "0.1"])
-    assert bench._rate_of_runs({"OMP_NUM_THREADS": "1"}, 1) > 0
+    assert bench._rate_of_runs({**os.environ, "OMP_NUM_THREADS": "1"}, 1) > 0
 
 
 def test_an_epoch_is_held_against_what_was_timed_before_and_after_it(tmp_path, monkeypatch):
@@ -218,3 +219,31 @@ def test_a_mistake_is_a_one_line_error_before_anything_is_measured(flags, words,
     with pytest.raises(SystemExit) as info:
         bench.main([*SMALL, *flags])
     assert info.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--models", "deit_tiny_patch16_224", "deit_tinny_patch16_224"],
+            "--models deit_tinny_patch16_224: timm has no",
+        ),
+        (["--teacher", "resnet5"], "--teacher resnet5: timm has no such model"),
+        (["--input-size", "40"], "--input-size 40 40: 40 is not a multiple of the 16 px patch"),
+    ],
+)
+def test_a_wrong_model_is_found_before_anything_is_measured(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as info:
+        bench.main([*SMALL, *flags])
+    assert info.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_later_run_of_a_day_keeps_the_earlier_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        names.append(settled().output)
+        names[-1].parent.mkdir(exist_ok=True)
+        names[-1].touch()
+    assert [name.name.removeprefix(names[0].stem) for name in names] == [".json", "-2.json", "-3.json"]

@@ -57,7 +57,7 @@ from samplers import Batch
 from tools import distillation_cost, speed_test
 from tools.chaos import REPOSITORY
 from tools.checkpoint_cost import until_step
-from tools.command import one_line_errors
+from tools.command import one_line_errors, untrained_model
 from tools.timing import compare, describe_environment, interleaved_rates, ratio_row, spread, write_results
 from utils import RunError, StepLog, UserError, World, available_cpus, select_device, set_up_kernels
 
@@ -308,7 +308,7 @@ def start(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
     for _ in range(min(STARTS, args.rounds)):
         with tempfile.TemporaryDirectory() as folder:
             flags = run_flags(args, "--no-compile", "--no-compile-augment", "--epochs", 1)
-            seconds.append(until_step(flags, Path(folder), 1)["seconds"])
+            seconds.append(until_step(flags, Path(folder))["seconds"])
     return [{"name": "from the command to its first step", "starts": len(seconds)} | spread("seconds", seconds)]
 
 
@@ -317,6 +317,8 @@ def cpu(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
 
     tcmalloc is compared if it is installed. The images/s of parallel runs are added.
     """
+    # Each way sets its own allocator and threads, whatever this process was started with.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "OMP_NUM_THREADS")}
     one_thread = {"OMP_NUM_THREADS": "1"}
     ways: dict[str, tuple[dict[str, str], int]] = {
         "glibc's allocator": ({}, 1),
@@ -330,13 +332,13 @@ def cpu(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds):
         for name, (environment, runs) in ways.items():
-            rates[name].append(_rate_of_runs(environment, runs))
+            rates[name].append(_rate_of_runs(inherited | environment, runs))
     first = next(iter(ways))
     return [{"name": name, "against": first} | ratio_row(found, rates[first]) for name, found in rates.items()]
 
 
 def _rate_of_runs(environment: Mapping[str, str], runs: int) -> float:
-    """Return the sum of images/s of parallel runs, in their second epoch.
+    """Return the sum of images/s of parallel runs in this environment, in their second epoch.
 
     Raises:
         RunError: if one of them fails.
@@ -347,7 +349,7 @@ def _rate_of_runs(environment: Mapping[str, str], runs: int) -> float:
             subprocess.Popen(
                 [sys.executable, "main.py", *SMALL_RUN, "--output-dir", str(own)],
                 cwd=REPOSITORY,
-                env=os.environ | environment,
+                env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -434,7 +436,11 @@ def get_parser() -> Parser:
     add("--teacher", default="regnety_160", help="teacher, any timm model")
     add("--input-size", type=COUNT, default=224, help="side of the images in pixels")
     add("--data-path", metavar="PATH", help="folder of CIFAR-10, for whole runs; default: the bundled digits")
-    add("--output", type=Path, help="JSON file of the results; default: results/bench-DEVICE-DATE.json")
+    add(
+        "--output",
+        type=Path,
+        help="JSON file of the results; default: results/bench-DEVICE-DATE.json, or -2, ... if that exists",
+    )
     return parser
 
 
@@ -454,8 +460,22 @@ def settle(args: argparse.Namespace, device: torch.device) -> argparse.Namespace
     sizes = ("tiny", "small", "base") if on_cuda else ("tiny",)
     defaults = {"batch_size": 256 if on_cuda else 32, "steps": 5 if on_cuda else 2, "rounds": 7 if on_cuda else 3}
     defaults |= {"compile": on_cuda, "models": [f"deit_{size}_patch16_224" for size in sizes]}
-    defaults |= {"output": Path(f"results/bench-{slug}-{about['date']}.json")}
+    first = Path(f"results/bench-{slug}-{about['date']}.json")
+    names = itertools.chain([first], (first.with_stem(f"{first.stem}-{number}") for number in itertools.count(2)))
+    defaults |= {"output": next(name for name in names if not name.exists())}  # keep an earlier one of the same day
     return argparse.Namespace(**{n: defaults.get(n) if value is None else value for n, value in vars(args).items()})
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Build the models that the sections need, so that a wrong name or size is found before anything is measured.
+
+    Raises:
+        UserError: naming the model.
+    """
+    needed = [("--models", name) for name in args.models] if {"step", "end-to-end", "start"} & {*args.only} else []
+    needed += [("--teacher", args.teacher)] if "distillation" in args.only else []
+    for flag, name in needed:
+        untrained_model(name, flag, CLASSES, args.input_size)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -464,6 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("bench"):
         device = select_device(args.device, 0)
         args = settle(args, device)
+        check_models(args)
         set_up_kernels(deterministic=False)
         measure(args, device)
     print(f"written to {args.output}")
