@@ -393,6 +393,30 @@ def test_an_earlier_report_is_replaced_whole(checkpoint, tmp_path):
     assert len(list((tmp_path / "r").glob("mistake_*"))) == 1
 
 
+def test_an_earlier_report_survives_an_error_while_writing(checkpoint, tmp_path, capsys, monkeypatch):
+    flags = ["--resume", checkpoint, *FAST, "--num-mistakes", "1", "--keep-rates", "0.7", "--output", tmp_path / "r"]
+    report.main([str(flag) for flag in flags])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report_page, "draw_figures", fail)
+    assert "cannot be written (disk full)" in line_of(capsys, *flags)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
+    assert os.listdir(tmp_path) == ["r"]
+
+
+def test_what_can_be_checked_is_checked_before_the_evaluation(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "evaluate_images", lambda *_: pytest.fail("evaluated"))
+    resume = ["--resume", checkpoint, *FAST, "--output"]
+    line = line_of(capsys, *resume, tmp_path / "r", "--keep-rates", "0.7,0.5")
+    assert "--keep-rates" in line and "--base-keep-rate" not in line
+    (tmp_path / "file").touch()
+    assert "cannot be written" in line_of(capsys, *resume, tmp_path / "file" / "deeper" / "r")
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_folders_of_anything_else_are_left_alone(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "make_report", lambda *_: pytest.fail("evaluated"))
     resume = ["--resume", checkpoint, "--output"]

@@ -241,6 +241,19 @@ def load_model(
     return place(model, device).eval()
 
 
+def load_at_rates(trained: Trained, rates: Sequence[float | Sequence[float]], device: torch.device) -> list[nn.Module]:
+    """Build the trained EViT at each of these keep rates, in evaluation mode.
+
+    Raises:
+        UserError: if it cannot be built with one of `--keep-rates`.
+    """
+    try:
+        runs = [at_keep_rate(trained.run, rate) for rate in rates]
+        return [load_model(run, trained.weights, trained.own.resume, device) for run in runs]
+    except UserError as error:
+        raise UserError(str(error).replace("--base-keep-rate", "--keep-rates")) from error
+
+
 def untrained_model(name: str, flag: str, num_classes: int, side: int, **options: Any) -> nn.Module:
     """Build a model with random weights, because speed does not depend on them, and try it on one square image.
 

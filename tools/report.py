@@ -11,10 +11,12 @@ rates.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,26 +145,43 @@ def validation_data(trained: command.Trained, model: nn.Module, world: World) ->
     return keep_in_memory(files, options.ram_cache), files
 
 
-def rate_rows(
-    trained: command.Trained, model: nn.Module, loader: DeviceLoader, outcome: Outcome, world: World
-) -> list[dict[str, Any]]:
-    """Measure accuracy at each of `--keep-rates` and at the model's own; [] for a model that keeps all patches."""
+@dataclasses.dataclass
+class AtRate:
+    """The model at a keep rate; None for the rate of the checkpoint, which the report is about."""
+
+    keep_rate: float | Sequence[float]
+    model: nn.Module | None
+
+
+def at_rates(trained: command.Trained, model: nn.Module, world: World) -> list[AtRate]:
+    """Build the model at each of `--keep-rates`; its own rate is among them. [] for a model without keep rates.
+
+    Raises:
+        UserError: if it cannot be built with one of the rates.
+    """
     own, run = trained.own, trained.run
     if not is_evit(run.model):
         return []
     usual = run.model_kwargs.get("keep_rate", run.base_keep_rate)
     if usual is None:  # the default of the model
         usual = min(block.keep_rate for block in evit_blocks(model))
-    rates = list(own.keep_rates or DEFAULT_RATES)
-    rates += [] if usual in rates else [usual]
+    others = [rate for rate in own.keep_rates or DEFAULT_RATES if rate != usual]
+    models = command.load_at_rates(trained, others, world.device)
+    rates = [AtRate(usual, None), *map(AtRate, others, models)]
+    return sorted(rates, key=lambda each: -np.mean(each.keep_rate))
+
+
+def rate_rows(
+    rates: Sequence[AtRate], loader: DeviceLoader, outcome: Outcome, amp_dtype: torch.dtype | None
+) -> list[dict[str, Any]]:
+    """Measure the accuracy at each keep rate; `outcome` is that of the checkpoint's rate."""
     rows = []
-    for rate in sorted(rates, key=lambda rate: -np.mean(rate)):
+    for each in rates:
         stats = outcome.stats
-        if rate != usual:
-            other = command.load_model(command.at_keep_rate(run, rate), trained.weights, own.resume, world.device)
-            stats = engine.evaluate(other, loader, engine.autocast(other, engine.select_amp(run.amp, world.device)))
+        if each.model is not None:
+            stats = engine.evaluate(each.model, loader, engine.autocast(each.model, amp_dtype))
         hits = round(stats["acc1"] * stats["images"] / 100)
-        row = {"keep_rate": rate, "is_own": rate == usual, "interval": wilson(hits, stats["images"])}
+        row = {"keep_rate": each.keep_rate, "is_own": each.model is None, "interval": wilson(hits, stats["images"])}
         rows.append(row | {name: stats[name] for name in ("acc1", "acc5", "loss")})
     return rows
 
@@ -175,6 +194,7 @@ def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any],
     """
     own, run = trained.own, trained.run
     model = command.load_model(run, trained.weights, own.resume, world.device)
+    rates = at_rates(trained, model, world)
     val, files = validation_data(trained, model, world)
     loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
     score, amp_dtype = score_name(trained.about), engine.select_amp(run.amp, world.device)
@@ -195,7 +215,7 @@ def make_report(trained: command.Trained, world: World) -> tuple[dict[str, Any],
         "confused_pairs": confused_pairs(outcome, names),
         "confusion_matrix": confusion_matrix(outcome, len(names)).tolist() if len(names) <= MAX_CLASSES else None,
         "mistakes": mistakes(outcome, names, files, own.num_mistakes),
-        "keep_rates": rate_rows(trained, model, loader, outcome, world),
+        "keep_rates": rate_rows(rates, loader, outcome, amp_dtype),
     }, files
 
 
@@ -234,25 +254,46 @@ def thumbnail(image: Image.Image, side: int = 224) -> Image.Image:
     return image
 
 
-def write(report: dict[str, Any], files: Data, folder: Path) -> None:
-    """Write the report and replace an earlier one.
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk into a one-line error that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written ({reason(error)}); name another folder") from None
+
+
+def temporary_folder(folder: Path) -> tempfile.TemporaryDirectory:
+    """Create a folder next to that of the report, before the evaluation, because this may fail.
 
     Raises:
         UserError: see `earlier_report`, or if the folder cannot be written.
     """
-    try:
-        for path in earlier_report(folder):
-            path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        # First, because it marks the folder as a report.
-        write_whole(folder / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    earlier_report(folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
+
+
+def write(report: dict[str, Any], files: Data, new: Path, folder: Path) -> None:
+    """Write the report to a new folder, then move its files to `folder`, where they replace an earlier report.
+
+    Raises:
+        UserError: see `earlier_report`, or if the folder cannot be written.
+    """
+    with writing(folder):
+        write_whole(new / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
         for row in report["mistakes"]:
             if row["picture"]:
-                thumbnail(files[row["position"]][0]).save(folder / row["picture"])
-        report_page.draw_figures(report, folder)
-        write_whole(folder / "index.html", report_page.page(report).encode())
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written ({reason(error)}); name another folder") from None
+                thumbnail(files[row["position"]][0]).save(new / row["picture"])
+        report_page.draw_figures(report, new)
+        write_whole(new / "index.html", report_page.page(report).encode())
+        for path in earlier_report(folder):
+            path.unlink()
+        folder.mkdir(exist_ok=True)
+        # report.json first, because it marks the folder as a report.
+        for path in sorted(new.iterdir(), key=lambda path: path.name != "report.json"):
+            path.rename(folder / path.name)
 
 
 def build_parser() -> Parser:
@@ -276,10 +317,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if own.keep_rates and not is_evit(run.model):
             raise UserError(f"--keep-rates: {run.model} has no EViT blocks; drop the flag")
         folder = own.output or (Path() if "://" in own.resume else Path(own.resume).parent) / "report"
-        earlier_report(folder)
-        world = command.start(trained, "makes the report")
-        report, files = make_report(trained, world)
-        write(report, files, folder)
+        with temporary_folder(folder) as new:
+            world = command.start(trained, "makes the report")
+            report, files = make_report(trained, world)
+            write(report, files, Path(new), folder)
         low, high = report["interval"]
         print(
             f"{folder / 'index.html'}: top-1 {report['acc1']:.2f} % ({low:.2f} to {high:.2f}), top-5 "

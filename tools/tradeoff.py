@@ -40,11 +40,10 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
     own, run = trained.own, trained.run
     if not is_evit(run.model) and not evit_blocks(command.load_model(run, trained.weights, own.resume, world.device)):
         raise UserError(f"--model {run.model}: has no EViT blocks; add --model with the evit_* model of its size")
-    models = []
-    for rate in own.keep_rates:
-        models.append(command.load_model(command.at_keep_rate(run, rate), trained.weights, own.resume, world.device))
-        if run.compile:
-            models[-1].compile()
+    models = command.load_at_rates(trained, own.keep_rates, world.device)
+    if run.compile:
+        for model in models:
+            model.compile()
     _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
     val = command.with_classes_of(trained, models[0], val)
     views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
