@@ -542,6 +542,9 @@ def test_too_small_a_disk_is_said_before_anything_is_written(tree, tmp_path, cap
 def test_a_pack_is_checked_without_the_data(pack, capsys):
     pack_tool(pack, "--verify")
     assert "is intact" in capsys.readouterr().err
+    for flag in ("--size=16", "--format=jpeg", "--num-classes=3", "--no-overwrite"):
+        line = line_of(capsys, pack, "--verify", flag)
+        assert f"{flag.partition('=')[0].replace('--no-', '--')}: --verify without --data-set" in line
     flip_byte(pack / "train_00000.bin", 5)
     error = line_of(capsys, pack, "--verify")
     assert f"number 0 of train in {pack}" in error and AGAIN in error

@@ -31,7 +31,7 @@ from PIL import Image
 
 import packs
 from datasets import DataOptions, build_sources
-from flags import Parser, add_data_arguments, fill, in_range
+from flags import Parser, add_data_arguments, fill, in_range, spelled
 from sources import Source
 from tools import command
 from utils import Progress, RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
@@ -384,6 +384,14 @@ def check(folder: Path) -> None:
     logger.info("%s is intact", folder)
 
 
+def typed(argv: Sequence[str] | None) -> list[str]:
+    """Return the flags for packing that were typed, also those typed with their default value."""
+    parser, unset = build_parser(), object()
+    blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    own = vars(parser.parse_args(argv, blank))
+    return [spelled(name) for name, value in own.items() if value is not unset and name not in ("output", "verify")]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line_errors("pack_dataset"):
         own = build_parser().parse_args(argv)
@@ -393,6 +401,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("--data-set: name the data to pack, or add --verify to check the pack in --output")
         if packing:
             pack(own)
+        elif given := typed(argv):
+            raise UserError(f"{given[0]}: --verify without --data-set and --data-path packs nothing; drop it")
         if own.verify:
             check(own.output)
 
