@@ -11,6 +11,7 @@ inference, interleaved in one process; `ratio` is relative to the first rate.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,22 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the rows for a terminal of 80 columns."""
+    """Format the rows for a terminal of 80 columns; a long list of rates has its own line."""
     heads = f"{'keep rate':>11s} {'top-1 %':>8s} {'interval':>13s} {'change':>7s} {'interval':>13s}"
     lines = [f"{heads} {'images/s':>9s} {'ratio':>6s} {'GMACs':>6s}"]
     for row in rows:
         low, high = row["acc1_interval"]
         less, more = row["acc1_change_interval"]
         around, changed = f"{low:.2f}-{high:.2f}", f"{less:+.2f} {more:+.2f}"
+        changed = changed if len(changed) <= 13 else f"{less:+.1f} {more:+.1f}"
+        rate, giga = label(row["keep_rate"]), (row["macs"] or 0) / 1e9
+        macs = f"{giga:.3f}" if 0 < giga < 100 else f"{giga:.1f}" if giga else "-"
+        if len(rate) > 11:
+            lines += textwrap.wrap(rate, 80)
+            rate = ""
         lines.append(
-            f"{label(row['keep_rate']):>11s} {row['acc1']:8.2f} {around:>13s} {row['acc1_change']:+7.2f} "
-            f"{changed:>13s} {row['images_per_second']:9.1f} {row['ratio']:6.2f} {row['macs'] / 1e9:6.3f}"
+            f"{rate:>11s} {row['acc1']:8.2f} {around:>13s} {row['acc1_change']:+7.2f} "
+            f"{changed:>13s} {row['images_per_second']:9.1f} {row['ratio']:6.2f} {macs:>6s}"
         )
     return "\n".join(lines)
 
@@ -129,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line_errors("tradeoff"):
         trained = command.parse(parser, argv)
         own, run = trained.own, trained.run
-        if own.output and own.output.suffix in pictures.PLOT_SUFFIXES:
+        if own.output and own.output.suffix.lower() in pictures.PLOT_SUFFIXES:
             raise UserError(f"--output {own.output}: is the name of the plot; name a .json file next to it")
         world = command.start(trained, "measures")
         rows = measure(trained, world)
