@@ -310,6 +310,16 @@ def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
     assert picture.width == 2 * 224 + pictures.GAP + 2 * pictures.MARGIN and picture.height > 224
 
 
+def test_pictures_of_an_earlier_call_are_replaced(checkpoint, tmp_path, capsys):
+    flags = ["--resume", checkpoint, "--output", str(tmp_path)]
+    visualize_tokens.main([*flags, "--num-images", "3"])
+    (tmp_path / "notes.png").touch()
+    visualize_tokens.main([*flags, "--num-images", "1"])
+    assert sorted(os.listdir(tmp_path)) == ["0000.png", "notes.png"]
+    line = line_of(capsys, visualize_tokens, *flags, "--images", tmp_path, "--num-images", "2")
+    assert "--num-images: is for validation images" in line
+
+
 def test_what_cannot_be_drawn_is_a_one_line_error(checkpoint, tmp_path, capsys):
     tool, resume = visualize_tokens, ("--resume", checkpoint, "--output", tmp_path / "out")
     assert "no such file or folder" in line_of(capsys, tool, *resume, "--images", tmp_path / "gone")
@@ -348,6 +358,27 @@ def test_the_tradeoff_has_the_accuracy_of_the_run_at_its_own_rate(run, checkpoin
     assert Image.open(file.with_suffix(".png")).width > 100
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and max(map(len, lines)) <= 80
+
+
+def test_tradeoff_tables_have_at_most_80_columns():
+    usual = {"acc1": 100.0, "acc1_interval": [94.34, 100.0], "acc1_change": -100.0, "ratio": 12.34, "macs": 1234.56e9}
+    row = usual | {"acc1_change_interval": [-100.0, -66.17], "images_per_second": 123456.7}
+    rates = (1.0, [0.75, 0.75, 0.55], [0.5, 0.7], [0.75] * 24)
+    lines = tradeoff.table([row | {"keep_rate": rate} for rate in rates] + [row | {"keep_rate": 0.5, "macs": None}])
+    lines = lines.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[2] == "0.75,0.75,0.55" and lines[4].split()[0] == "0.5,0.7"
+    assert lines[1].split() == [
+        "1",
+        "100.00",
+        "94.34-100.00",
+        "-100.00",
+        "-100.0",
+        "-66.2",
+        "123456.7",
+        "12.34",
+        "1234.6",
+    ]
+    assert "".join(lines[5:7]) == ",".join(["0.75"] * 24) and lines[-1].endswith("     -")
 
 
 def row_of(keep_rate, acc1, speed, images=400, spread=0.1):
@@ -406,7 +437,8 @@ def test_what_has_no_tradeoff_is_a_one_line_error(checkpoint, tmp_path, capsys):
     bare = tmp_path / "deit.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
     assert "no EViT blocks" in line_of(capsys, tradeoff, "--resume", bare, *deit, *tiny.DATA)
-    assert "is the name of the plot" in line_of(capsys, tradeoff, "--resume", checkpoint, "--output", "a.png")
+    for name in ("a.png", "a.PNG", "a.Svg"):
+        assert "is the name of the plot" in line_of(capsys, tradeoff, "--resume", checkpoint, "--output", name)
     assert "1.5 is not above 0 and at most 1" in line_of(
         capsys, tradeoff, "--resume", checkpoint, "--keep-rates", "1.5"
     )

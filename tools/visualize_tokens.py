@@ -3,8 +3,8 @@
     python -m tools.visualize_tokens --resume output/best.pth --images photo.jpg
     python -m tools.visualize_tokens --resume output/best.pth --num-images 8
 
-Without --images, validation images are drawn. Dropped and fused patches are
-gray and hatched.
+Without --images, --num-images validation images are drawn. Dropped and fused
+patches are gray and hatched. The pictures of an earlier call are replaced.
 """
 
 from __future__ import annotations
@@ -137,19 +137,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="PATH",
         help="files and folders, turned upright by their EXIF orientation; default: the validation data",
     )
-    parser.add_argument("--num-images", type=COUNT, default=8, help="number of validation images")
+    parser.add_argument("--num-images", type=COUNT, help="number of validation images; default: 8")
     parser.add_argument("--output", type=Path, default=Path("output/tokens"), help="folder of the PNG files")
     with command.one_line_errors("visualize_tokens"):
         trained = command.parse(parser, argv)
         own, run, weights, *_ = trained
+        if own.images and own.num_images:
+            raise UserError("--num-images: is for validation images; drop it, or name fewer files with --images")
         world = command.start(trained, "draws")
         model = command.load_model(run, weights, own.resume, world.device)
         if not any(block.keep_rate < 1 for block in evit_blocks(model)):
             raise UserError(f"--model {run.model}: drops no patches; add --base-keep-rate 0.7, or --model evit_...")
-        source = find_images(own.images) if own.images else validation_images(run, world, own.num_images)
+        source = find_images(own.images) if own.images else validation_images(run, world, own.num_images or 8)
         mean, std = normalization(model)
         transform = datasets.build_eval_transform(fill(ViewOptions, run), (mean, std))
         own.output.mkdir(parents=True, exist_ok=True)
+        for earlier in own.output.glob("[0-9][0-9][0-9][0-9].png"):
+            earlier.unlink()
         fused = any(block.fuse_token for block in evit_blocks(model))
         caption = f"Gray and hatched: {'fused into one token' if fused else 'dropped'}. Layers are counted from 0."
         for number in range(len(source)):
