@@ -390,7 +390,8 @@ def tree(tmp_path):
 
 def pack_tool(output, *flags, data=None):
     named = ["--data-set", "IMNET", "--data-path", data] if data else []
-    pack_dataset.main([str(flag) for flag in (*named, "--output", output, "--size", SIZE, *flags)])
+    size = [] if "--verify" in flags and not data else ["--size", SIZE]
+    pack_dataset.main([str(flag) for flag in (*named, "--output", output, *size, *flags)])
 
 
 def line_of(capsys, *arguments, **options):
