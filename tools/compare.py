@@ -4,9 +4,10 @@
 
 All models see the validation data of the first checkpoint, each at its own
 input size, crop ratio and --upright. Checkpoints of one data set must agree on
-its other flags, such as --val-fraction. `change` is the top-1 minus that of the first model, in percentage
-points. All intervals are 95 % confidence intervals. The interval of a change
-depends on the images that only one of the two models gets right.
+its other flags, such as --val-fraction. `change` is the top-1 minus that of the
+first model, in percentage points. All intervals are 95 % confidence intervals.
+The interval of a change depends on the images that only one of the two models
+gets right.
 """
 
 from __future__ import annotations

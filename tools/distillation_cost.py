@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import engine
+import models
 from flags import COUNT, Parser
 from losses import DistillationLoss, LossOptions, SupervisedLoss, build_base_criterion
-from models import place
 from samplers import Batch
 from teachers import CachedTeacher, FrozenTeacher, Labels, LogProbabilities, TeacherCache
 from tools.command import one_line_errors, untrained_model
@@ -35,7 +35,7 @@ def student(args: argparse.Namespace, flag: str, device: torch.device) -> engine
     model = untrained_model(name, flag, CLASSES, side)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(flag == "--distilled")
-    model = place(model, device).train()
+    model = models.place(model, device).train()
     if args.batch_size == 1:
         engine.check_one_image(model, torch.zeros(1, 3, side, side, device=device))
     if args.compile:
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
         batches.append(Batch(images, targets, torch.arange(number * args.batch_size, (number + 1) * args.batch_size)))
     model = untrained_model(args.teacher, "--teacher", CLASSES, size)
     same = ((0.5,) * 3, (0.25,) * 3)
-    live = FrozenTeacher(place(model, device), same, same)
+    live = FrozenTeacher(models.place(model, device), same, same)
     base = build_base_criterion(False, 0.1)
 
     def cached(codec: Labels | LogProbabilities, name: str, kind: str) -> DistillationLoss:
