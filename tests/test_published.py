@@ -230,7 +230,7 @@ def test_an_evit_is_evaluated_visualized_and_fine_tuned(trained, tmp_path, capsy
     with tiny.user_error("--visualize-mask: main.py only trains and evaluates; run python -m") as info:
         run_line(line_with("--visualize_mask"), tmp_path, *resume, "--n_visualization 2")
     tool = shlex.split(str(info.value).partition("tools.visualize_tokens ")[2])
-    visualize_tokens.main([*tool, *small(), "--output", str(tmp_path / "pictures")])
+    visualize_tokens.main([*tool, *tiny.MODEL, "--data-set", "DIGITS", "--output", str(tmp_path / "pictures")])
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
