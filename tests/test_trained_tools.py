@@ -534,7 +534,9 @@ def test_data_with_some_of_the_classes_are_compared(turned_photos, tmp_path):
     """As main.py --eval does: they keep the class indices of the checkpoint."""
     file = write_checkpoint(tmp_path / "x.pth", turned_photos, num_classes=3, names=["_", "a", "b"])
     half = write_checkpoint(tmp_path / "y.pth", turned_photos, num_classes=3, names=["_", "a", "b"], base_keep_rate=0.5)
-    one, other = rows_of(compare, tmp_path, file, half)
+    partly = write_checkpoint(tmp_path / "z.pth", turned_photos, num_classes=4, names=["_", "a", "b"])
+    one, other, fewer_names = rows_of(compare, tmp_path, file, half, partly)
+    assert fewer_names["images"] == 6 and fewer_names["loss"] != one["loss"]
     assert one["images"] == 6 and one["loss"] != other["loss"]
     rates = ["--keep-rates", "0.7", "0.5", "--rounds", "1", "--steps", "1", "--batch-size", "4"]
     assert [row["loss"] for row in rows_of(tradeoff, tmp_path, "--resume", file, *rates)] == [

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import timm
@@ -275,6 +276,8 @@ def with_classes_of(trained: Trained, model: nn.Module, val: Data) -> Data:
     if val.class_names and set(val.class_names) < set(names):
         logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
         val = with_classes(val, names)
+        if len(names) < model.num_classes:  # a name per class, or none
+            val = replace(val, num_classes=model.num_classes, class_names=())
     if val.num_classes != model.num_classes:
         raise UserError(
             f"{what}: the model has {model.num_classes} classes, the data have {val.num_classes}; name data of its "
