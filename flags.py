@@ -751,11 +751,16 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
 def parse_command(words: Sequence[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
     """Parse flags; with `--eval --resume FILE`, take model and data from FILE unless `words` set them.
 
+    With `--eval --finetune FILE`, only the keep rate is taken from FILE.
+
     Raises:
         UserError: if the file cannot be read, or a flag contradicts it.
     """
     parser = parser or get_parser()
     args = parser.parse_args(words)
+    if args.eval and args.finetune and not args.resume:
+        trained = flags_of(read_checkpoint(args.finetune, "--finetune", mmap=True))
+        return _at_trained_rate(parser, sys.argv[1:] if words is None else words, trained, args.finetune)
     if not args.eval or args.resume in ("", "auto"):
         return args
     return parse_trained(parser, words, read_checkpoint(args.resume, "--resume", mmap=True), args.resume)
@@ -782,7 +787,19 @@ def parse_trained(
     if "model" in saved:
         known = {name: getattr(trained, name) for name in models.MODEL_FLAGS if name in flags_of(checkpoint)}
         models.refuse_another_model({**vars(trained), **given}, known, f"--resume {path}")
-    return parser.parse_args([*as_words, *(sys.argv[1:] if words is None else words)])
+    both = [*as_words, *(sys.argv[1:] if words is None else words)]
+    return _at_trained_rate(parser, both, flags_of(checkpoint), path)
+
+
+def _at_trained_rate(parser: Parser, words: Sequence[str], trained: Mapping[str, Any], path: str) -> argparse.Namespace:
+    """Parse flags; an EViT without a keep rate among them gets that of the checkpoint's run."""
+    args, rate = parser.parse_args(words), models.trained_keep_rate(trained)
+    is_set = args.base_keep_rate is not None or "keep_rate" in args.model_kwargs
+    if is_set or rate is None or args.model is None or not models_evit.may_be_evit(args.model):
+        return args
+    if rate == models_evit.default_rate(args.model):
+        return args
+    return parser.parse_args([*words, *_words("base_keep_rate", rate, path)])
 
 
 def _refuse_to_fetch(saved: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:

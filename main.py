@@ -305,10 +305,12 @@ def open_output(
 def evaluate_only(run: Run) -> None:
     """Evaluate the model's weights and, if the checkpoint has them, its EMA weights (`--eval`)."""
     path, weights = run.args.resume, {"test_": None}
-    if path:
-        checkpoint = checkpoints.read_checkpoint(path, "--resume")
+    if path or run.args.finetune:
+        flag = "--resume" if path else "--finetune"
+        checkpoint = checkpoints.read_checkpoint(path or run.args.finetune, flag, mmap=not path)
         for change in checkpoints.changes(checkpoint, {"args": vars(run.args), "run": {}}, TRAINED):
             logger.info("evaluated with another setting than in training: %s", change)
+    if path:
         weights = {"test_": checkpoints.weights_of(checkpoint, "--resume", path)}
         average = checkpoints.ema_of(checkpoint, "--resume", path)
         weights |= {"test_ema_": average} if average else {}

@@ -119,10 +119,17 @@ def _check_published(name: str, flag: str, options: Mapping[str, Any]) -> None:
 def _as_flag(option: str, value: Any, model_flag: str) -> str:
     """Return the user's spelling of `option=value`, for error messages."""
     if option == "img_size":
-        return f"--input-size {' '.join(map(str, value))}"
-    flags = {"drop_rate": "--drop", "drop_path_rate": "--drop-path", "patch_size": "--patch-size"}
-    flags |= {"keep_rate": "--base-keep-rate", "drop_loc": "--drop-loc", "fuse_token": "--fuse-token"}
-    return f"{flags[option]} {value}" if option in flags else f"{model_flag}-kwargs {option}={value}"
+        return f"{model_flag.replace('model', 'input-size')} {' '.join(map(str, value))}"
+    flags = {
+        "drop_rate": "--drop",
+        "drop_path_rate": "--drop-path",
+        "patch_size": "--patch-size",
+        "keep_rate": "--base-keep-rate",
+        "drop_loc": "--drop-loc",
+        "fuse_token": "--fuse-token",
+    }
+    has_flag = option in flags and model_flag == "--model"
+    return f"{flags[option]} {value}" if has_flag else f"{model_flag}-kwargs {option}={value}"
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,7 @@ def build_model(
             model.set_grad_checkpointing()
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
-    try_out(model, f"--model {name}", options.input_size, may_cut=name in models_evit.PUBLISHED)
+    try_out(model, f"--model {name}", options.input_size, may_cut=models_evit.is_published(name))
     heads = () if comes_with_head else classifier_names(model)
     if options.finetune:
         report = load_finetune_weights(model, options, eval_only)
@@ -505,7 +512,7 @@ def load_finetune_weights(model: nn.Module, options: ModelOptions, eval_only: bo
     trained = flags_of(checkpoint)
     if eval_only and "model" in trained:
         refuse_another_model(vars(options), trained, f"--finetune {path}")
-    elif trained.get("model") == options.model:
+    elif _known_as(str(trained.get("model"))) == _known_as(options.model):
         try:
             refuse_another_model(vars(options), trained, f"--finetune {path}")
         except UserError as difference:
@@ -518,11 +525,19 @@ def load_finetune_weights(model: nn.Module, options: ModelOptions, eval_only: bo
 MODEL_FLAGS = ("model", "patch_size", "model_kwargs", "drop_loc", "fuse_token")
 
 
+def trained_keep_rate(trained: Mapping[str, Any]) -> Any:
+    """Return the final keep rate of the run that wrote a checkpoint with these flags; None if it was no EViT."""
+    kwargs, rate = trained.get("model_kwargs"), trained.get("base_keep_rate")
+    if rate is None and isinstance(kwargs, Mapping):
+        rate = kwargs.get("keep_rate")
+    return models_evit.default_rate(str(trained.get("model"))) if rate is None else rate
+
+
 def refuse_another_model(flags: Mapping[str, Any], trained: Mapping[str, Any], what: str, prefix: str = "--") -> None:
     """Check that a model computes the function that a checkpoint's weights were trained for.
 
     Some settings, such as the number of heads, change the function but no tensor shape. Weights of a plain model are
-    accepted for the EViT of the same size.
+    accepted for the EViT of the same size. Image size and keep rate may differ: each caller says so in the log.
 
     Args:
         flags: `MODEL_FLAGS` of this run, by name.
@@ -533,23 +548,40 @@ def refuse_another_model(flags: Mapping[str, Any], trained: Mapping[str, Any], w
     Raises:
         UserError: naming the first flag that differs.
     """
-    here, there = flags["model"], str(trained["model"])
-    becomes_evit = here != there and models_evit.plain_name(here) == models_evit.plain_name(there)
-    compared = ("patch_size", "model_kwargs") if becomes_evit else MODEL_FLAGS
-    for name in (name for name in compared if name in trained):
-        ours, theirs = (_setting(name, each.get(name)) for each in (flags, trained))
+    here, there = _known_as(flags["model"]), _known_as(str(trained["model"]))
+    is_same = models_evit.plain_name(here[0]) == models_evit.plain_name(there[0]) and here[1] == there[1]
+    skipped = {"model"} if is_same else set()
+    if is_same and models_evit.is_evit(here[0]) != models_evit.is_evit(there[0]):
+        skipped |= {"drop_loc", "fuse_token"}  # only one of them is an EViT
+    for name in (name for name in MODEL_FLAGS if name in trained and name not in skipped):
+        ours, theirs = (_setting(name, each.get(name), skipped) for each in (flags, trained))
         shown_by_tensors = name == "patch_size" and None in (ours, theirs)
         if ours != theirs and not shown_by_tensors:
             flag = prefix + name.replace("_", "-")
             raise UserError(f"{what}: was trained with {flag} {_shown(theirs)}, not {_shown(ours)}; pass the same")
 
 
-def _setting(name: str, value: Any) -> Any:
-    """Return a flag's value as JSON, with its default and without settings that matter in training only."""
+def _known_as(name: str) -> tuple[str, Any]:
+    """Return a model's name without the tag of its weights, and the normalization that the tag stands for."""
+    architecture = name.partition(".")[0]
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(architecture) else None
+    except RuntimeError:  # there is no such tag
+        config = None
+    return (name, None) if config is None else (architecture, as_json([config.mean, config.std]))
+
+
+def _setting(name: str, value: Any, skipped: Collection[str] = ()) -> Any:
+    """Return a flag's value as JSON, with its default.
+
+    Of model_kwargs without `skipped` keys, keys that matter in training only, and those that may differ.
+    """
     if value is None:
         value = {"drop_loc": models_evit.DROP_LOC, "fuse_token": True, "model_kwargs": {}}.get(name)
     if name == "model_kwargs" and isinstance(value, Mapping):
-        value = {key: each for key, each in value.items() if not ("drop" in key and key.endswith("rate"))}
+        skipped = {"keep_rate", "img_size", *skipped}
+        of_training = (key for key in value if "drop" in str(key) and str(key).endswith("rate"))
+        value = {key: each for key, each in value.items() if key not in {*skipped, *of_training}}
     return as_json(value)
 
 

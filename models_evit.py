@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import deit, model_entrypoint, register_model
+from timm.models import deit, is_model, model_entrypoint, register_model
 from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock
 from torch import nn
 
@@ -119,9 +119,27 @@ def is_evit(name: str) -> bool:
     return name.partition(".")[0] in PLAIN
 
 
+def is_published(name: str) -> bool:
+    """Return True if this is a name of the original implementations that is registered here, with or without a tag."""
+    return name.partition(".")[0] in PUBLISHED
+
+
 def plain_name(name: str) -> str:
     """Return the name of the plain model whose weights an EViT takes; other names are returned unchanged."""
     return PLAIN.get(name.partition(".")[0], name)
+
+
+def may_be_evit(name: str) -> bool:
+    """Return False for names of models without EViT blocks, True if only the built model can tell."""
+    architecture = name.partition(".")[0]
+    if ":" in name or is_evit(name):  # local-dir: and hf-hub: models name their architecture in a file
+        return True
+    return is_model(architecture) and not model_entrypoint(architecture).__module__.startswith(("timm.", __name__))
+
+
+def default_rate(name: str) -> float | None:
+    """Return the default keep rate of an EViT model registered here; None for other names."""
+    return DEFAULT_RATES.get(name.partition(".")[0])
 
 
 def evit_blocks(model: nn.Module) -> list[EViTBlock]:
@@ -237,12 +255,13 @@ class KeepRate:
 
 default_cfgs = {}
 PLAIN: dict[str, str] = {}  # registered name -> timm's name of the model without EViT blocks
+DEFAULT_RATES: dict[str, float] = {}  # registered name -> keep rate
 
 
 def _register_evit(name: str, base: str, default_rate: float = KEEP_RATE, **defaults: Any) -> None:
     """Register `name` with timm as timm's `base` with EViT blocks; it takes the weights of `base`."""
     default_cfgs[name] = copy.deepcopy(deit.default_cfgs[base])
-    PLAIN[name] = base
+    PLAIN[name], DEFAULT_RATES[name] = base, default_rate
 
     def entry_point(
         pretrained: bool = False,

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
+import models_evit
 from augment import Normalization
-from checkpoints import Classes, compare_classes, flags_of, read_checkpoint, trained_size, weights_of
+from checkpoints import Classes, as_json, compare_classes, flags_of, read_checkpoint, trained_size, weights_of
 from samplers import Batch
 from sources import Source
 from utils import (
@@ -98,18 +99,20 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         raise UserError(
             "--distillation-type: the teacher has no weights; add --teacher-path FILE or --teacher-pretrained"
         )
+    kwargs = dict(options.teacher_model_kwargs)
     if path:
         checkpoint = read_checkpoint(path, "--teacher-path")
+        _check_teacher_model(flags_of(checkpoint), options)
+        kwargs |= _trained_rate(checkpoint, options)
     teacher = models.create_model(
         name,
         flag="--teacher-model",
         num_classes=None if pretrained else num_classes,
         input_size=options.size,
         pretrained=pretrained,
-        **options.teacher_model_kwargs,
+        **kwargs,
     )
     if path:
-        _check_teacher_model(flags_of(checkpoint), options)
         weights, size = weights_of(checkpoint, "--teacher-path", path), trained_size(checkpoint)
         models.load_weights(teacher, weights, "--teacher-path", path, models.COMPLETE, size)
     elif teacher.num_classes != num_classes:
@@ -117,7 +120,8 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
             f"--teacher-pretrained: {name} has {teacher.num_classes} classes, the data have {num_classes}; train a "
             f"teacher on this data set first and pass it as --teacher-path"
         )
-    models.try_out(teacher, f"--teacher-model {name}", options.size, "--teacher-input-size")
+    may_cut = models_evit.is_published(name)
+    models.try_out(teacher, f"--teacher-model {name}", options.size, "--teacher-input-size", may_cut)
     return teacher
 
 
@@ -132,10 +136,26 @@ def _check_teacher_model(trained: Mapping[str, Any], options: TeacherOptions) ->
             f"--teacher-path {options.teacher_path}: its model_kwargs are not a dictionary; give another file"
         )
     kwargs |= {name: trained[name] for name in also if trained.get(name) is not None}
-    here = {key: value for key, value in options.teacher_model_kwargs.items() if key not in ("keep_rate", "img_size")}
     there = {"model": trained["model"], "model_kwargs": kwargs}
-    here = {"model": options.teacher_model, "model_kwargs": here}
+    here = {"model": options.teacher_model, "model_kwargs": options.teacher_model_kwargs}
     models.refuse_another_model(here, there, f"--teacher-path {options.teacher_path}", "--teacher-")
+
+
+def _trained_rate(checkpoint: Mapping[str, Any], options: TeacherOptions) -> dict[str, Any]:
+    """Return the keep rate that an EViT teacher was trained with, unless the options set one; log what differs."""
+    trained, size = flags_of(checkpoint), trained_size(checkpoint)
+    rate = models.trained_keep_rate(trained) if models_evit.may_be_evit(options.teacher_model) else None
+    here = {"model": options.teacher_model, "input size": options.size}
+    here["keep rate"] = options.teacher_model_kwargs.get("keep_rate", rate)
+    there = {"model": trained.get("model"), "input size": size, "keep rate": rate}
+    changed = [
+        f"its {name} was {there[name]}, is {value}"
+        for name, value in here.items()
+        if there[name] is not None and as_json(there[name]) != as_json(value)
+    ]
+    if changed:
+        logger.info("--teacher-path %s: differs from its training: %s", options.teacher_path, "; ".join(changed))
+    return {} if here["keep rate"] is None else {"keep_rate": here["keep rate"]}
 
 
 class FrozenTeacher:

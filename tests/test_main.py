@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoints
 import datasets
 import engine
 import loaders
@@ -22,7 +23,8 @@ import models
 import sources
 import utils
 from augment import ViewOptions
-from flags import fill, parse_args
+from flags import check_flags, fill, parse_args, parse_command
+from models_evit import evit_blocks
 
 PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
 
@@ -469,6 +471,45 @@ def test_a_teacher_has_the_settings_of_its_checkpoint(named_run, folders, capsys
     assert "was trained with --teacher-model-kwargs" in line and "num_heads=3" in line
     line = refusal(capsys, *tiny.TINY, *flags, "--teacher-model", "vit_tiny_patch16_224")
     assert "was trained with --teacher-model deit_tiny_distilled_patch16_224, not vit_tiny_patch16_224" in line
+
+
+def keep_rates(words):
+    """The keep rate of each layer of the model that a command evaluates."""
+    args = parse_command([str(word) for word in words])
+    check_flags(args)
+    return [
+        block.keep_rate for block in evit_blocks(main.build_run(args, utils.World.alone(torch.device("cpu"))).model)
+    ]
+
+
+@pytest.mark.parametrize("set_by", ["flag", "name", "keyword"])
+def test_weights_to_fine_tune_are_evaluated_at_their_keep_rate(set_by, tmp_path):
+    name = "deit_small_patch16_224_shrink05" if set_by == "name" else "evit_small_patch16_224"
+    run = ["--model", name, *tiny.MODEL, *tiny.DATA, "--drop-loc", "1"]
+    run += ["--base-keep-rate", "0.5"] if set_by == "flag" else []
+    args = parse_args(run)
+    if set_by == "keyword":
+        args.model_kwargs["keep_rate"] = 0.5
+    model = main.build_run(args, utils.World.alone(torch.device("cpu"))).model
+    path = tmp_path / "x.pth"
+    torch.save({"model": model.state_dict(), "args": checkpoints.as_json(vars(args))}, path)
+    plain = ["--model", "evit_small_patch16_224", *tiny.MODEL, *tiny.DATA, "--drop-loc", "1", "--eval"]
+    assert keep_rates([*plain, "--finetune", path]) == [1, 0.5]
+    assert keep_rates([*plain, "--finetune", path, "--base-keep-rate", "0.9"]) == [1, 0.9]
+    assert keep_rates(["--eval", "--resume", path, "--model", "evit_small_patch16_224"]) == [1, 0.5]
+    as_deit = ["--model", "deit_small_patch16_224", *tiny.MODEL, *tiny.DATA, "--eval", "--finetune", path]
+    assert keep_rates(as_deit) == []
+
+
+def test_an_evaluation_of_weights_to_fine_tune_logs_what_differs(named_run, folders, capsys):
+    flags = [*tiny.TINY, "--data-set", "IMNET", "--data-path", folders, "--batch-size", "16", "--eval"]
+    flags += ["--finetune", named_run / "best.pth"]
+    main.cli([*map(str, flags)])
+    assert "evaluated with another setting than in training" not in capsys.readouterr().err
+    main.cli([*map(str, flags), "--input-size", "64", "--eval-crop-ratio", "0.9"])
+    said = capsys.readouterr().err
+    assert "evaluated with another setting than in training: --input-size was [32], is [64]" in said
+    assert "evaluated with another setting than in training: --eval-crop-ratio was 0.875, is 0.9" in said
 
 
 def test_keep_rate_and_input_size_are_changed_on_purpose(named_run, capsys):

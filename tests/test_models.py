@@ -13,6 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
+import models
 import utils
 from checkpoints import ema_of, trained_size, weights_of
 from models import (
@@ -881,9 +882,115 @@ def test_teacher_weights_of_another_model_are_a_user_error(tmp_path, name, make)
         teach(name, path)
 
 
+EVIT = "evit_tiny_patch16_224"
+
+
+def write_evit(path, name=EVIT, model_kwargs=None, **args):
+    """Write a tiny EViT that drops patches in layer 1, with the flags of its run."""
+    kwargs = TINY | (model_kwargs or {})
+    weights = build(name, 1, model_kwargs=kwargs | {"drop_loc": (1,)}).state_dict()
+    args = {"model": name, "patch_size": 8, "input_size": [32], "drop_loc": [1], "model_kwargs": kwargs, **args}
+    return save(path, {"model": weights, "args": args})
+
+
+def teach_evit(path, name=EVIT, **kwargs):
+    return teach(name, path, **TINY, patch_size=8, drop_loc=(1,), **kwargs).blocks[1].keep_rate
+
+
+@pytest.mark.parametrize("args", [{"base_keep_rate": 0.5}, {"model_kwargs": {"keep_rate": 0.5}}])
+def test_evit_teacher_has_the_keep_rate_of_its_training(tmp_path, caplog, args):
+    caplog.set_level("INFO")
+    path = write_evit(tmp_path / "t.pth", **args)
+    assert teach_evit(path) == 0.5 and not caplog.messages
+    assert teach_evit(path, keep_rate=0.5) == 0.5 and not caplog.messages
+    assert teach_evit(path, keep_rate=0.9) == 0.9
+    assert caplog.messages == [f"--teacher-path {path}: differs from its training: its keep rate was 0.5, is 0.9"]
+
+
+def test_evit_teacher_has_the_default_keep_rate_of_its_name(tmp_path):
+    path = write_evit(tmp_path / "t.pth", "deit_small_patch16_224_shrink05")
+    assert teach_evit(path, "deit_small_patch16_224_shrink05") == 0.5
+    assert teach_evit(path, "deit_small_patch16_224_shrink") == 0.5
+
+
+def test_teacher_takes_an_image_size_in_its_keyword_arguments(tmp_path):
+    path = write_evit(tmp_path / "t.pth", model_kwargs={"img_size": 32})
+    assert teach_evit(path) == teach_evit(path, img_size=32) == 0.7
+
+
+def test_wrong_options_of_a_teacher_are_spelled_as_its_flags(tmp_path):
+    path = write_evit(tmp_path / "t.pth", base_keep_rate=2.0)
+    with tiny.user_error("cannot be built with --teacher-input-size 32 32", "--teacher-model-kwargs keep_rate=2.0"):
+        teach_evit(path)
+
+
+def test_teacher_weights_of_an_evit_in_a_plain_model_are_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = write_evit(tmp_path / "t.pth", base_keep_rate=0.5)
+    teach(PLAIN, path, input_size=(48, 48), **TINY, patch_size=8)
+    expected = f"its model was {EVIT}, is {PLAIN}; its input size was (32, 32), is (48, 48)"
+    assert caplog.messages[0] == f"--teacher-path {path}: differs from its training: {expected}"
+
+
 def test_missing_teacher_file_is_a_user_error(tmp_path):
     with tiny.user_error("--teacher-path", tmp_path / "typo.pth", "no such file"):
         teach(path=tmp_path / "typo.pth")
+
+
+# -- the function that weights were trained for ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (EVIT, PLAIN + ".fb_in1k"),
+        (PLAIN + ".fb_in1k", EVIT),
+        (EVIT + ".fb_in1k", EVIT),
+        (PLAIN, PLAIN + ".fb_in1k"),
+        ("deit_small_patch16_224_shrink05", "deit_small_patch16_224.fb_in1k"),
+    ],
+)
+def test_tags_of_the_same_function_are_one_model(here, there):
+    models.refuse_another_model({"model": here}, {"model": there, "model_kwargs": {}}, "--resume x.pth")
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ("vit_small_patch16_224.dino", "vit_small_patch16_224"),  # with ImageNet's mean, and with 0.5
+        ("deit_tiny_patch16_224.typo", PLAIN),
+        ("local-dir:/a/b.c", "local-dir:/a/b.d"),
+        ("evit_small_patch16_224", "evit_tiny_patch16_224"),
+    ],
+)
+def test_tags_of_another_function_are_another_model(here, there):
+    with tiny.user_error(f"--resume x.pth: was trained with --model {there}, not {here}"):
+        models.refuse_another_model({"model": here}, {"model": there}, "--resume x.pth")
+
+
+def test_two_names_of_an_evit_are_compared_with_their_layers():
+    here = {"model": "deit_small_patch16_224_shrink", "drop_loc": [1], "model_kwargs": {}}
+    models.refuse_another_model(here, {"model": "deit_small_patch16_224", "drop_loc": None}, "x")
+    models.refuse_another_model(here, {"model": "evit_small_patch16_224", "drop_loc": [1]}, "x")
+    with tiny.user_error("x: was trained with --drop-loc 3,6,9, not 1; pass the same"):
+        models.refuse_another_model(here, {"model": "evit_small_patch16_224", "drop_loc": None}, "x")
+
+
+def test_keyword_arguments_of_evit_may_be_added_to_a_deit():
+    kwargs = {"embed_dim": 48}
+    here = {"model": EVIT, "model_kwargs": kwargs | {"drop_loc": (1,), "fuse_token": False, "keep_rate": 0.5}}
+    models.refuse_another_model(here, {"model": PLAIN, "model_kwargs": kwargs}, "x")
+    with tiny.user_error("x: was trained with --model-kwargs embed_dim=96, not embed_dim=48"):
+        models.refuse_another_model(here, {"model": PLAIN, "model_kwargs": {"embed_dim": 96}}, "x")
+
+
+def test_a_published_name_with_its_tag_is_cut_as_in_the_original(caplog):
+    options = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    name = "deit_huge_patch14_LS.fb_in22k_ft_in1k"
+    build_model(ModelOptions(name, input_size=(32, 32), drop_path=0, model_kwargs=options), 5)
+    assert "the last 4 px of 32 are not seen, as in the original" in caplog.text
+    weights = build_model(ModelOptions(name, input_size=(32, 32), drop_path=0, model_kwargs=options), 5).state_dict()
+    assert weights["pos_embed"].shape[1] == 4
 
 
 # -- partial training --------------------------------------------------------------------------------------------------
