@@ -369,8 +369,8 @@ class TrainState:
         amp_dtype: autocast dtype, or None for float32.
         accum_steps: micro-batches per update.
         clip_grad: maximum gradient norm, or None.
-        max_skipped_steps: updates per epoch that may be skipped because of a non-finite gradient; values above 0 add
-            one GPU sync per update.
+        max_skipped_steps: updates per epoch that may be skipped because of a non-finite loss or gradient; values above
+            0 add one GPU sync per update.
         ema: EMA of the module's weights, or None.
         num_updates: optimizer updates made or skipped.
         best_acc1: best top-1 so far in percent (of an EViT: at its final keep rate); -1 if there is none.
@@ -398,6 +398,9 @@ class TrainState:
     train_mode: bool = True
     scaler: torch.amp.GradScaler = field(init=False)
     _micro_step: int = field(default=0, init=False)
+    # Only with max_skipped_steps: floating-point buffers before the update, and the number of its non-finite losses.
+    _buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
+    _bad_losses: torch.Tensor | float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
@@ -409,6 +412,8 @@ class TrainState:
     @contextlib.contextmanager
     def forward(self) -> Any:
         """Wrap a training forward: autocast, and no gradient all-reduce except in the last micro-batch of an update."""
+        if self.max_skipped_steps and not self.is_within_update:
+            self._buffers = [(each, each.clone()) for each in self.module.buffers() if each.is_floating_point()]
         last = (self._micro_step + 1) % self.accum_steps == 0
         ddp = isinstance(self.model, DistributedDataParallel)
         with (
@@ -430,15 +435,18 @@ class TrainState:
         """
         self.scaler.scale(loss / self.accum_steps).backward()
         self._micro_step += 1
+        if self.max_skipped_steps:
+            self._bad_losses = self._bad_losses + (~loss.detach().isfinite()).float()
         if self.is_within_update:
             return loss
         is_skipped = False
         if self.clip_grad is not None or self.max_skipped_steps:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad or math.inf)
-            # In fp16 the scaler handles overflows.
-            is_skipped = self.max_skipped_steps > 0 and not self.scaler.is_enabled() and not bool(norm.isfinite())
-        if not is_skipped:
+            is_skipped = self.max_skipped_steps > 0 and self._is_bad(norm)
+        if is_skipped:
+            self._restore_buffers()
+        else:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -446,6 +454,19 @@ class TrainState:
         if self.ema is not None:
             self.ema.update(self.module, step=self.num_updates)
         return torch.full_like(loss, math.nan) if is_skipped else loss
+
+    def _is_bad(self, norm: torch.Tensor) -> bool:
+        """Return True on all ranks if a loss of this update on any rank, or the norm of the gradient, is not finite."""
+        bad, self._bad_losses = self._bad_losses, 0.0
+        if not self.scaler.is_enabled():  # in fp16 the scaler handles gradients that overflow
+            bad = bad + (~norm.isfinite()).float()
+        return bool(all_reduce_sum(bad) > 0)
+
+    @torch.no_grad()
+    def _restore_buffers(self) -> None:
+        """Undo what this update has done to batch statistics."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
 
     def start_at(self, epoch: int, updates_per_epoch: int) -> None:
         """Start at this epoch as if all earlier epochs had been trained."""
@@ -1026,8 +1047,8 @@ def _has_finished(device: torch.device, seconds: float = 10.0) -> bool:
 
 
 def _require_finite(state: TrainState) -> None:
-    # The last loss was computed before the last update, so check the weights themselves.
-    if not all(bool(weight.isfinite().all()) for weight in state.module.parameters()):
+    # The last loss was computed before the last update, so check the weights and batch statistics themselves.
+    if not all(bool(value.isfinite().all()) for value in state.module.state_dict().values()):
         raise RunError(
             f"the weights are not finite in epoch {state.epoch}; try a lower --lr, --clip-grad 1, or --amp off"
         )

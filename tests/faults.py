@@ -1,7 +1,8 @@
 """main.py with fault injection: `python tests/faults.py KIND RANK UPDATE FLAGS ...`; that rank fails at that update.
 
-KIND is nan (a loss), exception, loader (SIGKILL to a data-loader worker), rank (SIGKILL to itself), signal (SIGUSR1 to
-itself) or stuck (the loader gives no further batch, in a worker or in the process itself).
+KIND is nan or inf (a loss; with inf, its gradient is finite), exception, loader (SIGKILL to a data-loader worker), rank
+(SIGKILL to itself), signal (SIGUSR1 to itself) or stuck (the loader gives no further batch, in a worker or in the
+process itself).
 """
 
 import multiprocessing
@@ -27,6 +28,8 @@ def meet(kind, loss):
         os.kill(os.getpid(), signal.SIGUSR1)
     if kind == "loader":
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    if kind == "inf":
+        return loss + float("inf")
     return loss * float("nan") if kind == "nan" else loss
 
 

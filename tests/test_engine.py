@@ -1254,6 +1254,60 @@ def test_an_update_of_two_batches_is_skipped_and_counted_once(bad, amp_dtype, tm
     assert said == {f"epoch 1  step {min(bad) - 4} skipped: its loss is not finite"}
 
 
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16])
+@pytest.mark.parametrize("bad", [{0}, {1}])
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped(bad, amp_dtype):
+    model, batches = build_deit(), random_batches((4, 4))
+    state = state_of(model, accum_steps=2, max_skipped_steps=1, amp_dtype=amp_dtype)
+    before, losses = weights_in(model), []
+    for number, batch in enumerate(batches):
+        with state.forward():
+            loss = loss_of(state.model, batch)
+        losses.append(state.step(loss + math.inf if number in bad else loss).item())
+    assert same_bits(before, model.state_dict()) and not all(map(math.isfinite, losses))
+    for batch in batches:  # the next update is made
+        take_step(state, batch)
+    assert not same_bits(before, model.state_dict()) and state.num_updates == 2
+
+
+def statistics_in(model):
+    return {name: value.clone() for name, value in model.named_buffers() if value.is_floating_point()}
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_skipped_update_leaves_batch_statistics_alone(accum_steps):
+    model, batches = build_resnet().train(), random_batches((4,) * 2 * accum_steps)
+    ema = ModelEmaV3(model, decay=0.5)
+    state = state_of(model, lr=1e-3, accum_steps=accum_steps, max_skipped_steps=1, ema=ema)
+    for batch in batches[:accum_steps]:
+        take_step(state, batch)
+    before = statistics_in(model)
+    for batch in batches[:accum_steps]:
+        take_step(state, batch._replace(images=batch.images * math.inf))
+    assert same_bits(before, statistics_in(model))
+    for module in (model, ema.module):
+        assert all(value.isfinite().all() for value in module.state_dict().values())
+    for batch in batches[accum_steps:]:
+        take_step(state, batch)
+    assert not same_bits(before, statistics_in(model))
+
+
+def test_batch_statistics_that_are_not_finite_are_not_saved(tmp_path):
+    def poison(state, batch):
+        if state.num_updates == 2 * STEPS - 1:
+            next(iter(statistics_of(state.module))).fill_(math.inf)
+        return batch
+
+    def statistics_of(module):
+        return [value for name, value in module.named_buffers() if name.endswith("running_var")]
+
+    build = functools.partial(build_state, model=build_resnet().eval(), train_mode=False)
+    with pytest.raises(RunError, match="not finite in epoch 1"):
+        run(tmp_path, watch=poison, build=build)
+    checkpoint = read_checkpoint(str(tmp_path / "checkpoint.pth"), "--resume")
+    assert checkpoint["epoch"] == 1 and all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
 def test_two_skipped_updates_are_more_than_one(tmp_path):
     def poison(state, batch):
         return batch._replace(images=batch.images * float("nan")) if state.epoch == 1 else batch

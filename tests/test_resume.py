@@ -443,8 +443,10 @@ def test_an_error_on_one_rank_ends_all_with_its_cause(kind, cause, tmp_path):
 
 
 @pytest.mark.process
-def test_a_rank_s_nan_is_skipped_by_all_if_that_is_tolerated(tmp_path):
-    ranks = start_ranks("nan", tmp_path, "--max-skipped-steps", "1", workers=0)
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_a_loss_of_one_rank_is_skipped_by_all_if_that_is_tolerated(kind, tmp_path):
+    flags = ["--max-skipped-steps", "1", "--amp", "fp16" if kind == "inf" else "off"]
+    ranks = start_ranks(kind, tmp_path, *flags, workers=0)
     outputs = [rank.output() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert [record.get("skipped_steps") for record in tiny.log_of(tmp_path)] == [None, 1.0]
