@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model, list_pretrained, model_entrypoint
 
+from models_evit import KEEP_RATE, default_rate
 from utils import (
     RunError,
     UserError,
@@ -744,7 +745,9 @@ def _our_flags(args: Mapping[str, Any]) -> dict[str, Any]:
     if flags["lr_scaling"] == "linear" and all(_is_number(each) and 0 < each < 2**53 for each in numbers):
         rate, *images = numbers
         flags["lr"] = float(f"{rate * 512 / math.prod(images):.12g}")  # the checkpoint stores the scaled rate
-    usual = {"base_keep_rate": 0.7, "drop_loc": [3, 6, 9], "fuse_token": True}
+    # The original passes base_keep_rate to every model, also to those with another default.
+    rate = default_rate(str(flags.get("model"))) or KEEP_RATE
+    usual = {"base_keep_rate": rate, "drop_loc": [3, 6, 9], "fuse_token": True}
     usual |= {"shrink_start_epoch": 10, "shrink_epochs": 0}
     return flags | {name: None for name, value in usual.items() if flags.get(name) == value}  # our default is None
 

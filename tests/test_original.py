@@ -232,6 +232,27 @@ def test_its_flags_are_compared_in_the_form_that_they_have_here(tmp_path, caplog
     ]
 
 
+@pytest.mark.parametrize(
+    "name, rate, expected",
+    [
+        ("deit_small_patch16_224_shrink05", 0.7, 0.7),
+        ("deit_small_patch16_224_shrink05", 0.5, None),
+        ("deit_small_patch16_288_shrink06", 0.7, 0.7),
+        ("deit_small_patch16_288_shrink06", 0.5, 0.5),
+        ("deit_small_patch16_224_shrink", 0.7, None),
+        ("deit_small_patch16_shrink_base", 0.5, 0.5),
+        ("deit_small_patch16_224", 0.7, None),
+    ],
+)
+def test_keep_rate_of_an_original_run_is_that_of_its_flag(name, rate, expected):
+    found = checkpoints.flags_of({"args": args_of(model=name, base_keep_rate=rate)})["base_keep_rate"]
+    assert found == expected
+    if name != "deit_small_patch16_224":
+        with torch.device("meta"):
+            model = timm.create_model(name, **({} if found is None else {"keep_rate": found}))
+        assert model.blocks[3].keep_rate == rate
+
+
 @pytest.mark.parametrize("data, words", [("CIFAR", ("CIFAR100", "id")), ("INAT", ("INAT", "original"))])
 def test_an_evaluation_has_the_classes_of_the_original(data, words, tmp_path):
     torch.save({"model": {}, "args": args_of(data_set=data)}, tmp_path / "x.pth")
