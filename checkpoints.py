@@ -919,6 +919,16 @@ def _exchanged(data: Classes, expected: Sequence[int], part: str) -> str:
     return ""
 
 
+def changed_images(checkpoint: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+    """Return ["validation images"] if the checksums of one image per class differ from those of a checkpoint's run."""
+    samples = checkpoint.get("class_samples")
+    then = samples.get("val") if isinstance(samples, dict) else None
+    now = about["class_samples"]["val"]
+    known = isinstance(then, list) and len(then) == len(now)
+    pairs = zip(then, now, strict=True) if known else ()
+    return ["validation images"] if any(old != new and -1 not in (old, new) for old, new in pairs) else []
+
+
 def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]], flags: Collection[str]) -> list[str]:
     """List what differs from the run that wrote a checkpoint and makes this run no longer bitwise identical to it.
 

@@ -534,6 +534,13 @@ class TrainState:
                 self.epoch,
             )
 
+    def forget_best(self, changed: Sequence[str], path: str) -> None:
+        """Forget the best accuracy of a resumed checkpoint if these changes make it incomparable, with a warning."""
+        if changed and self.best_acc1 >= 0:
+            what = "%s: its best top-1, %.2f %%, is not comparable (%s changed); the best of this run starts anew"
+            logger.warning(what, path, self.best_acc1, ", ".join(changed))
+            self.best_acc1, self.best_epoch = -1.0, -1
+
     def _load_optimizer(self, checkpoint: Mapping[str, Any], path: str) -> None:
         """Load the optimizer's state of each weight; options such as the weight decay stay those of this run.
 

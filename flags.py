@@ -743,6 +743,17 @@ def shaping(args: argparse.Namespace, *rows: str) -> dict[str, Any]:
     return {name: getattr(args, name) for row in rows for name in SHAPES[row]}
 
 
+def measured_otherwise(args: argparse.Namespace, trained: Mapping[str, Any]) -> list[str]:
+    """Name the flags that make an accuracy of this run incomparable to those of a checkpoint's run.
+
+    The data folder is not among them, because it may be moved.
+    """
+    if "model" not in trained:
+        return []
+    names = [name for name in TRAINED if name in trained and name != "data_path"]
+    return [spelled(name) for name in names if not models.same_function(name, vars(args), trained)]
+
+
 def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the flags of a run; by default those of this process."""
     return get_parser().parse_args(words)

@@ -42,6 +42,7 @@ from flags import (
     TRAINED,
     check_flags,
     fill,
+    measured_otherwise,
     parse_args,
     parse_command,
     shaping,
@@ -257,6 +258,8 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
         changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
+    measured = measured_otherwise(args, trained) + checkpoints.changed_images(checkpoint, about)
+    state.forget_best(measured, args.resume)
     if loader.broken is not None:
         loader.broken.restore(checkpoint.get("broken_images") or [])
     if changes:

@@ -561,6 +561,28 @@ def refuse_another_model(flags: Mapping[str, Any], trained: Mapping[str, Any], w
             raise UserError(f"{what}: was trained with {flag} {_shown(theirs)}, not {_shown(ours)}; pass the same")
 
 
+def same_function(name: str, flags: Mapping[str, Any], trained: Mapping[str, Any]) -> bool:
+    """Return True if a flag gives a model the same function in both runs, whatever the spelling.
+
+    Args:
+        name: one of `MODEL_FLAGS`, "base_keep_rate", "input_size" or any other flag.
+        flags, trained: flags of the two runs by name, with "model".
+    """
+    both = flags, trained
+    if name == "model":
+        ours, theirs = (_known_as(str(each["model"])) for each in both)
+        is_evit = [models_evit.is_evit(known[0]) for known in (ours, theirs)]
+        plain = [(models_evit.plain_name(known[0]), known[1]) for known in (ours, theirs)]
+        return is_evit[0] == is_evit[1] and plain[0] == plain[1]
+    if name == "base_keep_rate":
+        ours, theirs = (as_json(trained_keep_rate(each)) for each in both)
+    elif name == "input_size":
+        ours, theirs = (trained_size({"args": each}) for each in both)
+    else:
+        ours, theirs = (_setting(name, each.get(name)) for each in both)
+    return ours == theirs or (name == "patch_size" and None in (ours, theirs))
+
+
 def _known_as(name: str) -> tuple[str, Any]:
     """Return a model's name without the tag of its weights, and the normalization that the tag stands for."""
     architecture = name.partition(".")[0]
@@ -579,9 +601,9 @@ def _setting(name: str, value: Any, skipped: Collection[str] = ()) -> Any:
     if value is None:
         value = {"drop_loc": models_evit.DROP_LOC, "fuse_token": True, "model_kwargs": {}}.get(name)
     if name == "model_kwargs" and isinstance(value, Mapping):
-        skipped = {"keep_rate", "img_size", *skipped}
-        of_training = (key for key in value if "drop" in str(key) and str(key).endswith("rate"))
-        value = {key: each for key, each in value.items() if key not in {*skipped, *of_training}}
+        of_training = {key for key in value if "drop" in str(key) and str(key).endswith("rate")}
+        ignored = {"keep_rate", "img_size", *skipped, *of_training}
+        value = {key: each for key, each in value.items() if key not in ignored}
     return as_json(value)
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 import augment
+import checkpoints
 import datasets
 import engine
 import flags
@@ -305,6 +306,29 @@ def test_free_flags_shape_nothing_else_but_the_data_path():
     assert free & others == {"data_path"}
     assert not set(flags.SHAPES["nothing"]) & set(flags.SHAPES["original"])
     assert free == flags.FREE_ON_RESUME
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "changed"),
+    [
+        ("", "--base-keep-rate 0.7 --drop-loc 3,6,9 --fuse-token", []),
+        ("--base-keep-rate 0.5", "--model-kwargs keep_rate=0.5 drop_path_rate=0.2", []),
+        ("--input-size 224", "--input-size 224 224 --model evit_small_patch16_224.fb_in1k", []),
+        ("--model deit_small_patch16_224_shrink05", "--base-keep-rate 0.5", []),
+        ("--data-path a --epochs 3 --mixup 0", "--data-path b", []),
+        ("--patch-size 16", "", []),
+        ("", "--base-keep-rate 0.5", ["--base-keep-rate"]),
+        ("--model deit_small_patch16_224_shrink05", "", ["--base-keep-rate"]),
+        ("--model deit_small_patch16_224", "", ["--model", "--base-keep-rate"]),
+        ("", "--drop-loc 1 --no-fuse-token --input-size 256", ["--drop-loc", "--fuse-token", "--input-size"]),
+        ("--eval-crop-ratio 1", "--data-set csv/a.csv", ["--data-set", "--eval-crop-ratio"]),
+        ("--val-fraction 0.1 --upright", "", ["--val-fraction", "--upright"]),
+        ("--model-kwargs num_heads=3", "", ["--model-kwargs"]),
+    ],
+)
+def test_flags_that_change_what_an_accuracy_measures_are_named(then, now, changed):
+    trained, args = (parse_args(["--model", "evit_small_patch16_224", *words.split()]) for words in (then, now))
+    assert set(flags.measured_otherwise(args, checkpoints.as_json(vars(trained)))) == set(changed)
 
 
 def test_one_view_names_flags():

@@ -788,6 +788,38 @@ def test_what_makes_a_resumed_run_not_bitwise_identical_is_named(flags, change, 
     assert [record["epoch"] for record in tiny.log_of(stopped)] == list(range(4 if "--epochs" in flags else 3))
 
 
+EVIT = ["--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "0", "--shrink-start-epoch", "0"]
+
+
+@pytest.mark.parametrize(("change", "named"), [(["--lr", "1e-3"], ""), (EVIT, "--model, --drop-loc, --base-keep-rate")])
+def test_best_accuracy_of_another_function_is_forgotten(change, named, stopped, capsys):
+    torch.save(checkpoint(stopped) | {"best_acc1": 99.5, "best_epoch": 0}, stopped / "checkpoint.pth")
+    run(stopped, "--resume", "auto", *change)
+    said, best = capsys.readouterr().err, checkpoint(stopped)["best_acc1"]
+    if not named:
+        assert best == 99.5 and "is not comparable" not in said
+        return
+    assert f"its best top-1, 99.50 %, is not comparable ({named} changed); the best of this run starts anew" in said
+    assert best == checkpoint(stopped, "best.pth")["best_acc1"] == tiny.log_of(stopped)[-1]["test_acc1"]
+    assert checkpoint(stopped)["best_epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "changed"),
+    [
+        ([1, 2], [1, 2], False),
+        ([1, 2], [1, 3], True),
+        ([1, 2], [1, -1], False),
+        ([1], [1, 2], False),
+        (None, [1], False),
+    ],
+)
+def test_other_validation_images_are_noticed_by_their_checksums(then, now, changed):
+    about = {"class_samples": {"train": [], "val": now}}
+    found = checkpoints.changed_images({"class_samples": {"val": then}}, about)
+    assert found == (["validation images"] if changed else [])
+
+
 def test_options_of_the_optimizer_are_in_force_when_they_change(stopped, capsys):
     changed = ["--weight-decay", "0.1", "--opt-betas", "0.8", "0.9", "--opt-eps", "1e-6"]
     run(stopped, "--resume", "auto", *changed)
