@@ -59,8 +59,7 @@ def settle_resume(args: argparse.Namespace, world: World) -> argparse.Namespace:
     if not args.resume or args.eval:
         return args
     path = checkpoints.find_checkpoint(args.resume, args.output_dir, world.is_main)
-    replaced = {"finetune": "", "pretrained": False} if path else {}
-    return argparse.Namespace(**{**vars(args), **replaced, "resume": path})
+    return argparse.Namespace(**{**vars(args), "resume": path})
 
 
 # -- the parts of a run ------------------------------------------------------------------------------------------------
@@ -117,11 +116,13 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
         UserError: see `datasets.build_sources`, `compare_file` and `models.build_model`.
     """
     train, val = datasets.build_sources(fill(datasets.DataOptions, args), world.local_rank, eval_only=args.eval)
-    for name in ("resume", "finetune", "teacher_path"):
+    for name in ("resume" if args.resume else "finetune", "teacher_path"):
         if getattr(args, name):
             val = compare_file(args, name, train, val)
     distilled = args.distillation_type != "none" and not args.distill_on_class_token
-    model = models.build_model(fill(models.ModelOptions, args), val.num_classes, distilled, eval_only=args.eval)
+    replaced = {"finetune": "", "pretrained": False} if args.resume else {}  # that is where the resumed run started
+    options = dataclasses.replace(fill(models.ModelOptions, args), **replaced)
+    model = models.build_model(options, val.num_classes, distilled, eval_only=args.eval)
     model = models.place(model, world.device)
     views, loading = fill(ViewOptions, args), fill(loaders.LoaderOptions, args)
     val_loader = loaders.build_val_loader(val, views, models.normalization(model), loading, world)
@@ -258,8 +259,7 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
         changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
-    measured = measured_otherwise(args, trained) + checkpoints.changed_images(checkpoint, about)
-    state.forget_best(measured, args.resume)
+    state.forget_best(measured_otherwise(args, trained) + checkpoints.changed_images(checkpoint, about), args.resume)
     if loader.broken is not None:
         loader.broken.restore(checkpoint.get("broken_images") or [])
     if changes:

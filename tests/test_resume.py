@@ -623,14 +623,19 @@ def test_auto_starts_where_there_is_nothing(tmp_path, capsys):
 
 
 def test_auto_starts_from_other_weights_only_where_there_is_nothing(tmp_path, whole, capsys):
-    flags = ["--finetune", whole / "best.pth", "--resume", "auto", "--epochs", "1"]
+    start = shutil.copy(whole / "best.pth", tmp_path / "start.pth")
+    flags = ["--finetune", start, "--resume", "auto", "--epochs", "1"]
     run(tmp_path / "whole", *flags)
     with at_update(5, send(signal.SIGTERM)):
         run(tmp_path / "stopped", *flags, status=75)
     assert capsys.readouterr().err.count("--finetune") == 2
+    Path(start).unlink()  # a resumed run does not need it
     run(tmp_path / "stopped", *flags)
-    assert "--finetune" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--finetune" not in said and "--model-ema-decay" not in said
     assert chaos.compare(tmp_path / "whole", tmp_path / "stopped") == []
+    config = json.loads((tmp_path / "stopped" / "config.json").read_text())
+    assert config["finetune"] == checkpoint(tmp_path / "stopped")["args"]["finetune"] == str(start)
 
 
 # -- whose folder ------------------------------------------------------------------------------------------------------
