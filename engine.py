@@ -170,7 +170,11 @@ class ScheduleOptions:
 
 
 def build_schedules(state: TrainState, updates_per_epoch: int, options: ScheduleOptions) -> list[Schedule]:
-    """Build all schedules: the learning rate and, for an EViT, the keep rate."""
+    """Build all schedules: the learning rate and, for an EViT, the keep rate.
+
+    Raises:
+        UserError: if timm rejects the learning-rate schedule, or there is nothing to shrink.
+    """
     learning_rate = build_lr_schedule(
         state.optimizer,
         updates_per_epoch,
@@ -192,6 +196,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
     if state.ema is not None and not (options.pretrained or options.finetune):
         _warn_of_long_ema(state.ema, options.epochs * updates_per_epoch)
     if not evit_blocks(state.module):
+        _refuse_shrinking(options)
         return [learning_rate]
     start = 10 if options.shrink_start_epoch is None else options.shrink_start_epoch
     models = modules_of(state).values()
@@ -209,6 +214,14 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
             options.epochs,
         )
     return [learning_rate, keep_rate]
+
+
+def _refuse_shrinking(options: ScheduleOptions) -> None:
+    """Refuse flags of the keep-rate schedule for a model without one; `check_flags` knows only the model's name."""
+    for name in ("shrink_start_epoch", "shrink_epochs"):
+        if getattr(options, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: the model has no EViT blocks; use a model such as evit_small_patch16_224")
 
 
 def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptions) -> None:

@@ -897,7 +897,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.precompute_epochs and args.precompute_epochs.stop > different:
         raise UserError(f"--precompute-epochs: the run has views for {different} epochs; end with :{different}")
     given = next((spelled(name) for name in SHAPES["tokens"] if getattr(args, name) is not None), None)
-    if given and not models_evit.is_evit(args.model):
+    if given and not models_evit.may_be_evit(args.model):
         raise UserError(f"{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
     for name, flag in (("keep_rate", "base_keep_rate"), ("drop_loc", "drop_loc"), ("fuse_token", "fuse_token")):
         if name in args.model_kwargs and getattr(args, flag) is not None:

@@ -324,6 +324,40 @@ def test_pretrained_weights_are_where_training_starts(tmp_path):
         assert name.startswith("head.") or torch.equal(built.state_dict()[name], value)
 
 
+def write_folder(folder, name, **options):
+    """Write a folder for --model local-dir: with a tiny model."""
+    size = {"img_size": [32, 32], "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model = timm.create_model(name, num_classes=10, **size, **options)
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    config = {"architecture": name, "num_classes": 10, "model_args": size | options, "pretrained_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["--model", f"local-dir:{folder}", "--pretrained", "--input-size", "32", "--drop-path", "0"]
+
+
+def test_token_flags_are_taken_by_an_evit_in_a_folder(tmp_path):
+    words = write_folder(tmp_path / "evit", "evit_tiny_patch16_224", drop_loc=[1], keep_rate=0.5)
+    run(tmp_path / "a", *words, "--shrink-start-epoch", "0")
+    assert tiny.log_of(tmp_path / "a")[0]["keep_rate"] == 0.5
+    run(tmp_path / "b", *words, "--shrink-start-epoch", "0", "--base-keep-rate", "0.25")
+    assert tiny.log_of(tmp_path / "b")[0]["keep_rate"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (
+            "--shrink-start-epoch=0",
+            "--shrink-start-epoch: the model has no EViT blocks; use a model such as evit_small",
+        ),
+        ("--base-keep-rate=0.5", "unexpected keyword argument 'keep_rate'"),
+    ],
+)
+def test_token_flags_are_refused_for_a_deit_in_a_folder(flag, said, tmp_path, capsys):
+    words = write_folder(tmp_path / "deit", "deit_tiny_patch16_224")
+    assert said in refusal(capsys, *SMALL, *words, flag, "--output-dir", "")
+
+
 def test_the_best_checkpoint_is_there_even_if_nothing_was_right(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.evaluate", lambda *_: {"loss": 1.0, "acc1": 0.0, "acc5": 0.0, "images": 1})
     run(tmp_path, "--epochs", "2")

@@ -31,7 +31,7 @@ from datasets import DataOptions, build_sources
 from flags import TRAINED, Parser, fill, in_range, keep_rates
 from loaders import DeviceLoader, LoaderOptions, build_val_loader
 from models import normalization
-from models_evit import evit_blocks, is_evit
+from models_evit import evit_blocks, may_be_evit
 from sources import Data, Source, keep_in_memory
 from tools import command, report_page
 from tools.outcomes import Outcome, evaluate_images, wilson
@@ -160,7 +160,7 @@ def at_rates(trained: command.Trained, model: nn.Module, world: World) -> list[A
         UserError: if it cannot be built with one of the rates.
     """
     own, run = trained.own, trained.run
-    if not is_evit(run.model):
+    if not evit_blocks(model):
         return []
     usual = run.model_kwargs.get("keep_rate", run.base_keep_rate)
     if usual is None:  # the default of the model
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command.one_line_errors("report"):
         trained = command.parse(parser, argv)
         own, run = trained.own, trained.run
-        if own.keep_rates and not is_evit(run.model):
+        if own.keep_rates and not may_be_evit(run.model):
             raise UserError(f"--keep-rates: {run.model} has no EViT blocks; drop the flag")
         folder = own.output or (Path() if "://" in own.resume else Path(own.resume).parent) / "report"
         with temporary_folder(folder) as new:
