@@ -919,14 +919,18 @@ def _exchanged(data: Classes, expected: Sequence[int], part: str) -> str:
     return ""
 
 
+def changed_samples(then: Any, now: Any) -> bool:
+    """Return True if two lists of `class_samples`, as far as known, differ in the image of a class."""
+    if not isinstance(then, list) or not isinstance(now, list) or len(then) != len(now):
+        return False
+    return any(old != new and -1 not in (old, new) for old, new in zip(then, now, strict=True))
+
+
 def changed_images(checkpoint: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     """Return ["validation images"] if the checksums of one image per class differ from those of a checkpoint's run."""
     samples = checkpoint.get("class_samples")
     then = samples.get("val") if isinstance(samples, dict) else None
-    now = about["class_samples"]["val"]
-    known = isinstance(then, list) and len(then) == len(now)
-    pairs = zip(then, now, strict=True) if known else ()
-    return ["validation images"] if any(old != new and -1 not in (old, new) for old, new in pairs) else []
+    return ["validation images"] if changed_samples(then, about["class_samples"]["val"]) else []
 
 
 def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]], flags: Collection[str]) -> list[str]:

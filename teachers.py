@@ -30,7 +30,16 @@ from torch import nn
 import models
 import models_evit
 from augment import Normalization
-from checkpoints import Classes, as_json, compare_classes, flags_of, read_checkpoint, trained_size, weights_of
+from checkpoints import (
+    Classes,
+    as_json,
+    changed_samples,
+    compare_classes,
+    flags_of,
+    read_checkpoint,
+    trained_size,
+    weights_of,
+)
 from samplers import Batch
 from sources import Source
 from utils import (
@@ -558,6 +567,7 @@ def fingerprint(
         "views": views.num_positions,
         "labels": data.label_checksum(),
         "files": zlib.crc32(data.file_names()),
+        "samples": list(data.class_samples) or None,  # of the content of these files
         "normalization": student_normalization,
         "batch_size": batch_size if mixes else 0,  # with Mixup, these two decide which images are mixed
         "processes": world.size if mixes else 0,
@@ -568,9 +578,9 @@ def fingerprint(
     }
 
 
-# Parts of a fingerprint: without a teacher its weights are not known, caches of earlier versions have no files, and
-# hard predictions no top k.
-MAY_BE_UNKNOWN = ("teacher_weights", "files", "topk")
+# Parts of a fingerprint: without a teacher its weights are not known, caches of earlier versions have no files or
+# samples, and hard predictions no top k.
+MAY_BE_UNKNOWN = ("teacher_weights", "files", "samples", "topk")
 
 
 def _shared_fingerprint(folder: Path, own: bytes) -> dict[str, Any]:
@@ -620,6 +630,8 @@ def check_fingerprint(
     known = {"class_names": found.pop("class_names", [])}
     compare_classes(known, {"train": classes}, f"{FLAG} {folder}", allow_mismatch)
     ours = json.loads(json.dumps(fingerprint))  # converts tuples to lists, as in the file
+    if not changed_samples(found.get("samples"), ours.get("samples")):
+        found = found | {"samples": None}  # the same, as far as both know
     differing = [
         f"{name} ({reprlib.repr(found.get(name))} there, {reprlib.repr(ours.get(name))} here)"
         for name in {**found, **ours}

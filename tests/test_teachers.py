@@ -8,6 +8,7 @@ import resource
 import shutil
 import time
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -466,7 +467,8 @@ def test_any_field_of_a_fingerprint_is_compared_and_named(cached):
     fields = json.loads((cached / "fingerprint.json").read_text())
     assert {"views", "labels", "normalization", "augmentation", "processes", "teacher_weights"} <= fields.keys()
     for field in fields:
-        if field not in ("topk", "class_names"):  # of soft distillation; the names have a message of their own
+        # of soft distillation, of files, and with a message of their own
+        if field not in ("topk", "samples", "class_names"):
             with tiny.user_error(f"{field} ("):
                 check_fingerprint(cached, fields | {field: "another"}, NAMELESS)
 
@@ -497,6 +499,33 @@ def test_a_cache_of_other_files_is_refused(cached, tmp_path):
     del fields["files"]
     (folder / "fingerprint.json").write_text(json.dumps(fields))  # of an earlier version
     check_fingerprint(folder, others | {"files": 3}, names)
+
+
+def test_a_cache_of_files_with_other_content_is_refused(cached, tmp_path):
+    folder = shutil.copytree(cached, tmp_path / "cache")
+    fields = json.loads((folder / "fingerprint.json").read_text()) | {"samples": [7, 8, -1]}
+    names = types.SimpleNamespace(class_names=tuple(fields["class_names"]), class_samples=())
+    (folder / "fingerprint.json").write_text(json.dumps(fields))
+    del fields["class_names"]
+    for same in ([7, 8, -1], [7, 8, 9], [-1, 8, -1], None):
+        check_fingerprint(folder, fields | {"samples": same}, names)
+    with tiny.user_error("was computed with other flags or data: samples ([7, 8, -1] there, [7, 9, -1] here)"):
+        check_fingerprint(folder, fields | {"samples": [7, 9, -1]}, names)
+    stored = json.loads((folder / "fingerprint.json").read_text())
+    del stored["samples"]  # of an earlier version
+    (folder / "fingerprint.json").write_text(json.dumps(stored))
+    check_fingerprint(folder, fields, names)
+
+
+def test_a_fingerprint_holds_a_checksum_of_one_image_per_class(tmp_path):
+    tiny.write_folders(tmp_path, ["a", "b"])
+    words = [*tiny.PLAIN, "--data-set", "IMNET", "--data-path", str(tmp_path), "--batch-size", "8"]
+    run = main.build_run(parse_args(words), World.alone(CPU))
+    loader, _ = main.training_batches(run)
+    flags = main.shaping(run.args, "views", "teacher")
+    found = teachers.fingerprint(flags, run.train, loader, run.normalization, None, None, run.world)
+    first = [(tmp_path / "train" / name / "0.png").read_bytes() for name in "ab"]
+    assert found["samples"] == [zlib.crc32(content) for content in first]
 
 
 def test_a_dry_run_adds_nothing_to_a_cache(teacher, tmp_path):
