@@ -387,11 +387,13 @@ def load_weights(
     report.ignored += outside
     refused = report.misfits + [key for kind in FINETUNING if kind not in allowed for key in getattr(report, kind)]
     if refused:
-        shapes = [{key: str(list(own[key].shape)) for key in own} for own in (source, model.state_dict())]
-        words = [f"{key}: {' there, '.join(own.get(key, 'nothing') for own in shapes)} here" for key in refused]
+        shapes = [{key: list(own[key].shape) for key in own} for own in (source, model.state_dict())]
+        words = [f"{key}: {' there, '.join(str(own.get(key, 'nothing')) for own in shapes)} here" for key in refused]
         differences = _listed(list(dict.fromkeys(words)), 3)
         model_flag = "--teacher-model" if flag == "--teacher-path" else "--model"
-        raise UserError(f"{flag} {path}: does not fit {model_flag} ({differences}); {_remedy(flag, report, allowed)}")
+        remedy = _size_remedy(model_flag, report.misfits, shapes, (size, _built_size(model)))
+        remedy = remedy or _remedy(flag, report, allowed)
+        raise UserError(f"{flag} {path}: does not fit {model_flag} ({differences}); {remedy}")
     broken = next((key for key, value in fitted.items() if not value.float().isfinite().all()), None)
     if broken is not None:
         raise UserError(f"{flag} {path}: {broken} is not finite (NaN or infinity); give an earlier checkpoint")
@@ -399,6 +401,45 @@ def load_weights(
     if flag == "--finetune" or report.resized + report.dropped + report.missing + report.ignored:
         logger.info("%s %s: %s", flag, path, report)
     return report
+
+
+def _built_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the (height, width) in pixels that a model was built for, if one of its modules knows it."""
+    found = (getattr(module, "img_size", None) for module in model.modules())
+    return next((tuple(size) for size in found if isinstance(size, (tuple, list)) and len(size) == 2), None)
+
+
+def _size_remedy(
+    model_flag: str,
+    misfits: Sequence[str],
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    sizes: tuple[tuple[int, int] | None, tuple[int, int] | None],
+) -> str:
+    """Return the remedy if the image size alone explains the misfits; '' otherwise.
+
+    The shapes of some weights follow the number of patches, as in ResMLP, MLP-Mixer and PiT.
+
+    Args:
+        shapes: shapes by name, of the file and of the model.
+        sizes: image sizes in pixels, of the file and of the model; None if unknown.
+    """
+    there, here = sizes
+    areas = [math.prod(size) if size else None for size in sizes]
+    for key in misfits:
+        theirs, ours = (each.get(key, []) for each in shapes)
+        is_position = "pos" in key or "attention_biases" in key
+        is_stem = len(ours) == 4 and ours[1] == 3  # the patch embedding: another patch size or width
+        pairs = [pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]]
+        is_scaled = None in areas or all(old * areas[1] == new * areas[0] for old, new in pairs)
+        if len(theirs) != len(ours) or is_stem or not (is_position or is_scaled):
+            return ""
+    if not misfits or (there and there == here):
+        return ""
+    size_flag = model_flag.replace("model", "input-size")
+    if there is None:
+        return f"pass the {size_flag} (or {model_flag}, {model_flag}-kwargs) that these weights are from"
+    pixels = " ".join(map(str, there if there[0] != there[1] else there[:1]))
+    return f"pass {size_flag} {pixels}, the only size that fits these weights"
 
 
 def _remedy(flag: str, report: LoadReport, allowed: Collection[str]) -> str:

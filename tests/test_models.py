@@ -937,6 +937,30 @@ def test_missing_teacher_file_is_a_user_error(tmp_path):
         teach(path=tmp_path / "typo.pth")
 
 
+SIZED = ("resmlp_12_224", "mixer_s32_224", "gmlp_ti16_224", "pit_ti_224", "levit_128s")
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("flag", ["--finetune", "--resume", "--teacher-path"])
+def test_weights_that_depend_on_the_image_size_name_it(name, flag):
+    there, here = (timm.create_model(name, img_size=size, num_classes=5) for size in (64, 96))
+    size_flag = "--teacher-input-size" if flag == "--teacher-path" else "--input-size"
+    remedy = f"; pass {size_flag} 64, the only size that fits these weights"
+    with tiny.user_error(f"{flag} x.pth: does not fit", remedy):
+        load_weights(here, there.state_dict(), flag, "x.pth", FINETUNING, (64, 64))
+    with tiny.user_error(f"; pass the {size_flag} (or ", "-kwargs) that these weights are from"):
+        load_weights(here, there.state_dict(), flag, "x.pth", FINETUNING)
+
+
+@pytest.mark.parametrize(
+    "other", [{"patch_size": 16}, {"model_kwargs": {"embed_dim": 96}}, {"model_kwargs": {"mlp_ratio": 2}}]
+)
+def test_another_image_size_is_no_remedy_for_another_model(other):
+    weights = build(seed=1, **other, input_size=(64, 64)).state_dict()
+    with tiny.user_error("--finetune x.pth: does not fit", "pass the --model (and --patch-size, --model-kwargs)"):
+        load_weights(build(), weights, "--finetune", "x.pth", FINETUNING, (64, 64))
+
+
 # -- the function that weights were trained for ------------------------------------------------------------------------
 
 
