@@ -364,7 +364,12 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
         _distills("soft", "hard"),
         "--distillation-type",
     ),
-    ("distillation_tau distillation_scale teacher_cache_topk", _distills("soft"), "--distillation-type soft"),
+    ("distillation_tau distillation_scale", _distills("soft"), "--distillation-type soft"),
+    (
+        "teacher_cache_topk",
+        lambda args: args.distillation_type == "soft" and bool(args.teacher_cache),
+        "--distillation-type soft and --teacher-cache",
+    ),
 ]
 
 # Flags that take one number, or height and width.
@@ -874,28 +879,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--eval: there are no weights to evaluate; add --resume FILE, --finetune FILE or --pretrained")
     if args.dry_run and (args.eval or args.precompute_teacher):
         raise UserError(f"--dry-run: {'--eval' if args.eval else '--precompute-teacher'} trains nothing; drop one")
-    if args.distillation_type == "none" and (args.teacher_path or args.teacher_pretrained):
-        raise UserError("--teacher-path: there is no distillation; add --distillation-type hard, or drop it")
-    if args.teacher_path and args.teacher_pretrained:
-        raise UserError(
-            "--teacher-path and --teacher-pretrained both say where the teacher's weights come from; pass one"
-        )
-    if args.distillation_type == "none" and (args.teacher_cache or args.distill_on_class_token):
-        flag = "--teacher-cache" if args.teacher_cache else "--distill-on-class-token"
-        raise UserError(f"{flag}: there is no distillation; add --distillation-type hard, or drop it")
-    if not args.teacher_cache and (args.precompute_teacher or args.precompute_epochs):
-        raise UserError("--precompute-teacher: there is no folder for the predictions; add --teacher-cache FOLDER")
+    _check_teacher(args)
     if args.cosub and args.distillation_type != "none":
         raise UserError("--cosub: cannot be combined with a teacher; drop it, or --distillation-type")
     if args.cache_features:
         _check_features(args)
-    if not args.precompute_teacher and (args.precompute_epochs or args.precompute_batch_size):
-        raise UserError(
-            "--precompute-epochs, --precompute-batch-size: nothing is precomputed; add --precompute-teacher"
-        )
-    different = min(args.epochs, args.augmentation_epochs or args.epochs)
-    if args.precompute_epochs and args.precompute_epochs.stop > different:
-        raise UserError(f"--precompute-epochs: the run has views for {different} epochs; end with :{different}")
     given = next((spelled(name) for name in SHAPES["tokens"] if getattr(args, name) is not None), None)
     if given and not models_evit.may_be_evit(args.model):
         raise UserError(f"{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
@@ -907,6 +895,29 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.decay_milestones and args.sched != "multistep":
         raise UserError(f"--decay-milestones: --sched {args.sched} has none; use --sched multistep, or drop them")
     _check_numbers(args)
+
+
+def _check_teacher(args: argparse.Namespace) -> None:
+    """Refuse flags of a teacher, its cache or its precomputation that do not fit together."""
+    need_teacher = ("teacher_path", "teacher_pretrained", "teacher_cache", "distill_on_class_token")
+    given = next((spelled(name) for name in need_teacher if getattr(args, name)), None)
+    if args.distillation_type == "none" and given:
+        raise UserError(f"{given}: there is no distillation; add --distillation-type hard, or drop it")
+    if args.teacher_path and args.teacher_pretrained:
+        raise UserError(
+            "--teacher-path and --teacher-pretrained both say where the teacher's weights come from; pass one"
+        )
+    precomputes = ("precompute_teacher", "precompute_epochs", "precompute_batch_size")
+    given = next((spelled(name) for name in precomputes if getattr(args, name)), None)
+    if given and not args.teacher_cache:
+        raise UserError(f"{given}: there is no folder for the predictions; add --teacher-cache FOLDER")
+    if given and not args.precompute_teacher:
+        raise UserError(f"{given}: nothing is precomputed; add --precompute-teacher")
+    if given and args.eval:
+        raise UserError("--precompute-teacher: --eval only evaluates; drop one of them")
+    different = min(args.epochs, args.augmentation_epochs or args.epochs)
+    if args.precompute_epochs and args.precompute_epochs.stop > different:
+        raise UserError(f"--precompute-epochs: the run has views for {different} epochs; end with :{different}")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

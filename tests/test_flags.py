@@ -147,10 +147,28 @@ PRECOMPUTED = [*CACHED, "--precompute-teacher"]
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        ([*RUN, "--teacher-cache", "cache"], "add --distillation-type hard"),
-        ([*HARD, "--precompute-teacher"], "add --teacher-cache FOLDER"),
-        ([*CACHED, "--precompute-epochs", "0:1"], "add --precompute-teacher"),
-        ([*CACHED, "--precompute-batch-size", "64"], "add --precompute-teacher"),
+        ([*RUN, "--teacher-cache", "cache"], "--teacher-cache: there is no distillation; add --distillation-type hard"),
+        ([*RUN, "--teacher-path", "x.pth"], "--teacher-path: there is no distillation; add --distillation-type hard"),
+        ([*RUN, "--teacher-pretrained"], "--teacher-pretrained: there is no distillation; add --distillation-type"),
+        ([*RUN, "--distill-on-class-token"], "--distill-on-class-token: there is no distillation; add --dist"),
+        (
+            [*HARD, "--precompute-teacher"],
+            "--precompute-teacher: there is no folder for the predictions; add --teacher",
+        ),
+        ([*HARD, "--precompute-epochs", "0:1"], "--precompute-epochs: there is no folder for the predictions; add"),
+        ([*HARD, "--precompute-batch-size", "64"], "--precompute-batch-size: there is no folder for the predictions"),
+        (
+            [*CACHED, "--precompute-epochs", "0:1"],
+            "--precompute-epochs: nothing is precomputed; add --precompute-teacher",
+        ),
+        (
+            [*CACHED, "--precompute-batch-size", "64"],
+            "--precompute-batch-size: nothing is precomputed; add --precompute",
+        ),
+        (
+            [*PRECOMPUTED, "--eval", "--pretrained"],
+            "--precompute-teacher: --eval only evaluates; drop one of them",
+        ),
         ([*CACHED, "--precompute-epochs", "3:3"], "holds no epochs"),
         ([*PRECOMPUTED, "--precompute-epochs", "0:3"], "end with :2"),
         ([*PRECOMPUTED, "--precompute-epochs", "0:2", "--augmentation-epochs", "1"], "end with :1"),
@@ -233,7 +251,9 @@ WITHOUT_EFFECT = {
     "--opt '' --momentum 0.8": [],  # which is refused later
     "--teacher-model resnet18 --distillation-alpha 0.1": ["--teacher-model", "--distillation-alpha"],
     "--distillation-type hard --teacher-model resnet18 --distillation-tau 3": ["--distillation-tau"],
-    "--distillation-type soft --distillation-scale legacy --teacher-cache-topk 9": [],
+    "--distillation-type soft --distillation-scale legacy --teacher-cache-topk 9": ["--teacher-cache-topk"],
+    "--distillation-type soft --teacher-cache-topk 9 --teacher-cache a": [],
+    "--distillation-type hard --teacher-cache-topk 9 --teacher-cache a": ["--teacher-cache-topk"],
     "--cooldown-epochs 3 --patience-epochs 3 --world-size 8 --dist-eval": [],  # their help says so
 }
 
