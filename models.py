@@ -45,10 +45,7 @@ def create_model(
     Raises:
         UserError: if timm has no such model, cannot build it with these options, or cannot load its weights.
     """
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        near = _near(name.split(".")[0], timm.list_models())
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
-        raise UserError(f"{flag} {name}: timm has no such model; {hint}")
+    refuse_unknown_name(name, flag)
     try:
         takes_size = _takes_size(name)
         if takes_size:
@@ -68,6 +65,14 @@ def create_model(
         given = " ".join(_as_flag(key, value, flag) for key, value in options.items() if value is not None)
         remedy = "add --drop-path 0" if "drop_path_rate" in why else "change or drop that"
         raise UserError(f"{flag} {name}: cannot be built with {given or 'defaults'} ({why}); {remedy}") from error
+
+
+def refuse_unknown_name(name: str, flag: str) -> None:
+    """Refuse a name that timm does not know, and suggest similar ones."""
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+        near = _near(name.split(".")[0], timm.list_models())
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
+        raise UserError(f"{flag} {name}: timm has no such model; {hint}")
 
 
 def _near(name: str, names: Sequence[str]) -> list[str]:

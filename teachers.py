@@ -108,6 +108,7 @@ def load_teacher(options: TeacherOptions, num_classes: int) -> nn.Module:
         raise UserError(
             "--distillation-type: the teacher has no weights; add --teacher-path FILE or --teacher-pretrained"
         )
+    models.refuse_unknown_name(name, "--teacher-model")
     kwargs = dict(options.teacher_model_kwargs)
     if path:
         checkpoint = read_checkpoint(path, "--teacher-path")
