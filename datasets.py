@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torchvision
@@ -91,7 +91,7 @@ class DataOptions:
     data_path: str | None = None  # CIFAR, FLOWERS and `torch/` default to ./data
     inat_category: str = "name"  # the level of iNaturalist's taxonomy to classify
     inat_numbering: str = "id"  # order of its classes: category "id", or "original": first appearance in train
-    train_split: str = "train"  # of a CSV file with a column "split", or a timm data set
+    train_split: str = "train"  # of a CSV file with a column "split", or a timm data set; or a folder of class folders
     val_split: str = "validation"  # likewise
     image_column: str | None = None  # of a CSV file or timm's data sets other than `torch/`; None: the usual names
     label_column: str | None = None  # likewise
@@ -141,13 +141,7 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         UserError: unknown name, missing or badly laid-out folder, failed download.
     """
     name = options.data_set
-    if not name.startswith((*SCHEMES, CSV)) and name not in NAMES:
-        raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
-    for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
-        if column is not None and (name in NAMES or name.startswith("torch/")):
-            raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
-    if options.val_fraction and name != "IMNET" and not name.startswith(CSV):
-        raise UserError(f"--val-fraction {options.val_fraction:g}: {name} has a validation part; drop the flag")
+    _check_options(options)
     if name.startswith(SCHEMES):
         train, val = _timm_sources(options, local_rank, eval_only)
         if not eval_only and _share_images(train, val, options):
@@ -156,26 +150,52 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
                 f"{name}; name two splits that differ"
             )
         return train, val
-    if options.num_classes is not None:
-        raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
     if name == "DIGITS":
         return _digits()
     if name.startswith(CSV):
         return _listed_once(partial(_csv, options, eval_only), local_rank)
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
-        return _cifar(root, name, local_rank, eval_only)
+        return _cifar(root, options, local_rank, eval_only)
     if name == "FLOWERS":
         return _flowers(root, local_rank)
     if name == "PACKED":
         return _packed(root)
     readers = {
-        "IMNET": partial(_image_folders, root, options.val_fraction, eval_only),
+        "IMNET": partial(_image_folders, root, options, eval_only),
         "CARS": partial(_cars, root),
         "INAT": partial(_inaturalist, root, 2018, options),
         "INAT19": partial(_inaturalist, root, 2019, options),
     }
     return _listed_once(readers[name], local_rank)
+
+
+def _check_options(options: DataOptions) -> None:
+    """Check that the data set is known and has what the other options name.
+
+    Raises:
+        UserError: naming the first option that does not fit.
+    """
+    name = options.data_set
+    if not name.startswith((*SCHEMES, CSV)) and name not in NAMES:
+        raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
+    for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
+        if column is not None and (name in NAMES or name.startswith("torch/")):
+            raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
+    for flag, split, default in _changed_splits(options):
+        if name in NAMES and name != "IMNET" and not name.startswith("CIFAR"):
+            raise UserError(f"{flag} {split}: {name} has no named splits; drop the flag, or pass {flag} {default}")
+    if options.val_fraction and name != "IMNET" and not name.startswith(CSV):
+        raise UserError(f"--val-fraction {options.val_fraction:g}: {name} has a validation part; drop the flag")
+    if options.num_classes is not None and not name.startswith(SCHEMES):
+        raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
+
+
+def _changed_splits(options: DataOptions) -> list[tuple[str, str, str]]:
+    """Return flag, value and default of --train-split and --val-split if they are not the default."""
+    flags = {"--train-split": "train_split", "--val-split": "val_split"}
+    values = [(flag, getattr(options, name), getattr(DataOptions, name)) for flag, name in flags.items()]
+    return [(flag, value, default) for flag, value, default in values if value != default]
 
 
 def _listed_once(read: Callable[[], tuple[Source, Source]], local_rank: int) -> tuple[Source, Source]:
@@ -235,32 +255,60 @@ def image_files(
         OSError: if a folder cannot be read.
     """
     _is_new(folder, seen)  # a link may lead back to it
-    found = {}
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in sorted(filter(_is_visible, folders)) if _is_new(os.path.join(root, name), seen)]
-        prefix, found[root] = os.path.join(root, ""), []
-        for name in sorted(filter(_is_visible, names)):
-            if is_image_file(name):
-                found[root].append(prefix + name)
+    found, links, pending = {}, [], [os.fspath(folder)]
+    while pending:
+        root, folders = pending.pop(), []
+        with os.scandir(root) as entries:
+            visible = sorted((entry for entry in entries if _is_visible(entry.name)), key=lambda entry: entry.name)
+        found[root] = []
+        for entry in visible:
+            if _is_folder(entry):
+                folders.append(entry.path)
+            elif is_image_file(entry.name):
+                found[root].append(entry.path)
+                links += [entry.path] if entry.is_symlink() else []  # needs no system call
             else:
-                skipped[Path(name).suffix.lower() or "no suffix"] += 1
+                skipped[Path(entry.name).suffix.lower() or "no suffix"] += 1
+        pending += reversed([path for path in folders if _is_new(path, seen)])
         if progress:
-            progress.advance(len(names))
-    return [path for root in sorted(found) for path in found[root]]
+            progress.advance(len(visible) - len(folders))
+    paths = [path for root in sorted(found) for path in found[root]]
+    return _without_repeats(paths, set(links), skipped) if links else paths
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def _without_repeats(paths: Sequence[str], links: set[str], skipped: Counter[str]) -> list[str]:
+    """Drop links to files that are listed, too: the same image must not be in two parts of the data."""
+    seen: set[Any] = set()
+    for path in paths:
+        if path not in links:
+            _is_new(path, seen)
+    repeated = {path for path in paths if path in links and os.path.exists(path) and not _is_new(path, seen)}
+    if repeated:
+        skipped["links to images that are read"] += len(repeated)
+    return [path for path in paths if path not in repeated]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one; a link that leads nowhere counts as a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name not in ("__MACOSX", "@eaDir")
 
 
-def _is_new(folder: str | Path, seen: set[Any]) -> bool:
-    """Return True if the real folder behind a path is new; add it to `seen`."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+def _identity(path: str | Path) -> tuple[int, int] | str:
+    """Return what identifies the real file or folder behind a path."""
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
+def _is_new(path: str | Path, seen: set[Any]) -> bool:
+    """Return True if the real file or folder behind a path is new; add it to `seen`."""
+    identity = _identity(path)
     known = identity in seen
     seen.add(identity)
     return not known
@@ -275,6 +323,22 @@ def _readable(root: Path) -> Iterator[None]:
         raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
 
 
+def _tree_folders(root: Path, options: DataOptions, val: str = "val") -> tuple[Path, Path]:
+    """Return the folders of the training and validation part: those that flags name, or else train/ and `val`.
+
+    Raises:
+        UserError: if a folder that a flag names does not exist. The others may be missing.
+    """
+    folders = {"--train-split": root / "train", "--val-split": root / val}
+    for flag, name, _ in _changed_splits(options):
+        folders[flag] = root / name
+        if name in ("", ".", "..") or os.sep in name or not os.path.isdir(folders[flag]):
+            with _readable(root):
+                found = sorted(each.name for each in root.iterdir() if each.is_dir() and _is_visible(each.name))
+            raise UserError(f"{flag} {name[:80]}: {root} has no such folder; it has {', '.join(found[:12]) or 'none'}")
+    return folders["--train-split"], folders["--val-split"]
+
+
 def _folder_tree(train: Path, val: Path, eval_only: bool) -> tuple[Source, Source]:
     """Read `train/CLASS/image` and `val/CLASS/image`.
 
@@ -284,6 +348,8 @@ def _folder_tree(train: Path, val: Path, eval_only: bool) -> tuple[Source, Sourc
     with _readable(root):
         train_folders = {} if eval_only and not train.is_dir() else _class_folders(train)
         val_folders = _class_folders(val)
+        if not eval_only:
+            _check_folders_differ([train, *_all_paths(train_folders)], [val, *_all_paths(val_folders)])
         class_names = sorted(train_folders or val_folders)
         _warn_of_text_order(root, class_names)
         part = None if eval_only else _folder_part(train, train_folders, class_names)
@@ -294,31 +360,69 @@ def _folder_tree(train: Path, val: Path, eval_only: bool) -> tuple[Source, Sourc
                 f"the same classes"
             )
         held_out = _folder_part(val, val_folders, class_names, allow_empty=eval_only)
-        return replace(held_out, order=held_out.order[:0]) if part is None else part, held_out
+    if part is None:
+        return replace(held_out, order=held_out.order[:0]), held_out
+    if part.class_samples == held_out.class_samples and len(set(part.class_samples)) > 1:
+        raise UserError(
+            f"--data-path {root}: the first image of every class is the same in {train.name}/ and {val.name}/; put "
+            f"other images into {val.name}/"
+        )
+    return part, held_out
 
 
-def _image_folders(root: Path, val_fraction: float, eval_only: bool) -> tuple[Source, Source]:
-    """Read `train/CLASS/image` and `val/CLASS/image`; or split `train/CLASS/image` or `CLASS/image` alone."""
-    has_train, has_val = ((root / part).is_dir() for part in ("train", "val"))
-    if not (has_val or val_fraction):
+def _all_paths(folders: dict[str, list[Path]]) -> list[Path]:
+    return list(itertools.chain(*folders.values()))
+
+
+def _check_folders_differ(train: Sequence[Path], val: Sequence[Path]) -> None:
+    """Check that no validation folder is a training folder; links may lead there.
+
+    Raises:
+        UserError: naming the first such folder.
+    """
+    trained = set(map(_identity, train))
+    same = next((path for path in val if _identity(path) in trained), None)
+    if same is not None:
+        raise UserError(
+            f"--data-path {val[0].parent}: {same} is a folder of {train[0].name}/ as well, so training images would be "
+            f"evaluated; put other images there"
+        )
+
+
+def _image_folders(root: Path, options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
+    """Read `train/CLASS/image` and `val/CLASS/image`; or split `train/CLASS/image` or `CLASS/image` alone.
+
+    An evaluation without these parts and without `val_fraction` reads all of `CLASS/image`.
+    """
+    train, val = _tree_folders(root, options)
+    has_train, fraction = train.is_dir(), options.val_fraction
+    if val.is_dir():
+        if fraction:
+            logger.info("--val-fraction has no effect: %s has a folder %s/", root, val.name)
+        return _folder_tree(train, val, eval_only)
+    if not fraction and (has_train or not eval_only):
         raise UserError(
             f"--data-path {root}: has no folder {'val' if has_train else 'train'}/; it needs train/CLASS/ and "
             f"val/CLASS/, or add --val-fraction 0.2 to hold out a part of {'train/' if has_train else ''}CLASS/"
         )
-    if has_val:
-        if val_fraction:
-            logger.info("--val-fraction has no effect: %s has a folder val/", root)
-        return _folder_tree(root / "train", root / "val", eval_only)
-    folder = root / "train" if has_train else root
+    folder = train if has_train else root
     with _readable(root):
         others = [each.name for each in root.iterdir() if each.is_dir() and each != folder and _is_visible(each.name)]
         if has_train and others:
             unread = ", ".join(sorted(others)[:12])
-            logger.warning("--data-path %s: only train/ is read, not %s; a validation part is named val/", root, unread)
+            logger.warning(
+                "--data-path %s: only %s/ is read, not %s; name a validation part val/, or pass --val-split",
+                root,
+                train.name,
+                unread,
+            )
         folders = _class_folders(folder)
         _warn_of_text_order(root, list(folders))
-        whole = _folder_part(folder, folders, list(folders))
-    return _held_out(whole, val_fraction, folder)
+        whole = _folder_part(folder, folders, list(folders), allow_empty=not fraction)
+    if not fraction:
+        logger.info("%s: has no val/ and no train/, so all its %d images are evaluated", root, len(whole))
+        return replace(whole, order=whole.order[:0]), whole
+    return _held_out(whole, fraction, folder)
 
 
 def _held_out(whole: Source, fraction: float, path: Path) -> tuple[Source, Source]:
@@ -358,7 +462,7 @@ def _folder_part(
 ) -> Source:
     """Read the images of `folder` by class."""
     root, seen = folder.parent, set()
-    for path in (folder.resolve(), *folder.resolve().parents, *itertools.chain(*folders.values())):
+    for path in (folder.resolve(), *folder.resolve().parents, *_all_paths(folders)):
         if not _is_new(path, seen):
             raise UserError(f"--data-path {root}: {path} is a link to a folder that is already read; remove it")
     loose = sum(_is_visible(path.name) and path.is_file() for path in folder.iterdir())
@@ -370,8 +474,10 @@ def _folder_part(
         for label, name in enumerate(class_names):
             found = [file for path in folders.get(name, ()) for file in image_files(path, seen, skipped, progress)]
             if not found and not allow_empty:
+                others = _others(folders.get(name, ()))
                 raise UserError(
-                    f"--data-path {root}: no images in {folder.name}/ for class {name}; fill or remove the folder"
+                    f"--data-path {root}: no images in {folder.name}/ for class {name}{others}; fill or remove the "
+                    f"folder"
                 )
             counts[label] = len(found)
             first.extend(found[:1])  # in the folder of its class, unless all images are in folders within it
@@ -384,12 +490,21 @@ def _folder_part(
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         logger.warning("--data-path %s: %d files in %s/ are not read: %s", root, skipped.total(), folder.name, kinds)
-    if {os.path.dirname(file) for file in first}.isdisjoint(map(str, itertools.chain(*folders.values()))):
+    if {os.path.dirname(file) for file in first}.isdisjoint(map(str, _all_paths(folders))):
         names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
         nested = "--data-path %s: all images of the classes %s are in folders within theirs, such as %s"
         logger.warning(f"{nested}; if those are the classes, name the folder above them", root, names, first[0])
     source = whole_source(images, np.repeat(np.arange(len(class_names)), counts), class_names)
     return replace(source, class_samples=_class_samples(source))
+
+
+def _others(folders: Sequence[Path]) -> str:
+    """Describe files that are not read in folders without images: " (3 .heic are not read; convert them)"."""
+    skipped: Counter[str] = Counter()
+    for folder in folders:
+        image_files(folder, set(), skipped)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+    return f" ({kinds} are not read; convert them)" if kinds else ""
 
 
 def _class_samples(source: Source) -> tuple[int, ...]:
@@ -443,9 +558,8 @@ def _csv(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
     if split is None:
         if not options.val_fraction:
             raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
-        for flag, name in (("--train-split", options.train_split), ("--val-split", options.val_split)):
-            if name not in ("train", "validation"):  # the defaults
-                raise UserError(f'{flag} {name}: {what} has no column "split"; add it, or drop the flag')
+        for flag, name, _ in _changed_splits(options):
+            raise UserError(f'{flag} {name}: {what} has no column "split"; add it, or drop the flag')
         parts = _held_out(source, options.val_fraction, file)
     else:
         parts = _csv_parts(source, [row[split].strip() for row in rows], options, what)
@@ -547,15 +661,16 @@ def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
         ) from None
 
 
-def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Source, Source]:
+def _cifar(root: Path, options: DataOptions, local_rank: int, eval_only: bool) -> tuple[Source, Source]:
     """Read a folder tree of images if there is one, else the original files."""
+    name = options.data_set
     if name == "CIFAR":
         logger.info("--data-set CIFAR is CIFAR-10; write CIFAR10 or CIFAR100 to be explicit")
-    held_out = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+    train, val = _tree_folders(root, options, "val" if (root / "val").is_dir() else "test")
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
-    needed = (root / "train").is_dir() or (eval_only and not (root / kind.base_folder).is_dir())
-    if held_out is not None and needed:
-        return _listed_once(partial(_folder_tree, root / "train", held_out, eval_only), local_rank)
+    is_tree = train.is_dir() or (eval_only and not (root / kind.base_folder).is_dir())
+    if _changed_splits(options) or (val.is_dir() and is_tree):
+        return _listed_once(partial(_folder_tree, train, val, eval_only), local_rank)
     with main_process_first(local_rank):
         parts = [
             _downloaded(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)

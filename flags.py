@@ -348,7 +348,6 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("drop", lambda args: args.drop == 0 or args.train_mode, "--train-mode"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
     ("data_path", lambda args: args.data_set != "DIGITS", "another --data-set; DIGITS are bundled"),
-    ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
     ("inat_category inat_numbering", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
@@ -497,8 +496,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", metavar="LEVEL", help=levels)
     order = "order of iNaturalist's classes: category id, or (original) first appearance in the training annotations"
     add("--inat-numbering", choices=("id", "original"), default="id", help=order)
-    add("--train-split", default="train", help="name of the training split, for CSV files and timm's data sets")
-    add("--val-split", default="validation", help="name of the validation split, for CSV files and timm's data sets")
+    splits = "name of the {} split (CSV files, timm's data sets), or of the folder {}/ (IMNET, CIFAR folders)"
+    add("--train-split", default="train", help=splits.format("training", "train"))
+    add("--val-split", default="validation", help=splits.format("validation", "val"))
     column = "column of the {} in csv/, hfds/, hfids/ and tfds/; for wds/, {}; default: the usual names"
     image, label = column.format("images", "their file suffix"), column.format("classes", "a field of the json files")
     add("--image-column", metavar="NAME", help=image)
@@ -940,13 +940,17 @@ def _refuse_for_a_tool(flag: str, words: Sequence[str]) -> NoReturn:
 
 
 def without_effect(args: argparse.Namespace) -> list[str]:
-    """Return a sentence for each flag that was changed from its default but has no effect in a training run."""
+    """Return a sentence for each flag that was changed from its default but has no effect in this run.
+
+    With `--eval`, only flags of the evaluation data are checked.
+    """
     defaults = parse_args([])
     return [
         f"{spelled(name)} has no effect: it needs {needed}"
         for names, acts, needed in ACTS_IF
         for name in _names(names)
         if getattr(args, name) != getattr(defaults, name) and not acts(args)
+        if not args.eval or name in SHAPES["evaluation"]
     ]
 
 

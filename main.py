@@ -380,11 +380,11 @@ def main(args: argparse.Namespace) -> None:
     utils.set_up_logging(world)
     args = settle_resume(args, world)
     run = build_run(args, world)
+    for sentence in without_effect(args):
+        logger.warning(sentence)
     if args.eval:
         evaluate_only(run)
         return utils.shut_down_distributed()
-    for sentence in without_effect(args):
-        logger.warning(sentence)
     loader, trained = training_batches(run)
     teacher = find_teacher(run, loader)
     if args.precompute_teacher:

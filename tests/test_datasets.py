@@ -180,6 +180,102 @@ def test_folder_without_val_is_a_user_error(tmp_path):
         read("IMNET", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10"])
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_split_flags_name_the_folders_of_a_tree(tmp_path, name, eval_only):
+    paths = write_tree(tmp_path, parts=("train", "val", "test", "extra"))
+    for flags, parts in (
+        ({}, ["train", "val"]),
+        ({"val_split": "test"}, ["train", "test"]),
+        ({"train_split": "extra", "val_split": "val"}, ["extra", "val"]),
+    ):
+        train, val = read_sources(DataOptions(name, str(tmp_path), **flags), eval_only=eval_only)
+        assert [Path(path) for path in paths_of(val)] == paths[parts[1]]
+        assert [Path(path) for path in paths_of(train)] == ([] if eval_only else paths[parts[0]])
+
+
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10"])
+@pytest.mark.parametrize("split", ["dev", "", ".", "..", "train/cat", "x" * 300])
+def test_a_split_without_a_folder_is_a_user_error(tmp_path, name, split):
+    write_tree(tmp_path)
+    for flag in ("train_split", "val_split"):
+        for eval_only in (False, True):
+            with tiny.user_error(f"--{flag.replace('_', '-')} {split[:80]}", "it has train, val"):
+                read_sources(DataOptions(name, str(tmp_path), **{flag: split}), eval_only=eval_only)
+
+
+def test_the_validation_folder_of_a_flag_replaces_the_fraction(tmp_path):
+    paths = write_tree(tmp_path, parts=("train", "test"))
+    train, val = read("IMNET", tmp_path, val_fraction=0.5, val_split="test")
+    assert [list(map(Path, paths_of(part))) for part in (train, val)] == [paths["train"], paths["test"]]
+
+
+@pytest.mark.parametrize("name", ["DIGITS", "FLOWERS", "CARS", "INAT", "INAT19", "PACKED"])
+@pytest.mark.parametrize("flag, default", [("train_split", "train"), ("val_split", "validation")])
+def test_data_without_named_splits_refuse_the_flags(tmp_path, name, flag, default):
+    spelled = f"--{flag.replace('_', '-')}"
+    for eval_only in (False, True):
+        with tiny.user_error(f"{spelled} dev: {name} has no named splits", f"pass {spelled} {default}"):
+            build_sources(DataOptions(name, str(tmp_path), **{flag: "dev"}), eval_only=eval_only)
+
+
+def test_an_evaluation_reads_all_of_class_folders_alone(tmp_path, caplog):
+    caplog.set_level("INFO")
+    paths = write_tree(tmp_path, parts=(".",), each=3)["."]
+    train, val = read_sources(DataOptions("IMNET", str(tmp_path)), eval_only=True)
+    assert (len(train), list(map(Path, paths_of(val)))) == (0, paths) and val.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert "all its 6 images are evaluated" in caplog.text
+    write_tree(tmp_path / "other", parts=("train",))
+    with tiny.user_error("has no folder val/", "--val-fraction 0.2"):
+        build_sources(DataOptions("IMNET", str(tmp_path / "other")), eval_only=True)
+
+
+@pytest.mark.parametrize("how", ["part", "class", "copy", "split"])
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "torch/image_folder"])
+def test_a_validation_part_that_is_the_training_part_is_refused(tmp_path, name, how):
+    write_tree(tmp_path, parts=("train", "val"))
+    options = DataOptions(name, str(tmp_path), val_split="train" if how == "split" else "validation")
+    if how in ("part", "copy"):
+        shutil.rmtree(tmp_path / "val")
+    if how == "part":
+        (tmp_path / "val").symlink_to("train")
+    elif how == "copy":
+        shutil.copytree(tmp_path / "train", tmp_path / "val")
+    elif how == "class":
+        shutil.rmtree(tmp_path / "val" / "dog")
+        (tmp_path / "val" / "dog").symlink_to("../train/dog")
+    words = {"copy": "first image of every class is the same", "class": "val/dog is a folder of train/"}
+    with tiny.user_error(f"--data-path {tmp_path}", words.get(how, "is a folder of train/")):
+        read_sources(options)
+    _, val = read_sources(options, eval_only=True)  # an accuracy on training images may be wanted
+    assert len(val) == 4
+
+
+def test_links_to_images_that_are_listed_are_skipped(tmp_path, caplog):
+    paths = write_tree(tmp_path / "data", parts=(".",), each=10)["."]
+    outside = save(picture(99), tmp_path / "outside.png")
+    cat = tmp_path / "data" / "cat"
+    for number in range(5):
+        (cat / f"copy{number}.png").symlink_to(f"{number}.png")
+        (cat / f"00{number}.png").symlink_to(f"../cat/{number}.png")  # sorted before its target
+    (cat / "inner").mkdir()
+    for name in ("once.png", "twice.png"):
+        (cat / "inner" / name).symlink_to(outside)
+    (cat / "loop.png").symlink_to("loop.png")
+    train, val = read("IMNET", tmp_path / "data", val_fraction=0.3)
+    found = sorted([*ordered_paths(train), *ordered_paths(val)])
+    assert found == sorted(map(str, [*paths, cat / "inner" / "once.png", cat / "loop.png"]))
+    assert "11 links to images that are read" in caplog.text
+
+
+def test_a_class_of_files_that_are_not_read_names_their_kind(tmp_path):
+    write_tree(tmp_path)
+    for path in (tmp_path / "train" / "cat").iterdir():
+        path.rename(path.with_suffix(".HEIC"))
+    with tiny.user_error("class cat (2 .heic are not read; convert them); fill or remove"):
+        read("IMNET", tmp_path)
+
+
 def test_the_message_about_missing_folders_offers_to_hold_out(tmp_path):
     write_tree(tmp_path, parts=(".",))
     with tiny.user_error("has no folder train/", "--val-fraction 0.2"):
@@ -427,7 +523,7 @@ def test_empty_class_is_a_user_error(tmp_path, name):
     write_tree(tmp_path)
     (tmp_path / "train" / name).mkdir()
     (tmp_path / "train" / name / "notes.txt").write_text("no image")
-    with tiny.user_error("--data-path", f"class {name};", "train/"):
+    with tiny.user_error("--data-path", f"class {name} (1 .txt are not read; convert them);", "train/"):
         read("IMNET", tmp_path)
 
 
@@ -437,7 +533,8 @@ def test_parts_that_are_not_read_are_a_warning(tmp_path, caplog, others, warned)
     train, val = read("IMNET", tmp_path, val_fraction=0.5)
     assert {Path(path).parents[1].name for part in (train, val) for path in ordered_paths(part)} == {"train"}
     assert [record.getMessage() for record in caplog.records if "is read, not test, valid;" in record.getMessage()] == [
-        f"--data-path {tmp_path}: only train/ is read, not test, valid; a validation part is named val/"
+        f"--data-path {tmp_path}: only train/ is read, not test, valid; name a validation part val/, or pass "
+        f"--val-split"
     ] * warned
     read("IMNET", tmp_path / "train", val_fraction=0.5)  # its folders are the classes
     assert sum("is read, not" in record.getMessage() for record in caplog.records) == warned
@@ -573,7 +670,8 @@ def test_files_that_are_not_read_are_counted_in_one_warning_per_part(tmp_path, c
 def test_names_in_nfc_and_nfd_are_the_same_class(tmp_path):
     for part, form in (("train", "NFC"), ("val", "NFD")):
         for number, name in enumerate(("Über", "cat", "Zebra")):
-            save(picture(number), tmp_path / part / unicodedata.normalize(form, name) / "1.png")
+            folder = tmp_path / part / unicodedata.normalize(form, name)
+            save(picture(number, height=12 + (part == "val")), folder / "1.png")
     sources = read("IMNET", tmp_path)
     found = [[unicodedata.normalize("NFC", Path(path).parent.name) for path in paths_of(source)] for source in sources]
     assert found == [["Zebra", "cat", "Über"]] * 2
