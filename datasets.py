@@ -31,7 +31,7 @@ from torch.utils.data import IterableDataset
 from torchvision import transforms
 from torchvision.datasets.folder import is_image_file
 
-from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions
+from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions, check_policy
 from packs import SPLITS, PackImages
 from sources import (
     BrokenImages,
@@ -975,22 +975,22 @@ def build_train_transform(options: ViewOptions, normalization: Normalization) ->
         UserError: if timm does not know the AutoAugment policy.
     """
     size, (mean, std) = options.input_size, normalization
-    try:
-        transform = create_transform(
-            size,
-            is_training=True,
-            interpolation=options.train_interpolation,
-            hflip=options.hflip,
-            color_jitter=options.color_jitter,
-            auto_augment=None if options.aa in ("", "none") else options.aa,
-            re_prob=options.reprob,
-            re_mode=options.remode,
-            re_count=options.recount,
-            mean=tuple(mean),
-            std=tuple(std),
-        )
-    except (AssertionError, KeyError, ValueError):
-        raise UserError(f"--aa {options.aa}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none") from None
+    policy = None if options.aa in ("", "none") else options.aa
+    if policy:
+        check_policy(policy)
+    transform = create_transform(
+        size,
+        is_training=True,
+        interpolation=options.train_interpolation,
+        hflip=options.hflip,
+        color_jitter=options.color_jitter,
+        auto_augment=policy,
+        re_prob=options.reprob,
+        re_mode=options.remode,
+        re_count=options.recount,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
     if options.src or max(size) <= SMALL_IMAGE:
         # What is drawn at random in "random" is the interpolation of random crops, of which there are none here.
         mode = "bicubic" if options.train_interpolation == "random" else options.train_interpolation

@@ -1459,7 +1459,11 @@ def test_erasing_fills_as_asked(remode, erased):
     assert erased is None or (view[:, hole] == erased).all()
 
 
-@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-q3"])
+ODD_POLICIES = ["rand-m9-mstd0.5-inc", "rand-foo", "rand-m", "rand-m9-tfoo", "rand-m9-inc1-x", "v0-foo", "3a-x"]
+ODD_POLICIES += ["original-mstd", "rand-", "rand--m9", "random", "augmix-m", "augmix-x3", "rand-m٣", "none-m9", " "]
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-q3", *ODD_POLICIES])
 def test_unknown_policy_is_a_user_error(policy):
     with tiny.user_error(f"--aa {policy}"):
         host_view((32, 32), aa=policy)
