@@ -505,7 +505,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label-column", metavar="NAME", help=label)
     add("--num-classes", type=COUNT, help="number of classes, if the data do not state it")
     add("--nb-classes", type=COUNT, metavar="N", help="exit with an error if the data do not have N classes")
-    held_out = "fraction of each class to hold out for validation, if there is no val/ folder or split column"
+    held_out = "fraction of each class to hold out for validation, if there is no val/ folder or split column; an "
+    held_out += "evaluation takes it from the checkpoint, unless --data-path is another"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     upright = "rotate photos in folders and CSV files by their EXIF orientation"
     add("--upright", action=_SWITCH, default=False, help=upright)
@@ -777,12 +778,20 @@ def parse_trained(
     kept = TRAINED
     if given.get("data_set", saved.get("data_set")) != saved.get("data_set"):  # other data: drop all flags of the old
         kept = [name for name in kept if name not in SHAPES["evaluation"] or name in ("eval_crop_ratio", "upright")]
+    elif _moves(given.get("data_path"), saved) and not str(saved.get("data_set")).startswith(datasets.CSV):
+        kept = [name for name in kept if name != "val_fraction"]  # which part was held out is known of the old only
     as_words = [word for name in kept if name in saved for word in _words(name, saved[name], path)]
     trained = parser.parse_args(as_words)
     if "model" in saved:
         known = {name: getattr(trained, name) for name in models.MODEL_FLAGS if name in flags_of(checkpoint)}
         models.refuse_another_model({**vars(trained), **given}, known, f"--resume {path}")
     return parser.parse_args([*as_words, *(sys.argv[1:] if words is None else words)])
+
+
+def _moves(data_path: str | None, saved: Mapping[str, Any]) -> bool:
+    """Return True if `data_path` is given and not the folder of the checkpoint's data."""
+    then = str(saved.get("data_path"))
+    return data_path is not None and os.path.realpath(data_path) != os.path.realpath(then.replace("\0", ""))
 
 
 def _refuse_to_fetch(saved: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:

@@ -131,17 +131,16 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
 def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) -> Data:
     """Compare the classes of a flag's file with those of the data; return the validation data.
 
-    With --eval, data that have only some of the file's classes are renumbered to the file's class indices.
+    With --eval, data that have only some of the file's classes, or in another order, are renumbered to its indices.
 
     Raises:
         UserError: if a class index means different classes in file and data.
     """
     path = getattr(args, name)
     about, what = checkpoints.read_checkpoint(path, spelled(name), mmap=True), f"{spelled(name)} {path}"
-    names = checkpoints.class_names_of(about)
-    if args.eval and val.class_names and set(val.class_names) < set(names):
-        logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
-        return sources.with_classes(val, names)
+    if args.eval:
+        sources.check_held_out(train, about, args.val_fraction, what)
+        val = sources.with_classes(val, checkpoints.class_names_of(about), what)
     parts = {"val": val} if args.eval else {"train": train, "val": val}
     checkpoints.compare_classes(about, parts, what, args.allow_class_mismatch)
     return val

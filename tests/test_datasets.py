@@ -14,6 +14,7 @@ import sys
 import tarfile
 import unicodedata
 import urllib.error
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -1294,6 +1295,38 @@ def test_images_are_grouped_by_class_in_their_order():
     groups = sources._by_class(source)
     naive = [[n for n, index in enumerate(source.order) if source.targets[index] == label] for label in range(5)]
     assert [group.tolist() for group in groups] == naive
+
+
+def test_classes_in_another_order_are_renumbered():
+    source = dataclasses.replace(source_of([2, 1, 3]), class_names=("a", "b", "c"))
+    found = sources.with_classes(source, ("c", "a", "b"), "x")
+    assert found.class_names == ("c", "a", "b") and found.targets.tolist() == [(t + 1) % 3 for t in source.targets]
+    found = sources.with_classes(source, ("z", "c", "b", "a"), "x")
+    assert found.num_classes == 4 and found.targets.tolist() == [3 - t for t in source.targets]
+    for names in (("a", "b", "c"), ("a", "b"), ("a", "b", "x"), ("c", "b", "a", "a"), ()):
+        assert sources.with_classes(source, names, "x") is source
+
+
+@pytest.mark.parametrize("train_fraction", [1.0, 0.5])
+def test_other_training_files_than_those_of_a_checkpoint_are_a_warning(tmp_path, caplog, train_fraction):
+    write_tree(tmp_path, parts=(".",), each=10)
+    options = DataOptions("IMNET", str(tmp_path), val_fraction=0.3)
+    train, _ = build_sources(dataclasses.replace(options, train_fraction=train_fraction))
+    flags = {"train_fraction": train_fraction, "val_fraction": 0.3}
+    checkpoint = {"args": flags, "run": {"file_names": zlib.crc32(train.file_names())}}
+
+    def warnings(fraction=0.3, about=checkpoint):
+        caplog.clear()
+        part, _ = build_sources(dataclasses.replace(options, val_fraction=fraction), eval_only=True)
+        sources.check_held_out(part, about, fraction, "--resume x")
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings() == warnings(0.5, {}) == []
+    (warning,) = warnings(0.5)
+    assert "--val-fraction 0.5" in warning and "trained on some of the evaluated images" in warning
+    assert "--val-fraction 0.3 of its training is not applied" in warnings(0.0)[0]
+    save(picture(99), tmp_path / "cat" / "99.png")
+    assert len(warnings()) == 1
 
 
 def test_larger_fraction_contains_the_smaller_one():

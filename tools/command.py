@@ -17,8 +17,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import datasets
 import flags
-from checkpoints import ema_of, read_checkpoint, trained_size, weights_of
+from checkpoints import class_names_of, compare_classes, ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, load_weights, place
+from sources import Data, check_held_out, with_classes
 from utils import RunError, UserError, escaped, known_cause, logger
 
 PROBE = 1009  # number of classes for finding the classification layer by its size; no other layer is so wide
@@ -191,6 +192,19 @@ def load_model(
     if not getattr(model, "num_classes", 1):
         raise UserError(f"--model {run.model}: has no classification layer; use a model that has one")
     return place(model, device).eval()
+
+
+def checked_data(trained: Trained, train: Data, val: Data) -> Data:
+    """Return the validation data, with classes numbered as in the checkpoint; warn of images it may have trained on.
+
+    Raises:
+        UserError: if a class index means another class than in the checkpoint.
+    """
+    what = f"--resume {trained.own.resume}"
+    check_held_out(train, trained.about, trained.run.val_fraction, what)
+    val = with_classes(val, class_names_of(trained.about), what)
+    compare_classes(trained.about, {"val": val}, what, trained.run.allow_class_mismatch)
+    return val
 
 
 def find_files(paths: Sequence[str], flag: str) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import engine
 from augment import ViewOptions
-from checkpoints import compare_classes
 from datasets import DataOptions, build_sources
 from flags import fill
 from loaders import LoaderOptions, build_val_loader
@@ -29,17 +28,17 @@ from tools.timing import write_results
 from utils import UserError, World, escaped, init_distributed
 
 
-def evaluate(trained: command.Trained, val: Data, world: World) -> Outcome:
-    """Evaluate one model on these images.
+def evaluate(trained: command.Trained, data: tuple[Data, Data], world: World) -> Outcome:
+    """Evaluate one model on the validation images; `data` are the training and the validation part.
 
     Raises:
         UserError: if its classes are not those of the data.
     """
     run, path = trained.run, trained.own.resume
+    val = command.checked_data(trained, *data)
     model = command.load_model(run, trained.weights, path, world.device)
     if val.num_classes != model.num_classes:
         raise UserError(f"--resume {path}: has {model.num_classes} classes, the data have {val.num_classes}")
-    compare_classes(trained.about, {"val": val}, f"--resume {path}", run.allow_class_mismatch)
     loader = build_val_loader(val, fill(ViewOptions, run), normalization(model), fill(LoaderOptions, run), world)
     return evaluate_images(model, loader, score_name(trained.about), engine.select_amp(run.amp, world.device))
 
@@ -70,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         world = init_distributed(models[0].run.device)
         if world.size > 1:
             raise UserError(f"WORLD_SIZE={world.size}: one process compares; start it without a launcher")
-        _, val = build_sources(fill(DataOptions, models[0].run), world.local_rank, eval_only=True)
-        results = [evaluate(trained, val, world) for trained in models]
+        data = build_sources(fill(DataOptions, models[0].run), world.local_rank, eval_only=True)
+        results = [evaluate(trained, data, world) for trained in models]
         named = zip(own.checkpoints, results, strict=True)
         rows = [{"checkpoint": path} | accuracy_row(result, results[0]) for path, result in named]
         print(table(rows))

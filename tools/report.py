@@ -25,13 +25,13 @@ from torch import nn
 
 import engine
 from augment import ViewOptions
-from checkpoints import class_names_of, compare_classes
+from checkpoints import class_names_of
 from datasets import DataOptions, build_sources
 from flags import TRAINED, Parser, fill, in_range, keep_rates
 from loaders import DeviceLoader, LoaderOptions, build_val_loader
 from models import normalization
 from models_evit import evit_blocks, is_evit
-from sources import Data, Source, keep_in_memory, with_classes
+from sources import Data, Source, keep_in_memory
 from tools import command, report_page
 from tools.outcomes import Outcome, evaluate_images, wilson
 from tools.predict import score_name
@@ -140,12 +140,9 @@ def validation_data(trained: command.Trained, world: World) -> tuple[Data, Data]
     Raises:
         UserError: if a class index means another class than in the checkpoint.
     """
-    run, names = trained.run, class_names_of(trained.about)
-    options = fill(DataOptions, run)
-    _, files = build_sources(dataclasses.replace(options, ram_cache=0), world.local_rank, eval_only=True)
-    if files.class_names and set(files.class_names) < set(names):
-        files = with_classes(files, names)  # they may have only some of the classes
-    compare_classes(trained.about, {"val": files}, f"--resume {trained.own.resume}", run.allow_class_mismatch)
+    options = fill(DataOptions, trained.run)
+    train, files = build_sources(dataclasses.replace(options, ram_cache=0), world.local_rank, eval_only=True)
+    files = command.checked_data(trained, train, files)
     return keep_in_memory(files, options.ram_cache), files
 
 

@@ -20,7 +20,6 @@ import torch
 
 import engine
 from augment import ViewOptions
-from checkpoints import compare_classes
 from datasets import DataOptions, build_sources
 from flags import COUNT, TRAINED, fill, keep_rates
 from loaders import LoaderOptions, build_val_loader
@@ -46,12 +45,12 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
         models.append(command.load_model(command.at_keep_rate(run, rate), trained.weights, own.resume, world.device))
         if run.compile:
             models[-1].compile()
-    _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
+    train, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
+    val = command.checked_data(trained, train, val)
     if val.num_classes != models[0].num_classes:
         raise UserError(
             f"--data-set {run.data_set}: has {val.num_classes} classes, the model {models[0].num_classes}; use its data"
         )
-    compare_classes(trained.about, {"val": val}, f"--resume {own.resume}", run.allow_class_mismatch)
     views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
     loader = build_val_loader(val, views, normalization(models[0]), options, world)
     results = [evaluate_images(model, loader, score_name(trained.about), amp) for model in models]
