@@ -74,6 +74,7 @@ CSV_COLUMNS = {
     "--image-column": ("path", "image", "image_path", "file", "filepath", "file_path", "filename", "file_name"),
     "--label-column": ("label", "class", "class_name", "target", "category"),
 }
+LONGEST_SHOWN = 120  # characters of a path that is not one, such as an image in base64
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -510,7 +511,7 @@ def _others(folders: Sequence[Path]) -> str:
 def _class_samples(source: Source) -> tuple[int, ...]:
     """Return the CRC-32 of the first image file of each class; -1 for a class without a readable one."""
     samples = np.full(source.num_classes, -1, dtype=np.int64)
-    labels, first = np.unique(source.targets, return_index=True)
+    labels, first = np.unique(source.targets[source.order], return_index=True)
 
     def checksum(index: int) -> int:
         try:
@@ -519,70 +520,108 @@ def _class_samples(source: Source) -> tuple[int, ...]:
             return -1
 
     with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
-        samples[labels] = list(pool.map(checksum, first))
+        samples[labels] = list(pool.map(checksum, source.order[first]))
     return tuple(samples.tolist())
 
 
 def _csv(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
-    """Read image files and classes from a CSV file, split by its column "split" or by `val_fraction`."""
+    """Read image files and classes from a CSV file, split by its column "split" or by `val_fraction`.
+
+    An evaluation reads the rows of the validation split only, or all rows if there is no split. The classes are those
+    of the training rows, too.
+    """
     file = Path(options.data_set.removeprefix(CSV))
     what, folder = f"--data-set {CSV}{file}", Path(options.data_path or file.parent)
     try:
         rows = _csv_rows(file)
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}; check the path") from None
-    except (csv.Error, UnicodeError) as error:
+    except (csv.Error, ValueError) as error:
         raise UserError(f"{what}: is not a CSV file ({reason(error)}); it needs a header and UTF-8 text") from None
     named = {"--image-column": options.image_column, "--label-column": options.label_column}
     image, label = (_csv_column(rows, flag, column, what) for flag, column in named.items())
     # An accent may be one character or two.
     labels = [unicodedata.normalize("NFC", row[label].strip()) for row in rows]
-    incomplete = next((number for number, row in enumerate(rows) if not (row[image] and labels[number])), None)
+    split = _column_of(rows, ["split"])
+    parts = ["all"] * len(rows)
+    if split is not None:
+        parts = _csv_parts([row[split].strip() for row in rows], labels, options, eval_only, what)
+    elif not (options.val_fraction or eval_only):
+        raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
+    elif changed := _changed_splits(options):
+        raise UserError(f'{changed[0][0]} {changed[0][1]}: {what} has no column "split"; add it, or drop the flag')
+    used = [number for number, part in enumerate(parts) if part]
+    incomplete = next((number for number in used if not (rows[number][image] and labels[number])), None)
     if incomplete is not None:
         raise UserError(f"{what}: row {incomplete + 1} has no {image} or no {label}; fill or remove it")
-    paths = [folder / row[image] for row in rows]
-    with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
-        missing = [path for path, exists in zip(paths, pool.map(Path.is_file, paths), strict=True) if not exists]
-    if missing:
-        raise UserError(
-            f"{what}: {len(missing)} of {len(paths)} images are not in {folder}, first {missing[0]}; "
-            f"name their folder with --data-path"
-        )
-    _check_classes(paths, labels, what)
+    names = _sorted_classes({labels[number] for number in used})
+    read = [number for number in used if not eval_only or parts[number] != "train"]
+    listed = {number: (folder / rows[number][image], labels[number]) for number in read}
+    files = _check_rows(listed, folder, what)
+    index = {name: position for position, name in enumerate(names)}
+    images, targets = PathImages(path for path, _ in listed.values()), [index[name] for _, name in listed.values()]
+    source = whole_source(images, targets, names)
+    train, val = _csv_sources(source, np.array([parts[number] for number in read]), options, file)
+    both = {files[index] for index in train.order} & {files[index] for index in val.order}
+    if both and not eval_only:
+        path = min(path for (path, _), key in zip(listed.values(), files, strict=True) if key in both)
+        raise UserError(f"{what}: {path} is in the training and in the validation part; drop its other rows")
+    return train, val
+
+
+def _sorted_classes(labels: set[str]) -> list[str]:
+    """Sort class names: numbers by their value, other names as text."""
     is_number = all(map(str.isdecimal, labels))
-    names = sorted(set(labels), key=lambda name: (int(name), name) if is_number else name)
-    index = {name: number for number, name in enumerate(names)}
-    source = whole_source(PathImages(paths), [index[name] for name in labels], names)
+    return sorted(labels, key=lambda name: (int(name), name) if is_number else name)
+
+
+def _csv_sources(source: Source, parts: np.ndarray, options: DataOptions, file: Path) -> tuple[Source, Source]:
+    """Divide the images of a CSV file by the part of their rows: "train", "val", or "all" without splits."""
+    if "all" not in parts:
+        orders = [np.flatnonzero(parts == part) for part in ("train", "val")]
+        train, val = (replace(source, order=order) for order in orders)
+        return replace(train, class_samples=_class_samples(train)), replace(val, class_samples=_class_samples(val))
     source = replace(source, class_samples=_class_samples(source))
-    split = _column_of(rows, ["split"])
-    if split is None:
-        if not options.val_fraction:
-            raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
-        for flag, name, _ in _changed_splits(options):
-            raise UserError(f'{flag} {name}: {what} has no column "split"; add it, or drop the flag')
-        parts = _held_out(source, options.val_fraction, file)
-    else:
-        parts = _csv_parts(source, [row[split].strip() for row in rows], options, what)
-    train, val = ({paths[row] for row in part.order} for part in parts)
-    if not eval_only and not train.isdisjoint(val):
-        raise UserError(
-            f"{what}: {min(train & val)} is in the training and in the validation part; drop its other rows"
-        )
-    return parts
+    if options.val_fraction:
+        return _held_out(source, options.val_fraction, file)
+    logger.info('%s: has no column "split", so all its %d images are evaluated', file, len(source))
+    return replace(source, order=source.order[:0]), source
 
 
-def _check_classes(paths: Sequence[Path], labels: Sequence[str], what: str) -> None:
-    """Check that no image is listed with two classes.
+def _file_identity(path: Path) -> tuple[int, int] | str | None:
+    """Return what identifies the real file behind a path; None if it is not a regular file."""
+    try:
+        return _identity(regular_file(path))
+    except (OSError, ValueError):  # such as a name that is too long, or one with a NUL
+        return None
+
+
+def _check_rows(listed: dict[int, tuple[Path, str]], folder: Path, what: str) -> list[tuple[int, int] | str]:
+    """Check that all images exist and have one class; return what identifies each file, whatever path leads to it.
+
+    Args:
+        listed: path and label by row, counted from 0.
 
     Raises:
-        UserError: naming the first such row.
+        UserError: naming the first image or row that is wrong.
     """
-    label_of: dict[Path, str] = {}
-    for number, (path, label) in enumerate(zip(paths, labels, strict=True), 1):
-        if label_of.setdefault(path, label) != label:
+    paths = [path for path, _ in listed.values()]
+    with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
+        files = list(pool.map(_file_identity, paths))
+    if None in files:
+        first = str(paths[files.index(None)])
+        first = first if len(first) <= LONGEST_SHOWN else f"{first[:LONGEST_SHOWN]}..."
+        raise UserError(
+            f"{what}: {files.count(None)} of {len(paths)} images are not in {folder}, first {first}; "
+            f"name their folder with --data-path"
+        )
+    label_of: dict[Any, str] = {}
+    for file, (number, (path, label)) in zip(files, listed.items(), strict=True):
+        if label_of.setdefault(file, label) != label:
             raise UserError(
-                f"{what}: row {number} lists {path} as {label}, an earlier row as {label_of[path]}; drop one"
+                f"{what}: row {number + 1} lists {path} as {label}, an earlier row as {label_of[file]}; drop one"
             )
+    return files
 
 
 def _csv_rows(file: Path) -> list[dict[str, str]]:
@@ -624,27 +663,36 @@ def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what:
     return found
 
 
-def _csv_parts(source: Source, splits: Sequence[str], options: DataOptions, what: str) -> tuple[Source, Source]:
-    """Divide the rows into the training and the validation split.
+def _csv_parts(
+    splits: Sequence[str], labels: Sequence[str], options: DataOptions, eval_only: bool, what: str
+) -> list[str]:
+    """Return the part of each row: "train", "val", or "" for rows of other splits, which are not used.
 
     Raises:
-        UserError: if a split has no rows.
+        UserError: if a split has no rows, or not all classes in a training.
     """
     if options.val_fraction:
         logger.info('--val-fraction has no effect: %s has a column "split"', what)
-    parts, lowered = [], [split.lower() for split in splits]
-    for flag, name in (("--train-split", options.train_split), ("--val-split", options.val_split)):
+    lowered, found = [split.lower() for split in splits], {}
+    for part, flag, name in (
+        ("train", "--train-split", options.train_split),
+        ("val", "--val-split", options.val_split),
+    ):
         others = next((names for names in TORCH_SPLITS.values() if name in names), ())
-        found = next((each for each in (name.lower(), *others) if each in lowered), None)
-        order = np.flatnonzero([split == found for split in lowered])
-        if not len(order):
+        found[part] = next((each for each in (name.lower(), *others) if each in lowered), None)
+        if found[part] is None and not (eval_only and part == "train"):
             raise UserError(f"{flag} {name}: {what} has no such split; it has {', '.join(sorted(set(splits)))}")
-        parts.append(replace(source, order=order))
-    trained = np.bincount(source.targets[parts[0].order], minlength=source.num_classes)
-    if not trained.all():
-        name = source.class_names[trained.argmin()]
+    if not eval_only and found["train"] == found["val"]:
+        raise UserError(
+            f"--train-split {options.train_split}, --val-split {options.val_split}: both are the same rows of {what}; "
+            f"name two splits that differ"
+        )
+    parts = ["val" if split == found["val"] else "train" if split == found["train"] else "" for split in lowered]
+    trained, evaluated = ({labels[n] for n, each in enumerate(parts) if each == part} for part in ("train", "val"))
+    if not eval_only and evaluated - trained:
+        name = min(evaluated - trained)
         raise UserError(f"--train-split {options.train_split}: {what} has no such row of class {name}; add some")
-    return parts[0], parts[1]
+    return parts
 
 
 def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
@@ -814,7 +862,7 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
     root, parts = Path(options.data_path or "data"), []
     for split in (options.train_split, options.val_split):
         others = next((names for names in TORCH_SPLITS.values() if split in names), ())
-        found = (root / name for name in (split, *others) if (root / name).is_dir())
+        found = (root / name for name in (split, *others) if os.path.isdir(root / name))
         parts.append(next(found, root / split))
     train, val = _folder_tree(*parts, eval_only)
     if (options.num_classes or val.num_classes) < val.num_classes:

@@ -400,6 +400,29 @@ def test_a_split_of_a_csv_file_is_one_name(tmp_path, splits, named, images):
     assert [Path(path).stem for path in ordered_paths(val)] == images
 
 
+def test_rows_of_other_splits_are_not_used(tmp_path):
+    rows = ["path,label,split", "images/0.png,a,train", "images/1.png,b,train", "images/2.png,b,val"]
+    rows += ["images/3.png,c,later", "gone.png,a,later", "images/0.png,b,later", ",,later"]
+    train, val = read(write_csv(tmp_path, "\n".join(rows)))
+    assert train.class_names == val.class_names == ("a", "b")
+    assert [[Path(path).stem for path in ordered_paths(part)] for part in (train, val)] == [["0", "1"], ["2"]]
+
+
+def test_an_evaluation_reads_the_validation_rows_of_a_csv_file(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = ["path,label,split", "gone.png,a,train", "images/1.png,c,test", "images/2.png,b,test", "x.png,d,unused"]
+    for number, names in ((1, ("a", "b", "c")), (2, ("b", "c"))):  # with and without training rows
+        text = "\n".join([rows[0], *rows[number:]])
+        train, val = read_sources(DataOptions(write_csv(tmp_path, text)), eval_only=True)
+        assert (len(train), val.class_names, [val.class_names[n] for n in targets_of(val)]) == (0, names, ["c", "b"])
+    _, val = read_sources(DataOptions(write_csv(tmp_path, csv_rows("abab"))), eval_only=True)
+    assert targets_of(val) == [0, 1, 0, 1] and "all its 4 images are evaluated" in caplog.text
+    train, val = read_sources(DataOptions(write_csv(tmp_path, csv_rows("abab")), val_fraction=0.5), eval_only=True)
+    assert len(train) == len(val) == 2
+    with tiny.user_error("--val-split fold1", 'no column "split"'):
+        read_sources(DataOptions(write_csv(tmp_path, csv_rows("abab")), val_split="fold1"), eval_only=True)
+
+
 def test_numbers_of_a_csv_file_that_are_equal_have_a_fixed_order(tmp_path):
     train, _ = read(write_csv(tmp_path, csv_rows(["1", "01", "001", "2"] * 2)), val_fraction=0.5)
     assert train.class_names == ("001", "01", "1", "2")
@@ -439,8 +462,19 @@ def test_columns_and_folder_of_a_csv_file_are_flags(tmp_path):
         ("path,label\n", {}, ["no rows"]),
         ("", {}, ["no rows"]),
         ("path,label\nimages/0.png,a,b\n", {}, ["more fields than the header"]),
-        ("path,label\nimages/0.png\n", {}, ["row 1 has no path or no label"]),
-        ("path,label\nimages/0.png,a\nimages/9.png,b\n", {}, ["1 of 2 images", "9.png", "--data-path"]),
+        ("path,label\nimages/0.png\n", {"val_fraction": 0.5}, ["row 1 has no path or no label"]),
+        (
+            "path,label\nimages/0.png,a\nimages/9.png,b\n",
+            {"val_fraction": 0.5},
+            ["1 of 2 images", "9.png", "--data-path"],
+        ),
+        (
+            f"path,label\nimages/0.png,a\n{'aB+/' * 3000},b\n",
+            {"val_fraction": 0.5},
+            ["1 of 2 images are not in", "...; name"],
+        ),
+        ("path,label\nimages/0.png,a\nimages/0.png\0,b\n", {"val_fraction": 0.5}, ["list.csv"]),
+        (csv_rows("aa", "path,label,split", ["val", "val"]), {"train_split": "val"}, ["name two splits that differ"]),
         ("file_,label\nimages/0.png,a\n", {}, ["--image-column path", "it has file_, label"]),
         ("path,label\nimages/0.png,a\n", {"label_column": "x"}, ["--label-column x", "it has path, label"]),
         (csv_rows("ab"), {}, ['no column "split"', "--val-fraction 0.2"]),
@@ -479,11 +513,16 @@ def test_spaces_case_and_accents_in_a_csv_file_make_no_classes(tmp_path):
     [
         (["0.png,a,train", "1.png,b,train", "./0.png,b,val"], {}, ["row 3 lists", "0.png as b, an earlier row as a"]),
         (["0.png,a,train", "1.png,b,train", "0.png,a,val"], {}, ["0.png is in the training and in the validation"]),
+        (["0.png,a,train", "1.png,b,train", "../images/0.png,a,val"], {}, ["0.png is in the training and in the"]),
+        (["0.png,a,train", "1.png,b,train", "link.png,a,val"], {}, ["png is in the training and in the validation"]),
+        (["0.png,a,train", "1.png,b,train", "link.png,b,val"], {}, ["row 3 lists", "link.png as b"]),
+        (["0.png,a", "link.png,a", "1.png,b", "2.png,b"], {"val_fraction": 0.5}, ["png is in the training and"]),
         (["0.png,a", "0.png,a", "1.png,b", "2.png,b"], {"val_fraction": 0.5}, ["0.png is in the training and"]),
     ],
 )
 def test_an_image_of_a_csv_file_has_one_class_and_one_part(tmp_path, rows, options, words):
     name = write_csv(tmp_path, "\n".join(["path,label" + ("" if options else ",split"), *rows]))
+    (tmp_path / "images" / "link.png").symlink_to("0.png")
     with tiny.user_error("list.csv", *words):
         read(name, tmp_path / "images", **options)
     if "row 3 lists" not in words:  # an evaluation reads one part only
