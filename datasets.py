@@ -9,11 +9,12 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,6 +75,7 @@ CSV_COLUMNS = {
     "--image-column": ("path", "image", "image_path", "file", "filepath", "file_path", "filename", "file_name"),
     "--label-column": ("label", "class", "class_name", "target", "category"),
 }
+SLICE = re.compile(r"(\w+(?:\.\w+)*)(\[(?:(-?\d[\d_]*)(%)?)?:(?:(-?\d[\d_]*)(%)?)?\])?(?:\([^)]*\))?")
 LONGEST_SHOWN = 120  # characters of a path that is not one, such as an image in base64
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -148,7 +150,7 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         if not eval_only and _share_images(train, val, options):
             raise UserError(
                 f"--train-split {options.train_split}, --val-split {options.val_split}: both read the same images of "
-                f"{name}; name two splits that differ"
+                f"{name}; name two splits without common images"
             )
         return train, val
     if name == "DIGITS":
@@ -872,12 +874,16 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
 
 
 def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
-    """Return True if both parts are the same images, because timm maps some split names to others."""
+    """Return True if the parts have common slices or shards, or are the same images under two names of a split."""
     if isinstance(train, StreamingImages):
         readers = [part.dataset.reader for part in (train, val)]
-        if not all(isinstance(reader, ReaderWds) for reader in readers):
-            return options.train_split == options.val_split
-        return not set(readers[0].split_info.filenames).isdisjoint(readers[1].split_info.filenames)
+        if all(isinstance(reader, ReaderWds) for reader in readers):
+            return not set(readers[0].split_info.filenames).isdisjoint(readers[1].split_info.filenames)
+        return _overlap(options.train_split, options.val_split, _split_sizes(readers[0].builder.info))
+    if options.data_set.startswith("hfds/"):
+        sizes = _split_sizes(train.images.dataset.dataset.info)
+        if _overlap(options.train_split, options.val_split, sizes):
+            return True
     if not np.array_equal(train.targets, val.targets):
         return False
 
@@ -888,6 +894,50 @@ def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
 
     positions = np.linspace(0, len(train) - 1, 8).astype(int)
     return all(np.array_equal(pixels(train, position), pixels(val, position)) for position in positions)
+
+
+def _split_sizes(info: Any) -> dict[str, int | None]:
+    """Return the number of images of each split of a Hugging Face or TensorFlow data set, None if unknown."""
+    return {str(name): split.num_examples for name, split in (info.splits or {}).items()}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A slice of a split: from `start` to `end` (exclusive) in images or percent ("%"), or all of it."""
+
+    split: str
+    unit: str  # "images", "%" or "all"
+    start: float = 0
+    end: float = float("inf")
+
+    def overlaps(self, other: _Slice) -> bool:
+        comparable = self.unit == other.unit or "all" in (self.unit, other.unit)
+        return self.split == other.split and comparable and max(self.start, other.start) < min(self.end, other.end)
+
+
+def _slices(text: str, sizes: Mapping[str, int | None]) -> list[_Slice]:
+    """Parse slices as Hugging Face and TensorFlow do: `train[:80%]+test[-100:]`; [] for another notation."""
+    slices = []
+    for part in text.split("+"):
+        match = SLICE.fullmatch(part.strip())
+        if match is None:
+            return []
+        split, brackets, first, first_percent, last, last_percent = match.groups()
+        size, in_percent = sizes.get(split), first_percent or last_percent
+        total = 100 if in_percent else float("inf") if size is None else size
+        bounds = [int(bound) if bound else default for bound, default in ((first, 0), (last, total))]
+        start, end = (min(max(bound + total if bound < 0 else bound, 0), total) for bound in bounds)
+        if in_percent and size is not None:
+            start, end = round(start * size / 100), round(end * size / 100)
+        unit = "%" if in_percent and size is None else "images" if brackets or size is not None else "all"
+        slices.append(_Slice(split, unit, start, end))
+    return slices
+
+
+def _overlap(train: str, val: str, sizes: Mapping[str, int | None]) -> bool:
+    """Return True if two expressions for splits have common images, as far as the slices tell."""
+    pairs = itertools.product(_slices(train, sizes), _slices(val, sizes))
+    return train == val or any(ours.overlaps(theirs) for ours, theirs in pairs)
 
 
 def _read_split(options: DataOptions, split: str, training: bool, local_rank: int) -> Any:

@@ -1149,6 +1149,41 @@ def test_parts_with_the_same_images_are_a_user_error(tmp_path):
     assert len(val) == 3
 
 
+OVERLAPPING = [("train", "train[80%:]"), ("train[:80%]", "train[50%:]"), ("train[:5]", "train[4:]"), ("train", "train")]
+OVERLAPPING += [("train[:-2]", "train[-3:]"), ("train[:50%]", "train[4:]"), ("validation+train[:1]", "train[:10%]")]
+OVERLAPPING += [("train[-20%:]", "validation+train[90%:]")]
+DISJOINT = [("train[:80%]", "train[80%:]"), ("train[:-2]", "train[-2:]"), ("train[:50%]", "train[5:]")]
+DISJOINT += [("train", "validation"), ("train[2:4]", "train[:2]+train[4:]"), ("train[:-20%]", "train[-20%:]")]
+
+
+@pytest.mark.parametrize("train, val", OVERLAPPING)
+def test_slices_with_common_images_are_a_user_error(tmp_path, train, val):
+    for split in ("train", "validation"):
+        images = [encoded(picture(n + 10 * (split == "train"))) for n in range(10)]
+        write_parquet(tmp_path / "set", split, images, [0, 1] * 5)
+    with tiny.user_error(f"--train-split {train}, --val-split {val}", "same images", "without common images"):
+        read(f"hfds/{tmp_path / 'set'}", tmp_path / "cache", train_split=train, val_split=val)
+
+
+@pytest.mark.parametrize("train, val", DISJOINT)
+def test_slices_without_common_images_are_read(tmp_path, train, val):
+    for split in ("train", "validation"):
+        images = [encoded(picture(n + 10 * (split == "train"))) for n in range(10)]
+        write_parquet(tmp_path / "set", split, images, [0, 1] * 5)
+    parts = read(f"hfds/{tmp_path / 'set'}", tmp_path / "cache", train_split=train, val_split=val)
+    first, second = ({image.tobytes() for image in pixels_of(part)} for part in parts)
+    assert first and second and not first & second
+
+
+def test_slices_of_an_unknown_size_are_compared_in_their_unit():
+    need_the_size = {("train[:50%]", "train[4:]"), ("train[:-2]", "train[-3:]")}
+    need_the_size.add(("validation+train[:1]", "train[:10%]"))
+    expected = {pair: pair not in need_the_size for pair in OVERLAPPING}
+    for (train, val), found in {**expected, **dict.fromkeys(DISJOINT, False)}.items():
+        assert datasets._overlap(train, val, {}) is found, (train, val)
+        assert datasets._overlap(val, train, {"train": None}) is found
+
+
 @pytest.mark.parametrize("scheme", ["hfids/", "wds/"])
 def test_streams_of_the_same_images_are_a_user_error(tmp_path, scheme):
     if scheme == "wds/":
