@@ -198,6 +198,7 @@ def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
             "labels": run.train.label_checksum() if indexed else None,
             "file_names": zlib.crc32(run.train.file_names()) if indexed else None,
             "processes": run.world.size,
+            "data-loader workers": loader.loader.num_workers if loader.is_stream else None,
             "augmentation": loader.augmentation["where"],
             "device (threads)": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
             "precision": str(run.amp_dtype),
@@ -255,6 +256,8 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
     if loader.is_stream and isinstance(images, int) and 0 < images < epoch:
         changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
+    elif loader.is_stream and args.data_set.startswith("tfds/"):
+        changes.append("tfds/ starts its shuffling again")
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
     if loader.broken is not None:
         loader.broken.restore(checkpoint.get("broken_images") or [])

@@ -474,6 +474,8 @@ def _decoded(source: Source, position: int) -> tuple[np.ndarray, int]:
 class StreamingImages(IterableDataset):
     """A timm stream, whose own shuffling sets the order; a view's key depends on its position in the stream.
 
+    A WebDataset is shuffled by the run's seed and the epoch.
+
     For training, timm distributes shards over ranks and data-loader workers, so the order depends on their numbers. For
     evaluation, each rank reads the whole stream and keeps its share, which is exact but decodes everything.
     """
@@ -500,6 +502,8 @@ class StreamingImages(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        if self.training and isinstance(self.dataset.reader, reader_wds.ReaderWds):
+            self._restart(worker, number, workers)
         for count, (image, target) in enumerate(self._samples()):
             position = count * workers + number
             if self.training:
@@ -516,6 +520,17 @@ class StreamingImages(IterableDataset):
                     f"--data-set {self.name}: cannot read image number {position} ({error}); fix or remove it"
                 ) from error
             yield Batch(self.transform(rgb), target, position, keys=signed(key))
+
+    def _restart(self, worker: Any, number: int, workers: int) -> None:
+        """Let timm shuffle a WebDataset anew; its generator would continue where the last epoch ended.
+
+        Then the order is a function of seed, epoch, rank and worker, for given numbers of ranks and workers.
+        """
+        reader = self.dataset.reader
+        reader.ds, reader.worker_info, reader.worker_id, reader.num_workers = None, worker, number, workers
+        reader.global_num_workers = reader.dist_num_replicas * workers
+        reader.global_worker_id = reader.dist_rank * workers + number
+        reader.worker_seed = random_key(self.seed, "stream", self.epoch.value, self.rank, number)
 
     def _samples(self) -> Iterator[tuple[Image.Image, int]]:
         """Yield images and classes.
