@@ -982,6 +982,13 @@ def test_inaturalist_has_the_numbers_of_the_original(tmp_path, category, train_t
     assert train.class_names == val.class_names == names
 
 
+def test_inaturalist_with_common_images_is_a_user_error(tmp_path):
+    write_inaturalist(tmp_path, 2019, with_file=True)
+    shutil.copy(tmp_path / "train2019.json", tmp_path / "val2019.json")
+    with tiny.user_error(f"--data-path {tmp_path}", "2/train1.jpg is in train2019.json and in val2019.json"):
+        read("INAT19", tmp_path)
+
+
 def test_categories_without_ids_are_numbered_from_zero(tmp_path):
     names = [{"name": name} for name in ("a", "b", "c", "d", "e", "f", "g", "h")]
     write_inaturalist(tmp_path, 2018, True, categories=names)
