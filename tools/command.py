@@ -222,11 +222,11 @@ def find_files(paths: Sequence[str], flag: str) -> list[str]:
             raise UserError(f"{flag} {path}: no such file or folder; check the path")
         skipped: Counter[str] = Counter()
         found = datasets.image_files(path, set(), skipped) if os.path.isdir(path) else [path]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         if not found:
-            hint = "; name its --data-set" if flag == "--data-path" else ""
+            hint = "; name its --data-set" if flag == "--data-path" else f"; convert its {kinds}" if kinds else ""
             raise UserError(f"{flag} {path}: holds no images ({', '.join(IMG_EXTENSIONS)}){hint}")
         if skipped:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
             # Escape it here, because not every tool has set up its log yet.
             logger.warning("%s", escaped(f"{flag} {path}: {skipped.total()} files are not read: {kinds}"))
         files += found
