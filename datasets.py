@@ -884,7 +884,7 @@ def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
     if isinstance(train, StreamingImages):
         readers = [part.dataset.reader for part in (train, val)]
         if all(isinstance(reader, ReaderWds) for reader in readers):
-            return not set(readers[0].split_info.filenames).isdisjoint(readers[1].split_info.filenames)
+            return not _shards(readers[0]).isdisjoint(_shards(readers[1]))
         return _overlap(options.train_split, options.val_split, _split_sizes(readers[0].builder.info))
     if options.data_set.startswith("hfds/"):
         sizes = _split_sizes(train.images.dataset.dataset.info)
@@ -902,9 +902,15 @@ def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
     return all(np.array_equal(pixels(train, position), pixels(val, position)) for position in positions)
 
 
+def _shards(reader: ReaderWds) -> set[str]:
+    """Return the shards of a WebDataset: real files, whatever path leads to them, or URLs and commands as they are."""
+    paths = [os.path.join(reader.root, file) for file in reader.split_info.filenames]
+    return {path if ":" in path else os.path.realpath(path) for path in paths}
+
+
 def _split_sizes(info: Any) -> dict[str, int | None]:
     """Return the number of images of each split of a Hugging Face or TensorFlow data set, None if unknown."""
-    return {str(name): split.num_examples for name, split in (info.splits or {}).items()}
+    return {str(name): split.num_examples or None for name, split in (info.splits or {}).items()}
 
 
 @dataclass(frozen=True)

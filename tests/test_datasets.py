@@ -1200,6 +1200,10 @@ def test_streams_of_the_same_images_are_a_user_error(tmp_path, scheme):
         name, path = scheme + str(tmp_path / "pets"), tmp_path / "cache"
     with tiny.user_error("--train-split train, --val-split train", "same images"):
         read(name, path, val_split="train", num_classes=3)
+    if scheme == "wds/":
+        shard = "./set-train-0001.tar|6"
+        with tiny.user_error(f"--train-split train, --val-split {shard}", "same images"):
+            read(name, path, val_split=shard, num_classes=3)
 
 
 @pytest.mark.parametrize("scheme", ["hfds/", "hfids/"])
