@@ -9,16 +9,17 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torchvision
@@ -31,7 +32,7 @@ from torch.utils.data import IterableDataset
 from torchvision import transforms
 from torchvision.datasets.folder import is_image_file
 
-from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions
+from augment import PADDING, SMALL_IMAGE, Normalization, ViewOptions, check_policy
 from packs import SPLITS, PackImages
 from sources import (
     BrokenImages,
@@ -74,6 +75,8 @@ CSV_COLUMNS = {
     "--image-column": ("path", "image", "image_path", "file", "filepath", "file_path", "filename", "file_name"),
     "--label-column": ("label", "class", "class_name", "target", "category"),
 }
+SLICE = re.compile(r"(\w+(?:\.\w+)*)(\[(?:(-?\d[\d_]*)(%)?)?:(?:(-?\d[\d_]*)(%)?)?\])?(?:\([^)]*\))?")
+LONGEST_SHOWN = 120  # characters of a path that is not one, such as an image in base64
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -91,7 +94,7 @@ class DataOptions:
     data_path: str | None = None  # CIFAR, FLOWERS and `torch/` default to ./data
     inat_category: str = "name"  # the level of iNaturalist's taxonomy to classify
     inat_numbering: str = "id"  # order of its classes: category "id", or "original": first appearance in train
-    train_split: str = "train"  # of a CSV file with a column "split", or a timm data set
+    train_split: str = "train"  # of a CSV file with a column "split", or a timm data set; or a folder of class folders
     val_split: str = "validation"  # likewise
     image_column: str | None = None  # of a CSV file or timm's data sets other than `torch/`; None: the usual names
     label_column: str | None = None  # likewise
@@ -141,41 +144,61 @@ def read_sources(options: DataOptions, local_rank: int = 0, eval_only: bool = Fa
         UserError: unknown name, missing or badly laid-out folder, failed download.
     """
     name = options.data_set
-    if not name.startswith((*SCHEMES, CSV)) and name not in NAMES:
-        raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
-    for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
-        if column is not None and (name in NAMES or name.startswith("torch/")):
-            raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
-    if options.val_fraction and name != "IMNET" and not name.startswith(CSV):
-        raise UserError(f"--val-fraction {options.val_fraction:g}: {name} has a validation part; drop the flag")
+    _check_options(options)
     if name.startswith(SCHEMES):
         train, val = _timm_sources(options, local_rank, eval_only)
         if not eval_only and _share_images(train, val, options):
             raise UserError(
                 f"--train-split {options.train_split}, --val-split {options.val_split}: both read the same images of "
-                f"{name}; name two splits that differ"
+                f"{name}; name two splits without common images"
             )
         return train, val
-    if options.num_classes is not None:
-        raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
     if name == "DIGITS":
         return _digits()
     if name.startswith(CSV):
         return _listed_once(partial(_csv, options, eval_only), local_rank)
     root = _folder_of(name, options.data_path)
     if name.startswith("CIFAR"):
-        return _cifar(root, name, local_rank, eval_only)
+        return _cifar(root, options, local_rank, eval_only)
     if name == "FLOWERS":
         return _flowers(root, local_rank)
     if name == "PACKED":
         return _packed(root)
     readers = {
-        "IMNET": partial(_image_folders, root, options.val_fraction, eval_only),
+        "IMNET": partial(_image_folders, root, options, eval_only),
         "CARS": partial(_cars, root),
         "INAT": partial(_inaturalist, root, 2018, options),
         "INAT19": partial(_inaturalist, root, 2019, options),
     }
     return _listed_once(readers[name], local_rank)
+
+
+def _check_options(options: DataOptions) -> None:
+    """Check that the data set is known and has what the other options name.
+
+    Raises:
+        UserError: naming the first option that does not fit.
+    """
+    name = options.data_set
+    if not name.startswith((*SCHEMES, CSV)) and name not in NAMES:
+        raise UserError(f"--data-set {name}: unknown; use one of {KNOWN_NAMES}")
+    for flag, column in (("--image-column", options.image_column), ("--label-column", options.label_column)):
+        if column is not None and (name in NAMES or name.startswith("torch/")):
+            raise UserError(f"{flag} {column}: {name} has no columns; drop the flag")
+    for flag, split, default in _changed_splits(options):
+        if name in NAMES and name != "IMNET" and not name.startswith("CIFAR"):
+            raise UserError(f"{flag} {split}: {name} has no named splits; drop the flag, or pass {flag} {default}")
+    if options.val_fraction and name != "IMNET" and not name.startswith(CSV):
+        raise UserError(f"--val-fraction {options.val_fraction:g}: {name} has a validation part; drop the flag")
+    if options.num_classes is not None and not name.startswith(SCHEMES):
+        raise UserError(f"--num-classes {options.num_classes}: {name} says how many classes it has; drop the flag")
+
+
+def _changed_splits(options: DataOptions) -> list[tuple[str, str, str]]:
+    """Return flag, value and default of --train-split and --val-split if they are not the default."""
+    flags = {"--train-split": "train_split", "--val-split": "val_split"}
+    values = [(flag, getattr(options, name), getattr(DataOptions, name)) for flag, name in flags.items()]
+    return [(flag, value, default) for flag, value, default in values if value != default]
 
 
 def _listed_once(read: Callable[[], tuple[Source, Source]], local_rank: int) -> tuple[Source, Source]:
@@ -235,32 +258,60 @@ def image_files(
         OSError: if a folder cannot be read.
     """
     _is_new(folder, seen)  # a link may lead back to it
-    found = {}
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in sorted(filter(_is_visible, folders)) if _is_new(os.path.join(root, name), seen)]
-        prefix, found[root] = os.path.join(root, ""), []
-        for name in sorted(filter(_is_visible, names)):
-            if is_image_file(name):
-                found[root].append(prefix + name)
+    found, links, pending = {}, [], [os.fspath(folder)]
+    while pending:
+        root, folders = pending.pop(), []
+        with os.scandir(root) as entries:
+            visible = sorted((entry for entry in entries if _is_visible(entry.name)), key=lambda entry: entry.name)
+        found[root] = []
+        for entry in visible:
+            if _is_folder(entry):
+                folders.append(entry.path)
+            elif is_image_file(entry.name):
+                found[root].append(entry.path)
+                links += [entry.path] if entry.is_symlink() else []  # needs no system call
             else:
-                skipped[Path(name).suffix.lower() or "no suffix"] += 1
+                skipped[Path(entry.name).suffix.lower() or "no suffix"] += 1
+        pending += reversed([path for path in folders if _is_new(path, seen)])
         if progress:
-            progress.advance(len(names))
-    return [path for root in sorted(found) for path in found[root]]
+            progress.advance(len(visible) - len(folders))
+    paths = [path for root in sorted(found) for path in found[root]]
+    return _without_repeats(paths, set(links), skipped) if links else paths
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def _without_repeats(paths: Sequence[str], links: set[str], skipped: Counter[str]) -> list[str]:
+    """Drop links to files that are listed, too: the same image must not be in two parts of the data."""
+    seen: set[Any] = set()
+    for path in paths:
+        if path not in links:
+            _is_new(path, seen)
+    repeated = {path for path in paths if path in links and os.path.exists(path) and not _is_new(path, seen)}
+    if repeated:
+        skipped["links to images that are read"] += len(repeated)
+    return [path for path in paths if path not in repeated]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one; a link that leads nowhere counts as a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name not in ("__MACOSX", "@eaDir")
 
 
-def _is_new(folder: str | Path, seen: set[Any]) -> bool:
-    """Return True if the real folder behind a path is new; add it to `seen`."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+def _identity(path: str | Path) -> tuple[int, int] | str:
+    """Return what identifies the real file or folder behind a path."""
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
+def _is_new(path: str | Path, seen: set[Any]) -> bool:
+    """Return True if the real file or folder behind a path is new; add it to `seen`."""
+    identity = _identity(path)
     known = identity in seen
     seen.add(identity)
     return not known
@@ -275,6 +326,22 @@ def _readable(root: Path) -> Iterator[None]:
         raise UserError(f"--data-path {root}: {error.filename} cannot be read ({error.strerror})") from None
 
 
+def _tree_folders(root: Path, options: DataOptions, val: str = "val") -> tuple[Path, Path]:
+    """Return the folders of the training and validation part: those that flags name, or else train/ and `val`.
+
+    Raises:
+        UserError: if a folder that a flag names does not exist. The others may be missing.
+    """
+    folders = {"--train-split": root / "train", "--val-split": root / val}
+    for flag, name, _ in _changed_splits(options):
+        folders[flag] = root / name
+        if name in ("", ".", "..") or os.sep in name or not os.path.isdir(folders[flag]):
+            with _readable(root):
+                found = sorted(each.name for each in root.iterdir() if each.is_dir() and _is_visible(each.name))
+            raise UserError(f"{flag} {name[:80]}: {root} has no such folder; it has {', '.join(found[:12]) or 'none'}")
+    return folders["--train-split"], folders["--val-split"]
+
+
 def _folder_tree(train: Path, val: Path, eval_only: bool) -> tuple[Source, Source]:
     """Read `train/CLASS/image` and `val/CLASS/image`.
 
@@ -284,6 +351,8 @@ def _folder_tree(train: Path, val: Path, eval_only: bool) -> tuple[Source, Sourc
     with _readable(root):
         train_folders = {} if eval_only and not train.is_dir() else _class_folders(train)
         val_folders = _class_folders(val)
+        if not eval_only:
+            _check_folders_differ([train, *_all_paths(train_folders)], [val, *_all_paths(val_folders)])
         class_names = sorted(train_folders or val_folders)
         _warn_of_text_order(root, class_names)
         part = None if eval_only else _folder_part(train, train_folders, class_names)
@@ -294,31 +363,69 @@ def _folder_tree(train: Path, val: Path, eval_only: bool) -> tuple[Source, Sourc
                 f"the same classes"
             )
         held_out = _folder_part(val, val_folders, class_names, allow_empty=eval_only)
-        return replace(held_out, order=held_out.order[:0]) if part is None else part, held_out
+    if part is None:
+        return replace(held_out, order=held_out.order[:0]), held_out
+    if part.class_samples == held_out.class_samples and len(set(part.class_samples)) > 1:
+        raise UserError(
+            f"--data-path {root}: the first image of every class is the same in {train.name}/ and {val.name}/; put "
+            f"other images into {val.name}/"
+        )
+    return part, held_out
 
 
-def _image_folders(root: Path, val_fraction: float, eval_only: bool) -> tuple[Source, Source]:
-    """Read `train/CLASS/image` and `val/CLASS/image`; or split `train/CLASS/image` or `CLASS/image` alone."""
-    has_train, has_val = ((root / part).is_dir() for part in ("train", "val"))
-    if not (has_val or val_fraction):
+def _all_paths(folders: dict[str, list[Path]]) -> list[Path]:
+    return list(itertools.chain(*folders.values()))
+
+
+def _check_folders_differ(train: Sequence[Path], val: Sequence[Path]) -> None:
+    """Check that no validation folder is a training folder; links may lead there.
+
+    Raises:
+        UserError: naming the first such folder.
+    """
+    trained = set(map(_identity, train))
+    same = next((path for path in val if _identity(path) in trained), None)
+    if same is not None:
+        raise UserError(
+            f"--data-path {val[0].parent}: {same} is a folder of {train[0].name}/ as well, so training images would be "
+            f"evaluated; put other images there"
+        )
+
+
+def _image_folders(root: Path, options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
+    """Read `train/CLASS/image` and `val/CLASS/image`; or split `train/CLASS/image` or `CLASS/image` alone.
+
+    An evaluation without these parts and without `val_fraction` reads all of `CLASS/image`.
+    """
+    train, val = _tree_folders(root, options)
+    has_train, fraction = train.is_dir(), options.val_fraction
+    if val.is_dir():
+        if fraction:
+            logger.info("--val-fraction has no effect: %s has a folder %s/", root, val.name)
+        return _folder_tree(train, val, eval_only)
+    if not fraction and (has_train or not eval_only):
         raise UserError(
             f"--data-path {root}: has no folder {'val' if has_train else 'train'}/; it needs train/CLASS/ and "
             f"val/CLASS/, or add --val-fraction 0.2 to hold out a part of {'train/' if has_train else ''}CLASS/"
         )
-    if has_val:
-        if val_fraction:
-            logger.info("--val-fraction has no effect: %s has a folder val/", root)
-        return _folder_tree(root / "train", root / "val", eval_only)
-    folder = root / "train" if has_train else root
+    folder = train if has_train else root
     with _readable(root):
         others = [each.name for each in root.iterdir() if each.is_dir() and each != folder and _is_visible(each.name)]
         if has_train and others:
             unread = ", ".join(sorted(others)[:12])
-            logger.warning("--data-path %s: only train/ is read, not %s; a validation part is named val/", root, unread)
+            logger.warning(
+                "--data-path %s: only %s/ is read, not %s; name a validation part val/, or pass --val-split",
+                root,
+                train.name,
+                unread,
+            )
         folders = _class_folders(folder)
         _warn_of_text_order(root, list(folders))
-        whole = _folder_part(folder, folders, list(folders))
-    return _held_out(whole, val_fraction, folder)
+        whole = _folder_part(folder, folders, list(folders), allow_empty=not fraction)
+    if not fraction:
+        logger.info("%s: has no val/ and no train/, so all its %d images are evaluated", root, len(whole))
+        return replace(whole, order=whole.order[:0]), whole
+    return _held_out(whole, fraction, folder)
 
 
 def _held_out(whole: Source, fraction: float, path: Path) -> tuple[Source, Source]:
@@ -358,7 +465,7 @@ def _folder_part(
 ) -> Source:
     """Read the images of `folder` by class."""
     root, seen = folder.parent, set()
-    for path in (folder.resolve(), *folder.resolve().parents, *itertools.chain(*folders.values())):
+    for path in (folder.resolve(), *folder.resolve().parents, *_all_paths(folders)):
         if not _is_new(path, seen):
             raise UserError(f"--data-path {root}: {path} is a link to a folder that is already read; remove it")
     loose = sum(_is_visible(path.name) and path.is_file() for path in folder.iterdir())
@@ -370,8 +477,10 @@ def _folder_part(
         for label, name in enumerate(class_names):
             found = [file for path in folders.get(name, ()) for file in image_files(path, seen, skipped, progress)]
             if not found and not allow_empty:
+                others = _others(folders.get(name, ()))
                 raise UserError(
-                    f"--data-path {root}: no images in {folder.name}/ for class {name}; fill or remove the folder"
+                    f"--data-path {root}: no images in {folder.name}/ for class {name}{others}; fill or remove the "
+                    f"folder"
                 )
             counts[label] = len(found)
             first.extend(found[:1])  # in the folder of its class, unless all images are in folders within it
@@ -384,7 +493,7 @@ def _folder_part(
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         logger.warning("--data-path %s: %d files in %s/ are not read: %s", root, skipped.total(), folder.name, kinds)
-    if {os.path.dirname(file) for file in first}.isdisjoint(map(str, itertools.chain(*folders.values()))):
+    if {os.path.dirname(file) for file in first}.isdisjoint(map(str, _all_paths(folders))):
         names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
         nested = "--data-path %s: all images of the classes %s are in folders within theirs, such as %s"
         logger.warning(f"{nested}; if those are the classes, name the folder above them", root, names, first[0])
@@ -392,10 +501,19 @@ def _folder_part(
     return replace(source, class_samples=_class_samples(source))
 
 
+def _others(folders: Sequence[Path]) -> str:
+    """Describe files that are not read in folders without images: " (3 .heic are not read; convert them)"."""
+    skipped: Counter[str] = Counter()
+    for folder in folders:
+        image_files(folder, set(), skipped)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+    return f" ({kinds} are not read; convert them)" if kinds else ""
+
+
 def _class_samples(source: Source) -> tuple[int, ...]:
     """Return the CRC-32 of the first image file of each class; -1 for a class without a readable one."""
     samples = np.full(source.num_classes, -1, dtype=np.int64)
-    labels, first = np.unique(source.targets, return_index=True)
+    labels, first = np.unique(source.targets[source.order], return_index=True)
 
     def checksum(index: int) -> int:
         try:
@@ -404,71 +522,108 @@ def _class_samples(source: Source) -> tuple[int, ...]:
             return -1
 
     with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
-        samples[labels] = list(pool.map(checksum, first))
+        samples[labels] = list(pool.map(checksum, source.order[first]))
     return tuple(samples.tolist())
 
 
 def _csv(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
-    """Read image files and classes from a CSV file, split by its column "split" or by `val_fraction`."""
+    """Read image files and classes from a CSV file, split by its column "split" or by `val_fraction`.
+
+    An evaluation reads the rows of the validation split only, or all rows if there is no split. The classes are those
+    of the training rows, too.
+    """
     file = Path(options.data_set.removeprefix(CSV))
     what, folder = f"--data-set {CSV}{file}", Path(options.data_path or file.parent)
     try:
         rows = _csv_rows(file)
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}; check the path") from None
-    except (csv.Error, UnicodeError) as error:
+    except (csv.Error, ValueError) as error:
         raise UserError(f"{what}: is not a CSV file ({reason(error)}); it needs a header and UTF-8 text") from None
     named = {"--image-column": options.image_column, "--label-column": options.label_column}
     image, label = (_csv_column(rows, flag, column, what) for flag, column in named.items())
     # An accent may be one character or two.
     labels = [unicodedata.normalize("NFC", row[label].strip()) for row in rows]
-    incomplete = next((number for number, row in enumerate(rows) if not (row[image] and labels[number])), None)
+    split = _column_of(rows, ["split"])
+    parts = ["all"] * len(rows)
+    if split is not None:
+        parts = _csv_parts([row[split].strip() for row in rows], labels, options, eval_only, what)
+    elif not (options.val_fraction or eval_only):
+        raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
+    elif changed := _changed_splits(options):
+        raise UserError(f'{changed[0][0]} {changed[0][1]}: {what} has no column "split"; add it, or drop the flag')
+    used = [number for number, part in enumerate(parts) if part]
+    incomplete = next((number for number in used if not (rows[number][image] and labels[number])), None)
     if incomplete is not None:
         raise UserError(f"{what}: row {incomplete + 1} has no {image} or no {label}; fill or remove it")
-    paths = [folder / row[image] for row in rows]
-    with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
-        missing = [path for path, exists in zip(paths, pool.map(Path.is_file, paths), strict=True) if not exists]
-    if missing:
-        raise UserError(
-            f"{what}: {len(missing)} of {len(paths)} images are not in {folder}, first {missing[0]}; "
-            f"name their folder with --data-path"
-        )
-    _check_classes(paths, labels, what)
+    names = _sorted_classes({labels[number] for number in used})
+    read = [number for number in used if not eval_only or parts[number] != "train"]
+    listed = {number: (folder / rows[number][image], labels[number]) for number in read}
+    files = _check_rows(listed, folder, what)
+    index = {name: position for position, name in enumerate(names)}
+    images, targets = PathImages(path for path, _ in listed.values()), [index[name] for _, name in listed.values()]
+    source = whole_source(images, targets, names)
+    train, val = _csv_sources(source, np.array([parts[number] for number in read]), options, file)
+    both = {files[index] for index in train.order} & {files[index] for index in val.order}
+    if both and not eval_only:
+        path = min(path for (path, _), key in zip(listed.values(), files, strict=True) if key in both)
+        raise UserError(f"{what}: {path} is in the training and in the validation part; drop its other rows")
+    return train, val
+
+
+def _sorted_classes(labels: set[str]) -> list[str]:
+    """Sort class names: numbers by their value, other names as text."""
     is_number = all(map(str.isdecimal, labels))
-    names = sorted(set(labels), key=lambda name: (int(name), name) if is_number else name)
-    index = {name: number for number, name in enumerate(names)}
-    source = whole_source(PathImages(paths), [index[name] for name in labels], names)
+    return sorted(labels, key=lambda name: (int(name), name) if is_number else name)
+
+
+def _csv_sources(source: Source, parts: np.ndarray, options: DataOptions, file: Path) -> tuple[Source, Source]:
+    """Divide the images of a CSV file by the part of their rows: "train", "val", or "all" without splits."""
+    if "all" not in parts:
+        orders = [np.flatnonzero(parts == part) for part in ("train", "val")]
+        train, val = (replace(source, order=order) for order in orders)
+        return replace(train, class_samples=_class_samples(train)), replace(val, class_samples=_class_samples(val))
     source = replace(source, class_samples=_class_samples(source))
-    split = _column_of(rows, ["split"])
-    if split is None:
-        if not options.val_fraction:
-            raise UserError(f'{what}: has no column "split"; add it, or hold a part out with --val-fraction 0.2')
-        for flag, name in (("--train-split", options.train_split), ("--val-split", options.val_split)):
-            if name not in ("train", "validation"):  # the defaults
-                raise UserError(f'{flag} {name}: {what} has no column "split"; add it, or drop the flag')
-        parts = _held_out(source, options.val_fraction, file)
-    else:
-        parts = _csv_parts(source, [row[split].strip() for row in rows], options, what)
-    train, val = ({paths[row] for row in part.order} for part in parts)
-    if not eval_only and not train.isdisjoint(val):
-        raise UserError(
-            f"{what}: {min(train & val)} is in the training and in the validation part; drop its other rows"
-        )
-    return parts
+    if options.val_fraction:
+        return _held_out(source, options.val_fraction, file)
+    logger.info('%s: has no column "split", so all its %d images are evaluated', file, len(source))
+    return replace(source, order=source.order[:0]), source
 
 
-def _check_classes(paths: Sequence[Path], labels: Sequence[str], what: str) -> None:
-    """Check that no image is listed with two classes.
+def _file_identity(path: Path) -> tuple[int, int] | str | None:
+    """Return what identifies the real file behind a path; None if it is not a regular file."""
+    try:
+        return _identity(regular_file(path))
+    except (OSError, ValueError):  # such as a name that is too long, or one with a NUL
+        return None
+
+
+def _check_rows(listed: dict[int, tuple[Path, str]], folder: Path, what: str) -> list[tuple[int, int] | str]:
+    """Check that all images exist and have one class; return what identifies each file, whatever path leads to it.
+
+    Args:
+        listed: path and label by row, counted from 0.
 
     Raises:
-        UserError: naming the first such row.
+        UserError: naming the first image or row that is wrong.
     """
-    label_of: dict[Path, str] = {}
-    for number, (path, label) in enumerate(zip(paths, labels, strict=True), 1):
-        if label_of.setdefault(path, label) != label:
+    paths = [path for path, _ in listed.values()]
+    with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
+        files = list(pool.map(_file_identity, paths))
+    if None in files:
+        first = str(paths[files.index(None)])
+        first = first if len(first) <= LONGEST_SHOWN else f"{first[:LONGEST_SHOWN]}..."
+        raise UserError(
+            f"{what}: {files.count(None)} of {len(paths)} images are not in {folder}, first {first}; "
+            f"name their folder with --data-path"
+        )
+    label_of: dict[Any, str] = {}
+    for file, (number, (path, label)) in zip(files, listed.items(), strict=True):
+        if label_of.setdefault(file, label) != label:
             raise UserError(
-                f"{what}: row {number} lists {path} as {label}, an earlier row as {label_of[path]}; drop one"
+                f"{what}: row {number + 1} lists {path} as {label}, an earlier row as {label_of[file]}; drop one"
             )
+    return files
 
 
 def _csv_rows(file: Path) -> list[dict[str, str]]:
@@ -510,27 +665,36 @@ def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what:
     return found
 
 
-def _csv_parts(source: Source, splits: Sequence[str], options: DataOptions, what: str) -> tuple[Source, Source]:
-    """Divide the rows into the training and the validation split.
+def _csv_parts(
+    splits: Sequence[str], labels: Sequence[str], options: DataOptions, eval_only: bool, what: str
+) -> list[str]:
+    """Return the part of each row: "train", "val", or "" for rows of other splits, which are not used.
 
     Raises:
-        UserError: if a split has no rows.
+        UserError: if a split has no rows, or not all classes in a training.
     """
     if options.val_fraction:
         logger.info('--val-fraction has no effect: %s has a column "split"', what)
-    parts, lowered = [], [split.lower() for split in splits]
-    for flag, name in (("--train-split", options.train_split), ("--val-split", options.val_split)):
+    lowered, found = [split.lower() for split in splits], {}
+    for part, flag, name in (
+        ("train", "--train-split", options.train_split),
+        ("val", "--val-split", options.val_split),
+    ):
         others = next((names for names in TORCH_SPLITS.values() if name in names), ())
-        found = next((each for each in (name.lower(), *others) if each in lowered), None)
-        order = np.flatnonzero([split == found for split in lowered])
-        if not len(order):
+        found[part] = next((each for each in (name.lower(), *others) if each in lowered), None)
+        if found[part] is None and not (eval_only and part == "train"):
             raise UserError(f"{flag} {name}: {what} has no such split; it has {', '.join(sorted(set(splits)))}")
-        parts.append(replace(source, order=order))
-    trained = np.bincount(source.targets[parts[0].order], minlength=source.num_classes)
-    if not trained.all():
-        name = source.class_names[trained.argmin()]
+    if not eval_only and found["train"] == found["val"]:
+        raise UserError(
+            f"--train-split {options.train_split}, --val-split {options.val_split}: both are the same rows of {what}; "
+            f"name two splits that differ"
+        )
+    parts = ["val" if split == found["val"] else "train" if split == found["train"] else "" for split in lowered]
+    trained, evaluated = ({labels[n] for n, each in enumerate(parts) if each == part} for part in ("train", "val"))
+    if not eval_only and evaluated - trained:
+        name = min(evaluated - trained)
         raise UserError(f"--train-split {options.train_split}: {what} has no such row of class {name}; add some")
-    return parts[0], parts[1]
+    return parts
 
 
 def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
@@ -547,15 +711,16 @@ def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
         ) from None
 
 
-def _cifar(root: Path, name: str, local_rank: int, eval_only: bool) -> tuple[Source, Source]:
+def _cifar(root: Path, options: DataOptions, local_rank: int, eval_only: bool) -> tuple[Source, Source]:
     """Read a folder tree of images if there is one, else the original files."""
+    name = options.data_set
     if name == "CIFAR":
         logger.info("--data-set CIFAR is CIFAR-10; write CIFAR10 or CIFAR100 to be explicit")
-    held_out = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+    train, val = _tree_folders(root, options, "val" if (root / "val").is_dir() else "test")
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
-    needed = (root / "train").is_dir() or (eval_only and not (root / kind.base_folder).is_dir())
-    if held_out is not None and needed:
-        return _listed_once(partial(_folder_tree, root / "train", held_out, eval_only), local_rank)
+    is_tree = train.is_dir() or (eval_only and not (root / kind.base_folder).is_dir())
+    if _changed_splits(options) or (val.is_dir() and is_tree):
+        return _listed_once(partial(_folder_tree, train, val, eval_only), local_rank)
     with main_process_first(local_rank):
         parts = [
             _downloaded(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)
@@ -618,6 +783,12 @@ def _inaturalist(root: Path, year: int, options: DataOptions) -> tuple[Source, S
         first = train["annotations"] if options.inat_numbering == "original" else ()
         order = list(dict.fromkeys(note["category_id"] for note in first))
         class_of, names = _classes_of_categories(root, categories, options.inat_category, order)
+        files, val_files = ({image["file_name"] for image in part["images"]} for part in (train, val))
+        if files & val_files:
+            raise UserError(
+                f"--data-path {root}: {min(files & val_files)} is in train{year}.json and in val{year}.json; fetch the "
+                f"official files again"
+            )
         return _annotated(root, train, class_of, names), _annotated(root, val, class_of, names)
     except (LookupError, TypeError, AttributeError, UnicodeError) as error:
         raise UserError(
@@ -699,7 +870,7 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
     root, parts = Path(options.data_path or "data"), []
     for split in (options.train_split, options.val_split):
         others = next((names for names in TORCH_SPLITS.values() if split in names), ())
-        found = (root / name for name in (split, *others) if (root / name).is_dir())
+        found = (root / name for name in (split, *others) if os.path.isdir(root / name))
         parts.append(next(found, root / split))
     train, val = _folder_tree(*parts, eval_only)
     if (options.num_classes or val.num_classes) < val.num_classes:
@@ -711,12 +882,16 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
 
 
 def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
-    """Return True if both parts are the same images, because timm maps some split names to others."""
+    """Return True if the parts have common slices or shards, or are the same images under two names of a split."""
     if isinstance(train, StreamingImages):
         readers = [part.dataset.reader for part in (train, val)]
-        if not all(isinstance(reader, ReaderWds) for reader in readers):
-            return options.train_split == options.val_split
-        return not set(readers[0].split_info.filenames).isdisjoint(readers[1].split_info.filenames)
+        if all(isinstance(reader, ReaderWds) for reader in readers):
+            return not _shards(readers[0]).isdisjoint(_shards(readers[1]))
+        return _overlap(options.train_split, options.val_split, _split_sizes(readers[0].builder.info))
+    if options.data_set.startswith("hfds/"):
+        sizes = _split_sizes(train.images.dataset.dataset.info)
+        if _overlap(options.train_split, options.val_split, sizes):
+            return True
     if not np.array_equal(train.targets, val.targets):
         return False
 
@@ -727,6 +902,56 @@ def _share_images(train: Data, val: Data, options: DataOptions) -> bool:
 
     positions = np.linspace(0, len(train) - 1, 8).astype(int)
     return all(np.array_equal(pixels(train, position), pixels(val, position)) for position in positions)
+
+
+def _shards(reader: ReaderWds) -> set[str]:
+    """Return the shards of a WebDataset: real files, whatever path leads to them, or URLs and commands as they are."""
+    paths = [os.path.join(reader.root, file) for file in reader.split_info.filenames]
+    return {path if ":" in path else os.path.realpath(path) for path in paths}
+
+
+def _split_sizes(info: Any) -> dict[str, int | None]:
+    """Return the number of images of each split of a Hugging Face or TensorFlow data set, None if unknown."""
+    return {str(name): split.num_examples or None for name, split in (info.splits or {}).items()}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A slice of a split: from `start` to `end` (exclusive) in images or percent ("%"), or all of it."""
+
+    split: str
+    unit: str  # "images", "%" or "all"
+    start: float = 0
+    end: float = float("inf")
+
+    def overlaps(self, other: _Slice) -> bool:
+        comparable = self.unit == other.unit or "all" in (self.unit, other.unit)
+        return self.split == other.split and comparable and max(self.start, other.start) < min(self.end, other.end)
+
+
+def _slices(text: str, sizes: Mapping[str, int | None]) -> list[_Slice]:
+    """Parse slices as Hugging Face and TensorFlow do: `train[:80%]+test[-100:]`; [] for another notation."""
+    slices = []
+    for part in text.split("+"):
+        match = SLICE.fullmatch(part.strip())
+        if match is None:
+            return []
+        split, brackets, first, first_percent, last, last_percent = match.groups()
+        size, in_percent = sizes.get(split), first_percent or last_percent
+        total = 100 if in_percent else float("inf") if size is None else size
+        bounds = [int(bound) if bound else default for bound, default in ((first, 0), (last, total))]
+        start, end = (min(max(bound + total if bound < 0 else bound, 0), total) for bound in bounds)
+        if in_percent and size is not None:
+            start, end = round(start * size / 100), round(end * size / 100)
+        unit = "%" if in_percent and size is None else "images" if brackets or size is not None else "all"
+        slices.append(_Slice(split, unit, start, end))
+    return slices
+
+
+def _overlap(train: str, val: str, sizes: Mapping[str, int | None]) -> bool:
+    """Return True if two expressions for splits have common images, as far as the slices tell."""
+    pairs = itertools.product(_slices(train, sizes), _slices(val, sizes))
+    return train == val or any(ours.overlaps(theirs) for ours, theirs in pairs)
 
 
 def _read_split(options: DataOptions, split: str, training: bool, local_rank: int) -> Any:
@@ -862,22 +1087,22 @@ def build_train_transform(options: ViewOptions, normalization: Normalization) ->
         UserError: if timm does not know the AutoAugment policy.
     """
     size, (mean, std) = options.input_size, normalization
-    try:
-        transform = create_transform(
-            size,
-            is_training=True,
-            interpolation=options.train_interpolation,
-            hflip=options.hflip,
-            color_jitter=options.color_jitter,
-            auto_augment=None if options.aa in ("", "none") else options.aa,
-            re_prob=options.reprob,
-            re_mode=options.remode,
-            re_count=options.recount,
-            mean=tuple(mean),
-            std=tuple(std),
-        )
-    except (AssertionError, KeyError, ValueError):
-        raise UserError(f"--aa {options.aa}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none") from None
+    policy = None if options.aa in ("", "none") else options.aa
+    if policy:
+        check_policy(policy)
+    transform = create_transform(
+        size,
+        is_training=True,
+        interpolation=options.train_interpolation,
+        hflip=options.hflip,
+        color_jitter=options.color_jitter,
+        auto_augment=policy,
+        re_prob=options.reprob,
+        re_mode=options.remode,
+        re_count=options.recount,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
     if options.src or max(size) <= SMALL_IMAGE:
         # What is drawn at random in "random" is the interpolation of random crops, of which there are none here.
         mode = "bicubic" if options.train_interpolation == "random" else options.train_interpolation

@@ -348,7 +348,6 @@ ACTS_IF: list[tuple[str, Callable[[argparse.Namespace], bool], str]] = [
     ("drop", lambda args: args.drop == 0 or args.train_mode, "--train-mode"),
     ("eval_crop_ratio", _is_large, f"images above {SMALL_IMAGE} px"),
     ("data_path", lambda args: args.data_set != "DIGITS", "another --data-set; DIGITS are bundled"),
-    ("train_split val_split", lambda args: "/" in args.data_set, "a CSV file or a data set of timm's"),
     ("inat_category inat_numbering", lambda args: args.data_set.startswith("INAT"), "--data-set INAT or INAT19"),
     ("model_ema_decay model_ema_warmup model_ema_force_cpu", lambda args: args.model_ema, "--model-ema"),
     *((name, _scheduled(name), "another --sched") for name in ("min_lr", "decay_epochs", "decay_rate", "poly_power")),
@@ -502,15 +501,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inat-category", choices=datasets.INAT_CATEGORIES, default="name", metavar="LEVEL", help=levels)
     order = "order of iNaturalist's classes: category id, or (original) first appearance in the training annotations"
     add("--inat-numbering", choices=("id", "original"), default="id", help=order)
-    add("--train-split", default="train", help="name of the training split, for CSV files and timm's data sets")
-    add("--val-split", default="validation", help="name of the validation split, for CSV files and timm's data sets")
+    splits = "name of the {} split (CSV files, timm's data sets), or of the folder {}/ (IMNET, CIFAR folders)"
+    add("--train-split", default="train", help=splits.format("training", "train"))
+    add("--val-split", default="validation", help=splits.format("validation", "val"))
     column = "column of the {} in csv/, hfds/, hfids/ and tfds/; for wds/, {}; default: the usual names"
     image, label = column.format("images", "their file suffix"), column.format("classes", "a field of the json files")
     add("--image-column", metavar="NAME", help=image)
     add("--label-column", metavar="NAME", help=label)
     add("--num-classes", type=COUNT, help="number of classes, if the data do not state it")
     add("--nb-classes", type=COUNT, metavar="N", help="exit with an error if the data do not have N classes")
-    held_out = "fraction of each class to hold out for validation, if there is no val/ folder or split column"
+    held_out = "fraction of each class to hold out for validation, if there is no val/ folder or split column; an "
+    held_out += "evaluation takes it from the checkpoint, unless --data-path is another"
     add("--val-fraction", type=in_range(float, 0, 0.9), default=0.0, metavar="F", help=held_out)
     upright = "rotate photos in folders and CSV files by their EXIF orientation"
     add("--upright", action=_SWITCH, default=False, help=upright)
@@ -798,6 +799,8 @@ def parse_trained(
     kept = TRAINED
     if given.get("data_set", saved.get("data_set")) != saved.get("data_set"):  # other data: drop all flags of the old
         kept = [name for name in kept if name not in SHAPES["evaluation"] or name in ("eval_crop_ratio", "upright")]
+    elif _moves(given.get("data_path"), saved) and not str(saved.get("data_set")).startswith(datasets.CSV):
+        kept = [name for name in kept if name != "val_fraction"]  # which part was held out is known of the old only
     as_words = [word for name in kept if name in saved for word in _words(name, saved[name], path)]
     trained = parser.parse_args(as_words)
     if "model" in saved:
@@ -816,6 +819,12 @@ def _at_trained_rate(parser: Parser, words: Sequence[str], trained: Mapping[str,
     if rate == models_evit.default_rate(args.model):
         return args
     return parser.parse_args([*words, *_words("base_keep_rate", rate, path)])
+
+
+def _moves(data_path: str | None, saved: Mapping[str, Any]) -> bool:
+    """Return True if `data_path` is given and not the folder of the checkpoint's data."""
+    then = str(saved.get("data_path"))
+    return data_path is not None and os.path.realpath(data_path) != os.path.realpath(then.replace("\0", ""))
 
 
 def _refuse_to_fetch(saved: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
@@ -979,13 +988,17 @@ def _refuse_for_a_tool(flag: str, words: Sequence[str]) -> NoReturn:
 
 
 def without_effect(args: argparse.Namespace) -> list[str]:
-    """Return a sentence for each flag that was changed from its default but has no effect in a training run."""
+    """Return a sentence for each flag that was changed from its default but has no effect in this run.
+
+    With `--eval`, only flags of the evaluation data are checked.
+    """
     defaults = parse_args([])
     return [
         f"{spelled(name)} has no effect: it needs {needed}"
         for names, acts, needed in ACTS_IF
         for name in _names(names)
         if getattr(args, name) != getattr(defaults, name) and not acts(args)
+        if not args.eval or name in SHAPES["evaluation"]
     ]
 
 

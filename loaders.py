@@ -294,7 +294,7 @@ class EpochLoader(DeviceLoader):
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        batches, done = itertools.islice(super().__iter__(), self.num_batches), self.first_step
+        batches, done = itertools.islice(super().__iter__(), self.num_batches - self.first_step), self.first_step
         for step, batch in enumerate(batches, self.first_step):
             if self.mixup_fn is not None:
                 seed_generators(random_key(self.seed, "mix", self.epoch, step, self.rank))

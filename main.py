@@ -133,17 +133,16 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
 def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) -> Data:
     """Compare the classes of a flag's file with those of the data; return the validation data.
 
-    With --eval, data that have only some of the file's classes are renumbered to the file's class indices.
+    With --eval, data that have only some of the file's classes, or in another order, are renumbered to its indices.
 
     Raises:
         UserError: if a class index means different classes in file and data.
     """
     path = getattr(args, name)
     about, what = checkpoints.read_checkpoint(path, spelled(name), mmap=True), f"{spelled(name)} {path}"
-    names = checkpoints.class_names_of(about)
-    if args.eval and val.class_names and set(val.class_names) < set(names):
-        logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
-        return sources.with_classes(val, names)
+    if args.eval:
+        sources.check_held_out(train, about, args.val_fraction, what)
+        val = sources.with_classes(val, checkpoints.class_names_of(about), what)
     parts = {"val": val} if args.eval else {"train": train, "val": val}
     checkpoints.compare_classes(about, parts, what, args.allow_class_mismatch)
     return val
@@ -201,6 +200,7 @@ def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
             "labels": run.train.label_checksum() if indexed else None,
             "file_names": zlib.crc32(run.train.file_names()) if indexed else None,
             "processes": run.world.size,
+            "data-loader workers": loader.loader.num_workers if loader.is_stream else None,
             "augmentation": loader.augmentation["where"],
             "device (threads)": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
             "precision": str(run.amp_dtype),
@@ -258,6 +258,8 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
     if loader.is_stream and isinstance(images, int) and 0 < images < epoch:
         changes.append("a stream has no index, so the epoch begins again")
         checkpoint["progress"] = None
+    elif loader.is_stream and args.data_set.startswith("tfds/"):
+        changes.append("tfds/ starts its shuffling again")
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
     state.forget_best(measured_otherwise(args, trained) + checkpoints.changed_images(checkpoint, about), args.resume)
     if loader.broken is not None:
@@ -385,11 +387,11 @@ def main(args: argparse.Namespace) -> None:
     utils.set_up_logging(world)
     args = settle_resume(args, world)
     run = build_run(args, world)
+    for sentence in without_effect(args):
+        logger.warning(sentence)
     if args.eval:
         evaluate_only(run)
         return utils.shut_down_distributed()
-    for sentence in without_effect(args):
-        logger.warning(sentence)
     loader, trained = training_batches(run)
     teacher = find_teacher(run, loader)
     if args.precompute_teacher:

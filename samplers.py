@@ -95,7 +95,8 @@ class KeyedSampler(Sampler):
         seed: the run's seed.
         shuffle: False keeps the data's order.
         repeats: views per drawn image and epoch; 1 disables repeated augmentation.
-        classes: class of each sample, to draw all classes equally often; None to draw from the data as they are.
+        classes: class of each sample, to draw all classes equally often before truncation; None to draw from the data
+            as they are.
         rank, world_size: this process among all.
         multiple: truncate the order to a multiple of this many positions; 1 keeps all, so ranks may differ by one
             sample, which an exact evaluation needs.
@@ -135,26 +136,28 @@ class KeyedSampler(Sampler):
         """Return the sample index at each position, [num_positions]."""
         if not self.shuffle:
             return np.arange(self.num_positions) // self.repeats
-        length = self.num_drawn if self.members else self.length
+        # The order is cut at the end, so that it does not depend on the batch size and the number of ranks.
+        balanced = self._balanced(-(-self.length // self.repeats)) if self.members else None
+        length = self.length if balanced is None else len(balanced)
         # Sorting distinct random keys gives a permutation that is the same in all library versions.
         order = np.argsort(random_keys(self.seed, "shuffle", self.epoch, np.arange(length)))[: self.num_drawn]
-        if self.members:
-            order = self._balanced()[order]
+        if balanced is not None:
+            order = balanced[order]
         return np.repeat(order, self.repeats)[: self.num_positions]
 
-    def _balanced(self) -> np.ndarray:
-        """Draw all classes equally often (up to one sample); return the sample indices of the epoch.
+    def _balanced(self, number: int) -> np.ndarray:
+        """Draw `number` sample indices, of all classes equally often (up to one sample).
 
         Samples of small classes repeat. Within a class, all samples appear equally often (up to one time).
         """
-        share = -(-self.num_drawn // len(self.members))
+        share = -(-number // len(self.members))
         columns = []
         for members in self.members:
             turn, index = np.divmod(np.arange(-(-share // len(members)) * len(members)), len(members))
             keys = random_keys(self.seed, "balance", self.epoch, turn, members[index])
             columns.append(members[index[np.lexsort((keys, turn))][:share]])
         first = random_key(self.seed, "balance", self.epoch) % len(columns)  # rotates which classes get one sample less
-        return np.stack(columns[first:] + columns[:first], axis=1).ravel()[: self.num_drawn]
+        return np.stack(columns[first:] + columns[:first], axis=1).ravel()[:number]
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         order = self._global_order()

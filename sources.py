@@ -11,7 +11,7 @@ import itertools
 import os
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import IterableDataset, get_worker_info
 
 from augment import ImageError, as_rgb, decoding, open_image, open_rgb
+from checkpoints import flags_of
 from samplers import Batch, random_key, random_keys, seed_generators, signed
 from utils import RunError, UserError, gather, logger, reason
 
@@ -337,14 +338,25 @@ class DatasetImages:
         return f"number {index} of {self.name}"
 
 
-def with_classes(source: Data, class_names: Sequence[str]) -> Data:
-    """Renumber the classes of a source to their indices among `class_names`, which must contain them all.
+def with_classes(source: Data, class_names: Sequence[str], what: str) -> Data:
+    """Renumber the classes of data to be evaluated to those of a checkpoint, if it has all of them.
+
+    Args:
+        class_names: of the checkpoint.
+        what: flag and file of the checkpoint, for messages.
 
     Raises:
         UserError: if it is a stream.
     """
+    ours, theirs = set(source.class_names), set(class_names)
+    if not ours or not ours <= theirs or source.class_names == tuple(class_names) or len(theirs) < len(class_names):
+        return source
     if isinstance(source, StreamingImages):
-        raise UserError("--eval: a stream with only some of the checkpoint's classes is not supported; pack it first")
+        raise UserError(f"{what}: numbers the classes of this stream otherwise, which is not supported; pack it first")
+    if ours == theirs:
+        logger.info("%s: has the same classes in another order; those of the data are renumbered", what)
+    else:
+        logger.info("%s: evaluating %d of its %d classes", what, len(ours), len(theirs))
     index = np.array([class_names.index(name) for name in source.class_names])
     names = tuple(class_names)
     return replace(source, targets=index[source.targets], num_classes=len(names), class_names=names, class_samples=())
@@ -397,6 +409,37 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
     return replace(source, order=source.order[~is_held_out]), replace(source, order=source.order[is_held_out])
 
 
+def check_held_out(train: Data, checkpoint: Mapping[str, Any], fraction: float, what: str) -> None:
+    """Warn if images that an evaluation takes for held out may have been trained on.
+
+    Args:
+        train: training part of the evaluated data.
+        checkpoint: its `run` holds the CRC-32 of the training part's file names.
+        fraction: `--val-fraction` of the evaluation.
+        what: flag and file of the checkpoint, for messages.
+    """
+    run, flags = checkpoint.get("run"), flags_of(checkpoint)
+    trained = run.get("file_names") if isinstance(run, Mapping) else None
+    share, then = (flags.get(name) for name in ("train_fraction", "val_fraction"))
+    if fraction and trained and isinstance(train, Source) and len(train):
+        part = take_fraction(train, share if isinstance(share, float) and share > 0 else 1.0)
+        if zlib.crc32(part.file_names()) != trained:
+            logger.warning(
+                "%s: was trained on other files than those that --val-fraction %g leaves to train, so it may have been "
+                "trained on some of the evaluated images; evaluate images that were added later, in a folder val/",
+                what,
+                fraction,
+            )
+    elif not fraction and isinstance(then, float) and then > 0:
+        logger.warning(
+            "%s: --val-fraction %g of its training is not applied to other data; if they are the same images, pass "
+            "--val-fraction %g to evaluate only those held out",
+            what,
+            then,
+            then,
+        )
+
+
 def keep_in_memory(source: Data, limit_mb: float) -> Data:
     """Decode all images once if they fit in `limit_mb` MiB (estimated from 16 of them); else return the source."""
     if isinstance(source, StreamingImages) or isinstance(source.images, MemoryImages) or limit_mb <= 0:
@@ -431,6 +474,8 @@ def _decoded(source: Source, position: int) -> tuple[np.ndarray, int]:
 class StreamingImages(IterableDataset):
     """A timm stream, whose own shuffling sets the order; a view's key depends on its position in the stream.
 
+    A WebDataset is shuffled by the run's seed and the epoch.
+
     For training, timm distributes shards over ranks and data-loader workers, so the order depends on their numbers. For
     evaluation, each rank reads the whole stream and keeps its share, which is exact but decodes everything.
     """
@@ -457,6 +502,8 @@ class StreamingImages(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        if self.training and isinstance(self.dataset.reader, reader_wds.ReaderWds):
+            self._restart(worker, number, workers)
         for count, (image, target) in enumerate(self._samples()):
             position = count * workers + number
             if self.training:
@@ -473,6 +520,17 @@ class StreamingImages(IterableDataset):
                     f"--data-set {self.name}: cannot read image number {position} ({error}); fix or remove it"
                 ) from error
             yield Batch(self.transform(rgb), target, position, keys=signed(key))
+
+    def _restart(self, worker: Any, number: int, workers: int) -> None:
+        """Let timm shuffle a WebDataset anew; its generator would continue where the last epoch ended.
+
+        Then the order is a function of seed, epoch, rank and worker, for given numbers of ranks and workers.
+        """
+        reader = self.dataset.reader
+        reader.ds, reader.worker_info, reader.worker_id, reader.num_workers = None, worker, number, workers
+        reader.global_num_workers = reader.dist_num_replicas * workers
+        reader.global_worker_id = reader.dist_rank * workers + number
+        reader.worker_seed = random_key(self.seed, "stream", self.epoch.value, self.rank, number)
 
     def _samples(self) -> Iterator[tuple[Image.Image, int]]:
         """Yield images and classes.

@@ -9,7 +9,7 @@ A view does not depend on the rest of its batch. CPU and GPU differ by float32 r
 `rgb` converts image files to RGB before all this.
 """
 
-from augment.policy import Policy, is_supported
+from augment.policy import Policy, check_policy, is_supported
 from augment.rgb import FORMATS, ImageError, as_rgb, decoding, open_image, open_rgb
 from augment.views import PADDING, SMALL_IMAGE, EvalTransform, Normalization, TrainAugmentation, ViewOptions
 
@@ -24,6 +24,7 @@ __all__ = [
     "TrainAugmentation",
     "ViewOptions",
     "as_rgb",
+    "check_policy",
     "decoding",
     "is_supported",
     "open_image",

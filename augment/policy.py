@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,16 @@ OPERATIONS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Te
 }
 
 
+# The policies that timm knows. Its parser skips parts that it does not understand.
+_FLOAT = r"\d+(\.\d*)?"
+KNOWN_POLICY = re.compile(
+    rf"rand(-(mstd{_FLOAT}|mmax\d+|m\d+|n\d+|p{_FLOAT}|inc\d+|t(weights|3aw?)))*"
+    rf"|augmix(-(mstd{_FLOAT}|m\d+|w\d+|d\d+|a{_FLOAT}|b\d+))*"
+    rf"|(v0r?|originalr?|3a)(-mstd{_FLOAT})*",
+    re.ASCII,
+)
+
+
 @dataclass
 class Step:
     """One operation per sample: its kind [B] (an index into KINDS) and its argument [B]."""
@@ -214,12 +225,20 @@ def parse_policy(name: str) -> RandAugment | AutoAugment | Any:
     Raises:
         UserError: if timm does not know it, or only the host supports it.
     """
+    check_policy(name)
     if name.startswith("augmix"):
         raise UserError(f"--aa {name}: is supported on the host only; use --augment host")
-    try:
-        return (rand_augment_transform if name.startswith("rand") else auto_augment_transform)(name)
-    except (AssertionError, KeyError, ValueError):
-        raise UserError(f"--aa {name}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none") from None
+    return (rand_augment_transform if name.startswith("rand") else auto_augment_transform)(name)
+
+
+def check_policy(name: str) -> None:
+    """Check that timm understands all of a policy's name.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if not KNOWN_POLICY.fullmatch(name):
+        raise UserError(f"--aa {name}: timm has no such policy; try rand-m9-mstd0.5-inc1, or none")
 
 
 def jitter(strength: float, draws: Draws) -> list[Step]:

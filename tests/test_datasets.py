@@ -14,6 +14,7 @@ import sys
 import tarfile
 import unicodedata
 import urllib.error
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -180,6 +181,102 @@ def test_folder_without_val_is_a_user_error(tmp_path):
         read("IMNET", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10"])
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_split_flags_name_the_folders_of_a_tree(tmp_path, name, eval_only):
+    paths = write_tree(tmp_path, parts=("train", "val", "test", "extra"))
+    for flags, parts in (
+        ({}, ["train", "val"]),
+        ({"val_split": "test"}, ["train", "test"]),
+        ({"train_split": "extra", "val_split": "val"}, ["extra", "val"]),
+    ):
+        train, val = read_sources(DataOptions(name, str(tmp_path), **flags), eval_only=eval_only)
+        assert [Path(path) for path in paths_of(val)] == paths[parts[1]]
+        assert [Path(path) for path in paths_of(train)] == ([] if eval_only else paths[parts[0]])
+
+
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10"])
+@pytest.mark.parametrize("split", ["dev", "", ".", "..", "train/cat", "x" * 300])
+def test_a_split_without_a_folder_is_a_user_error(tmp_path, name, split):
+    write_tree(tmp_path)
+    for flag in ("train_split", "val_split"):
+        for eval_only in (False, True):
+            with tiny.user_error(f"--{flag.replace('_', '-')} {split[:80]}", "it has train, val"):
+                read_sources(DataOptions(name, str(tmp_path), **{flag: split}), eval_only=eval_only)
+
+
+def test_the_validation_folder_of_a_flag_replaces_the_fraction(tmp_path):
+    paths = write_tree(tmp_path, parts=("train", "test"))
+    train, val = read("IMNET", tmp_path, val_fraction=0.5, val_split="test")
+    assert [list(map(Path, paths_of(part))) for part in (train, val)] == [paths["train"], paths["test"]]
+
+
+@pytest.mark.parametrize("name", ["DIGITS", "FLOWERS", "CARS", "INAT", "INAT19", "PACKED"])
+@pytest.mark.parametrize("flag, default", [("train_split", "train"), ("val_split", "validation")])
+def test_data_without_named_splits_refuse_the_flags(tmp_path, name, flag, default):
+    spelled = f"--{flag.replace('_', '-')}"
+    for eval_only in (False, True):
+        with tiny.user_error(f"{spelled} dev: {name} has no named splits", f"pass {spelled} {default}"):
+            build_sources(DataOptions(name, str(tmp_path), **{flag: "dev"}), eval_only=eval_only)
+
+
+def test_an_evaluation_reads_all_of_class_folders_alone(tmp_path, caplog):
+    caplog.set_level("INFO")
+    paths = write_tree(tmp_path, parts=(".",), each=3)["."]
+    train, val = read_sources(DataOptions("IMNET", str(tmp_path)), eval_only=True)
+    assert (len(train), list(map(Path, paths_of(val)))) == (0, paths) and val.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert "all its 6 images are evaluated" in caplog.text
+    write_tree(tmp_path / "other", parts=("train",))
+    with tiny.user_error("has no folder val/", "--val-fraction 0.2"):
+        build_sources(DataOptions("IMNET", str(tmp_path / "other")), eval_only=True)
+
+
+@pytest.mark.parametrize("how", ["part", "class", "copy", "split"])
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10", "torch/image_folder"])
+def test_a_validation_part_that_is_the_training_part_is_refused(tmp_path, name, how):
+    write_tree(tmp_path, parts=("train", "val"))
+    options = DataOptions(name, str(tmp_path), val_split="train" if how == "split" else "validation")
+    if how in ("part", "copy"):
+        shutil.rmtree(tmp_path / "val")
+    if how == "part":
+        (tmp_path / "val").symlink_to("train")
+    elif how == "copy":
+        shutil.copytree(tmp_path / "train", tmp_path / "val")
+    elif how == "class":
+        shutil.rmtree(tmp_path / "val" / "dog")
+        (tmp_path / "val" / "dog").symlink_to("../train/dog")
+    words = {"copy": "first image of every class is the same", "class": "val/dog is a folder of train/"}
+    with tiny.user_error(f"--data-path {tmp_path}", words.get(how, "is a folder of train/")):
+        read_sources(options)
+    _, val = read_sources(options, eval_only=True)  # an accuracy on training images may be wanted
+    assert len(val) == 4
+
+
+def test_links_to_images_that_are_listed_are_skipped(tmp_path, caplog):
+    paths = write_tree(tmp_path / "data", parts=(".",), each=10)["."]
+    outside = save(picture(99), tmp_path / "outside.png")
+    cat = tmp_path / "data" / "cat"
+    for number in range(5):
+        (cat / f"copy{number}.png").symlink_to(f"{number}.png")
+        (cat / f"00{number}.png").symlink_to(f"../cat/{number}.png")  # sorted before its target
+    (cat / "inner").mkdir()
+    for name in ("once.png", "twice.png"):
+        (cat / "inner" / name).symlink_to(outside)
+    (cat / "loop.png").symlink_to("loop.png")
+    train, val = read("IMNET", tmp_path / "data", val_fraction=0.3)
+    found = sorted([*ordered_paths(train), *ordered_paths(val)])
+    assert found == sorted(map(str, [*paths, cat / "inner" / "once.png", cat / "loop.png"]))
+    assert "11 links to images that are read" in caplog.text
+
+
+def test_a_class_of_files_that_are_not_read_names_their_kind(tmp_path):
+    write_tree(tmp_path)
+    for path in (tmp_path / "train" / "cat").iterdir():
+        path.rename(path.with_suffix(".HEIC"))
+    with tiny.user_error("class cat (2 .heic are not read; convert them); fill or remove"):
+        read("IMNET", tmp_path)
+
+
 def test_the_message_about_missing_folders_offers_to_hold_out(tmp_path):
     write_tree(tmp_path, parts=(".",))
     with tiny.user_error("has no folder train/", "--val-fraction 0.2"):
@@ -303,6 +400,29 @@ def test_a_split_of_a_csv_file_is_one_name(tmp_path, splits, named, images):
     assert [Path(path).stem for path in ordered_paths(val)] == images
 
 
+def test_rows_of_other_splits_are_not_used(tmp_path):
+    rows = ["path,label,split", "images/0.png,a,train", "images/1.png,b,train", "images/2.png,b,val"]
+    rows += ["images/3.png,c,later", "gone.png,a,later", "images/0.png,b,later", ",,later"]
+    train, val = read(write_csv(tmp_path, "\n".join(rows)))
+    assert train.class_names == val.class_names == ("a", "b")
+    assert [[Path(path).stem for path in ordered_paths(part)] for part in (train, val)] == [["0", "1"], ["2"]]
+
+
+def test_an_evaluation_reads_the_validation_rows_of_a_csv_file(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = ["path,label,split", "gone.png,a,train", "images/1.png,c,test", "images/2.png,b,test", "x.png,d,unused"]
+    for number, names in ((1, ("a", "b", "c")), (2, ("b", "c"))):  # with and without training rows
+        text = "\n".join([rows[0], *rows[number:]])
+        train, val = read_sources(DataOptions(write_csv(tmp_path, text)), eval_only=True)
+        assert (len(train), val.class_names, [val.class_names[n] for n in targets_of(val)]) == (0, names, ["c", "b"])
+    _, val = read_sources(DataOptions(write_csv(tmp_path, csv_rows("abab"))), eval_only=True)
+    assert targets_of(val) == [0, 1, 0, 1] and "all its 4 images are evaluated" in caplog.text
+    train, val = read_sources(DataOptions(write_csv(tmp_path, csv_rows("abab")), val_fraction=0.5), eval_only=True)
+    assert len(train) == len(val) == 2
+    with tiny.user_error("--val-split fold1", 'no column "split"'):
+        read_sources(DataOptions(write_csv(tmp_path, csv_rows("abab")), val_split="fold1"), eval_only=True)
+
+
 def test_numbers_of_a_csv_file_that_are_equal_have_a_fixed_order(tmp_path):
     train, _ = read(write_csv(tmp_path, csv_rows(["1", "01", "001", "2"] * 2)), val_fraction=0.5)
     assert train.class_names == ("001", "01", "1", "2")
@@ -342,8 +462,19 @@ def test_columns_and_folder_of_a_csv_file_are_flags(tmp_path):
         ("path,label\n", {}, ["no rows"]),
         ("", {}, ["no rows"]),
         ("path,label\nimages/0.png,a,b\n", {}, ["more fields than the header"]),
-        ("path,label\nimages/0.png\n", {}, ["row 1 has no path or no label"]),
-        ("path,label\nimages/0.png,a\nimages/9.png,b\n", {}, ["1 of 2 images", "9.png", "--data-path"]),
+        ("path,label\nimages/0.png\n", {"val_fraction": 0.5}, ["row 1 has no path or no label"]),
+        (
+            "path,label\nimages/0.png,a\nimages/9.png,b\n",
+            {"val_fraction": 0.5},
+            ["1 of 2 images", "9.png", "--data-path"],
+        ),
+        (
+            f"path,label\nimages/0.png,a\n{'aB+/' * 3000},b\n",
+            {"val_fraction": 0.5},
+            ["1 of 2 images are not in", "...; name"],
+        ),
+        ("path,label\nimages/0.png,a\nimages/0.png\0,b\n", {"val_fraction": 0.5}, ["list.csv"]),
+        (csv_rows("aa", "path,label,split", ["val", "val"]), {"train_split": "val"}, ["name two splits that differ"]),
         ("file_,label\nimages/0.png,a\n", {}, ["--image-column path", "it has file_, label"]),
         ("path,label\nimages/0.png,a\n", {"label_column": "x"}, ["--label-column x", "it has path, label"]),
         (csv_rows("ab"), {}, ['no column "split"', "--val-fraction 0.2"]),
@@ -382,11 +513,16 @@ def test_spaces_case_and_accents_in_a_csv_file_make_no_classes(tmp_path):
     [
         (["0.png,a,train", "1.png,b,train", "./0.png,b,val"], {}, ["row 3 lists", "0.png as b, an earlier row as a"]),
         (["0.png,a,train", "1.png,b,train", "0.png,a,val"], {}, ["0.png is in the training and in the validation"]),
+        (["0.png,a,train", "1.png,b,train", "../images/0.png,a,val"], {}, ["0.png is in the training and in the"]),
+        (["0.png,a,train", "1.png,b,train", "link.png,a,val"], {}, ["png is in the training and in the validation"]),
+        (["0.png,a,train", "1.png,b,train", "link.png,b,val"], {}, ["row 3 lists", "link.png as b"]),
+        (["0.png,a", "link.png,a", "1.png,b", "2.png,b"], {"val_fraction": 0.5}, ["png is in the training and"]),
         (["0.png,a", "0.png,a", "1.png,b", "2.png,b"], {"val_fraction": 0.5}, ["0.png is in the training and"]),
     ],
 )
 def test_an_image_of_a_csv_file_has_one_class_and_one_part(tmp_path, rows, options, words):
     name = write_csv(tmp_path, "\n".join(["path,label" + ("" if options else ",split"), *rows]))
+    (tmp_path / "images" / "link.png").symlink_to("0.png")
     with tiny.user_error("list.csv", *words):
         read(name, tmp_path / "images", **options)
     if "row 3 lists" not in words:  # an evaluation reads one part only
@@ -427,7 +563,7 @@ def test_empty_class_is_a_user_error(tmp_path, name):
     write_tree(tmp_path)
     (tmp_path / "train" / name).mkdir()
     (tmp_path / "train" / name / "notes.txt").write_text("no image")
-    with tiny.user_error("--data-path", f"class {name};", "train/"):
+    with tiny.user_error("--data-path", f"class {name} (1 .txt are not read; convert them);", "train/"):
         read("IMNET", tmp_path)
 
 
@@ -437,7 +573,8 @@ def test_parts_that_are_not_read_are_a_warning(tmp_path, caplog, others, warned)
     train, val = read("IMNET", tmp_path, val_fraction=0.5)
     assert {Path(path).parents[1].name for part in (train, val) for path in ordered_paths(part)} == {"train"}
     assert [record.getMessage() for record in caplog.records if "is read, not test, valid;" in record.getMessage()] == [
-        f"--data-path {tmp_path}: only train/ is read, not test, valid; a validation part is named val/"
+        f"--data-path {tmp_path}: only train/ is read, not test, valid; name a validation part val/, or pass "
+        f"--val-split"
     ] * warned
     read("IMNET", tmp_path / "train", val_fraction=0.5)  # its folders are the classes
     assert sum("is read, not" in record.getMessage() for record in caplog.records) == warned
@@ -573,7 +710,8 @@ def test_files_that_are_not_read_are_counted_in_one_warning_per_part(tmp_path, c
 def test_names_in_nfc_and_nfd_are_the_same_class(tmp_path):
     for part, form in (("train", "NFC"), ("val", "NFD")):
         for number, name in enumerate(("Über", "cat", "Zebra")):
-            save(picture(number), tmp_path / part / unicodedata.normalize(form, name) / "1.png")
+            folder = tmp_path / part / unicodedata.normalize(form, name)
+            save(picture(number, height=12 + (part == "val")), folder / "1.png")
     sources = read("IMNET", tmp_path)
     found = [[unicodedata.normalize("NFC", Path(path).parent.name) for path in paths_of(source)] for source in sources]
     assert found == [["Zebra", "cat", "Über"]] * 2
@@ -844,6 +982,13 @@ def test_inaturalist_has_the_numbers_of_the_original(tmp_path, category, train_t
     assert train.class_names == val.class_names == names
 
 
+def test_inaturalist_with_common_images_is_a_user_error(tmp_path):
+    write_inaturalist(tmp_path, 2019, with_file=True)
+    shutil.copy(tmp_path / "train2019.json", tmp_path / "val2019.json")
+    with tiny.user_error(f"--data-path {tmp_path}", "2/train1.jpg is in train2019.json and in val2019.json"):
+        read("INAT19", tmp_path)
+
+
 def test_categories_without_ids_are_numbered_from_zero(tmp_path):
     names = [{"name": name} for name in ("a", "b", "c", "d", "e", "f", "g", "h")]
     write_inaturalist(tmp_path, 2018, True, categories=names)
@@ -1012,6 +1157,41 @@ def test_parts_with_the_same_images_are_a_user_error(tmp_path):
     assert len(val) == 3
 
 
+OVERLAPPING = [("train", "train[80%:]"), ("train[:80%]", "train[50%:]"), ("train[:5]", "train[4:]"), ("train", "train")]
+OVERLAPPING += [("train[:-2]", "train[-3:]"), ("train[:50%]", "train[4:]"), ("validation+train[:1]", "train[:10%]")]
+OVERLAPPING += [("train[-20%:]", "validation+train[90%:]")]
+DISJOINT = [("train[:80%]", "train[80%:]"), ("train[:-2]", "train[-2:]"), ("train[:50%]", "train[5:]")]
+DISJOINT += [("train", "validation"), ("train[2:4]", "train[:2]+train[4:]"), ("train[:-20%]", "train[-20%:]")]
+
+
+@pytest.mark.parametrize("train, val", OVERLAPPING)
+def test_slices_with_common_images_are_a_user_error(tmp_path, train, val):
+    for split in ("train", "validation"):
+        images = [encoded(picture(n + 10 * (split == "train"))) for n in range(10)]
+        write_parquet(tmp_path / "set", split, images, [0, 1] * 5)
+    with tiny.user_error(f"--train-split {train}, --val-split {val}", "same images", "without common images"):
+        read(f"hfds/{tmp_path / 'set'}", tmp_path / "cache", train_split=train, val_split=val)
+
+
+@pytest.mark.parametrize("train, val", DISJOINT)
+def test_slices_without_common_images_are_read(tmp_path, train, val):
+    for split in ("train", "validation"):
+        images = [encoded(picture(n + 10 * (split == "train"))) for n in range(10)]
+        write_parquet(tmp_path / "set", split, images, [0, 1] * 5)
+    parts = read(f"hfds/{tmp_path / 'set'}", tmp_path / "cache", train_split=train, val_split=val)
+    first, second = ({image.tobytes() for image in pixels_of(part)} for part in parts)
+    assert first and second and not first & second
+
+
+def test_slices_of_an_unknown_size_are_compared_in_their_unit():
+    need_the_size = {("train[:50%]", "train[4:]"), ("train[:-2]", "train[-3:]")}
+    need_the_size.add(("validation+train[:1]", "train[:10%]"))
+    expected = {pair: pair not in need_the_size for pair in OVERLAPPING}
+    for (train, val), found in {**expected, **dict.fromkeys(DISJOINT, False)}.items():
+        assert datasets._overlap(train, val, {}) is found, (train, val)
+        assert datasets._overlap(val, train, {"train": None}) is found
+
+
 @pytest.mark.parametrize("scheme", ["hfids/", "wds/"])
 def test_streams_of_the_same_images_are_a_user_error(tmp_path, scheme):
     if scheme == "wds/":
@@ -1021,6 +1201,10 @@ def test_streams_of_the_same_images_are_a_user_error(tmp_path, scheme):
         name, path = scheme + str(tmp_path / "pets"), tmp_path / "cache"
     with tiny.user_error("--train-split train, --val-split train", "same images"):
         read(name, path, val_split="train", num_classes=3)
+    if scheme == "wds/":
+        shard = "./set-train-0001.tar|6"
+        with tiny.user_error(f"--train-split train, --val-split {shard}", "same images"):
+            read(name, path, val_split=shard, num_classes=3)
 
 
 @pytest.mark.parametrize("scheme", ["hfds/", "hfids/"])
@@ -1199,6 +1383,38 @@ def test_images_are_grouped_by_class_in_their_order():
     assert [group.tolist() for group in groups] == naive
 
 
+def test_classes_in_another_order_are_renumbered():
+    source = dataclasses.replace(source_of([2, 1, 3]), class_names=("a", "b", "c"))
+    found = sources.with_classes(source, ("c", "a", "b"), "x")
+    assert found.class_names == ("c", "a", "b") and found.targets.tolist() == [(t + 1) % 3 for t in source.targets]
+    found = sources.with_classes(source, ("z", "c", "b", "a"), "x")
+    assert found.num_classes == 4 and found.targets.tolist() == [3 - t for t in source.targets]
+    for names in (("a", "b", "c"), ("a", "b"), ("a", "b", "x"), ("c", "b", "a", "a"), ()):
+        assert sources.with_classes(source, names, "x") is source
+
+
+@pytest.mark.parametrize("train_fraction", [1.0, 0.5])
+def test_other_training_files_than_those_of_a_checkpoint_are_a_warning(tmp_path, caplog, train_fraction):
+    write_tree(tmp_path, parts=(".",), each=10)
+    options = DataOptions("IMNET", str(tmp_path), val_fraction=0.3)
+    train, _ = build_sources(dataclasses.replace(options, train_fraction=train_fraction))
+    flags = {"train_fraction": train_fraction, "val_fraction": 0.3}
+    checkpoint = {"args": flags, "run": {"file_names": zlib.crc32(train.file_names())}}
+
+    def warnings(fraction=0.3, about=checkpoint):
+        caplog.clear()
+        part, _ = build_sources(dataclasses.replace(options, val_fraction=fraction), eval_only=True)
+        sources.check_held_out(part, about, fraction, "--resume x")
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings() == warnings(0.5, {}) == []
+    (warning,) = warnings(0.5)
+    assert "--val-fraction 0.5" in warning and "trained on some of the evaluated images" in warning
+    assert "--val-fraction 0.3 of its training is not applied" in warnings(0.0)[0]
+    save(picture(99), tmp_path / "cat" / "99.png")
+    assert len(warnings()) == 1
+
+
 def test_larger_fraction_contains_the_smaller_one():
     source, smaller = source_of([60, 9, 2]), set()
     for fraction in (0.01, 0.1, 0.25, 0.5, 0.51, 0.99, 1.0):
@@ -1362,7 +1578,11 @@ def test_erasing_fills_as_asked(remode, erased):
     assert erased is None or (view[:, hole] == erased).all()
 
 
-@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-q3"])
+ODD_POLICIES = ["rand-m9-mstd0.5-inc", "rand-foo", "rand-m", "rand-m9-tfoo", "rand-m9-inc1-x", "v0-foo", "3a-x"]
+ODD_POLICIES += ["original-mstd", "rand-", "rand--m9", "random", "augmix-m", "augmix-x3", "rand-m٣", "none-m9", " "]
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-q3", *ODD_POLICIES])
 def test_unknown_policy_is_a_user_error(policy):
     with tiny.user_error(f"--aa {policy}"):
         host_view((32, 32), aa=policy)

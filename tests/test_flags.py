@@ -233,12 +233,8 @@ WITHOUT_EFFECT = {
     "--drop-path 0.2 --drop 0.1 --train-scope attn": [],
     "--cosub --layer-decay 0.7": [],
     "--layer-decay 0.7 --train-scope head": ["--layer-decay"],
-    "--data-set CIFAR --train-split a --val-split b --inat-category genus": [
-        "--train-split",
-        "--val-split",
-        "--inat-category",
-    ],
-    "--data-set hfds/a --train-split a --val-split b": [],
+    "--data-set CIFAR --train-split a --val-split b --inat-category genus": ["--inat-category"],
+    "--eval --inat-category genus --momentum 0.8 --reprob 0 --remode const": ["--inat-category"],
     "--data-set DIGITS --data-path a": ["--data-path"],
     "--no-model-ema --model-ema-decay 0.9 --model-ema-warmup": ["--model-ema-decay", "--model-ema-warmup"],
     "--sched step --min-lr 0 --warmup-epochs 0 --warmup-lr 0": ["--min-lr", "--warmup-lr"],
@@ -271,6 +267,11 @@ def test_a_run_names_its_flags_without_effect_in_a_warning(tmp_path, capsys):
     assert " --momentum has no effect: it needs another --opt\n" in capsys.readouterr().err
     main.cli(["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--momentum", "0.8"])
     assert "no effect" not in capsys.readouterr().err  # nothing of training has one
+    main.cli(["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--inat-category", "genus"])
+    assert "--inat-category has no effect" in capsys.readouterr().err
+    assert "no named splits" in refused(
+        ["--eval", "--resume", tmp_path / "checkpoint.pth", "--val-split", "test"], capsys
+    )
 
 
 @pytest.mark.parametrize("option", ["momentum", "betas", "eps"])

@@ -393,6 +393,20 @@ def test_order_of_a_stream_follows_from_seed_and_epoch(tmp_path):
     assert len({order(1, 0), order(1, 1), order(5, 0)}) == 3
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_of_a_shard_are_shuffled_by_seed_and_epoch(tmp_path, num_workers):
+    path = write_stream(tmp_path, [12, 12] if num_workers else [24])
+
+    def orders(seed, *epochs):
+        train, _ = read("wds/", path, num_classes=3)
+        loader = train_loader(train, whole_image(), seed=seed, num_workers=num_workers)
+        return [tuple(numbers_in(loader)) for epoch in epochs if loader.set_epoch(epoch) is None]
+
+    first = orders(1, 0, 1, 2)
+    assert len({*first, *orders(2, 0, 1)}) == 5 and all(sorted(order) == list(range(24)) for order in first)
+    assert orders(1, 1) == first[1:2] and orders(1, 2, 0) == [first[2], first[0]]  # whatever came before
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_stream_is_evaluated_exactly(shards, monkeypatch, num_workers, size):

@@ -446,7 +446,9 @@ def test_weights_for_other_classes_of_the_same_number_are_refused(flag, named_ru
 
 def test_data_without_class_names_are_evaluated_as_they_are(named_run):
     data = sources.whole_source([], [0, 2, 1], (), num_classes=12)
-    args = argparse.Namespace(resume=f"{named_run}/checkpoint.pth", eval=True, allow_class_mismatch=False)
+    args = argparse.Namespace(
+        resume=f"{named_run}/checkpoint.pth", eval=True, val_fraction=0.0, allow_class_mismatch=False
+    )
     assert main.compare_file(args, "resume", data, data) is data
 
 

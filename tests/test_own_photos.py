@@ -63,6 +63,41 @@ def test_report_counts_the_held_out_photos(trained):
     assert (trained / "report" / "index.html").stat().st_size > 1000
 
 
+def evaluated(trained, capsys, *words):
+    """Evaluate with --eval and tools.report; return both outputs and the number of images in the report."""
+    capsys.readouterr()
+    main.cli(["--eval", "--resume", str(trained / "best.pth"), *words])
+    said = capsys.readouterr().err
+    report.main(["--resume", str(trained / "best.pth"), "--output", str(trained / "other"), *words])
+    return said, capsys.readouterr().err, json.loads((trained / "other" / "report.json").read_text())["images"]
+
+
+def test_added_photos_are_a_warning_in_an_evaluation(trained, photos, tmp_path, capsys):
+    warning = "may have been trained on some of the evaluated images"
+    plain, report_plain, images = evaluated(trained, capsys)
+    assert images == 16 and warning not in plain + report_plain
+    added = [photos / name / "more.png" for name in NAMES]
+    for number, path in enumerate(added):
+        Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(path)
+    try:
+        said = evaluated(trained, capsys)
+    finally:
+        for path in added:
+            path.unlink()
+    assert all(warning in text for text in said[:2])
+
+
+def test_all_photos_of_another_folder_are_evaluated(trained, photos, tmp_path, capsys):
+    tiny.write_folders(tmp_path, NAMES, per_class=5, parts=("new",))
+    for words, number in (([], 20), (["--val-fraction", "0.4"], 8), (["--data-set", "IMNET"], 20)):
+        said = evaluated(trained, capsys, "--data-path", str(tmp_path / "new"), *words)
+        assert said[2] == number
+        assert all(("all its 20 images are evaluated" in text) is (number == 20) for text in said[:2])
+        assert all(("is not applied to other data" in text) is (number == 20) for text in said[:2])
+    (tmp_path / "same").symlink_to(photos)
+    assert evaluated(trained, capsys, "--data-path", str(tmp_path / "same"))[2] == 16
+
+
 def test_timm_and_onnxruntime_agree_with_the_predictions(photos, trained, predicted, tmp_path):
     for name in ("folder", "model.onnx"):
         export.main(["--resume", str(trained / "best.pth"), "--output", str(tmp_path / name)])

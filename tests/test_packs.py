@@ -418,6 +418,16 @@ def test_the_tool_packs_a_tree_for_training(tree, tmp_path, capsys):
             np.testing.assert_array_equal(np.asarray(image), expected(original))
 
 
+def test_the_tool_names_flags_that_do_not_act(tree, tmp_path, capsys):
+    pack_tool(tmp_path / "pack", "--inat-category", "genus", "--ram-cache", "1", "--val-fraction", "0.2", data=tree)
+    said = capsys.readouterr().err
+    words = ["--inat-category has no effect: it needs", "--ram-cache has no effect on a pack", "--val-fraction has no"]
+    assert all(word in said for word in words)
+    pack_tool(tmp_path / "pack", "--overwrite", "--val-split", "val", data=tree)
+    assert "has no effect" not in capsys.readouterr().err
+    assert "--val-split dev" in line_of(capsys, tmp_path / "other", "--val-split", "dev", data=tree)
+
+
 def test_the_tool_writes_jpegs_of_a_quality(tree, tmp_path):
     lengths = []
     for quality in ("30", "95"):

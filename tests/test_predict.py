@@ -253,6 +253,9 @@ def test_a_missing_path_is_a_one_line_error_before_a_model_is_built(checkpoint, 
     assert said.err == f"predict: error: images {photos / 'gone.jpg'}: no such file or folder; check the path\n"
     (photos.parent / "nothing").mkdir(exist_ok=True)
     assert "holds no images" in run(capsys, "--resume", checkpoint, photos.parent / "nothing", status=2).err
+    (photos.parent / "nothing" / "1.HEIC").touch()
+    said = run(capsys, "--resume", checkpoint, photos.parent / "nothing", status=2).err
+    assert "holds no images" in said and "; convert its 1 .heic" in said
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_predicted(checkpoint, tmp_path, capsys):

@@ -21,6 +21,7 @@ import tiny
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_datasets import write_stream
 
 import checkpoints
 import datasets
@@ -899,3 +900,25 @@ def test_the_positions_of_a_resumed_epoch_are_the_rest_of_it():
         everything = list(sampler)
         sampler.set_epoch(4, start)
         assert list(sampler) == everything[start:]
+
+
+def test_a_stream_resumes_in_the_same_order_with_as_many_workers(tmp_path, capsys):
+    path = write_stream(tmp_path, [12, 12])  # 12 updates per epoch
+    model = ["--model", "deit_tiny_patch16_224", *tiny.MODEL, "--epochs", "2", "--batch-size", "2", "--amp", "off"]
+    data = ["--data-set", "wds/", "--data-path", path, "--num-classes", "3"]
+
+    def run_stream(name, *flags, workers=0, status=None):
+        words = [*model, *data, "--num-workers", str(workers), "--output-dir", str(tmp_path / name), *flags]
+        with contextlib.nullcontext() if status is None else pytest.raises(SystemExit) as end:
+            main.cli(words)
+        assert status is None or end.value.code == status
+        return capsys.readouterr().err
+
+    run_stream("whole")
+    with at_update(11, send(signal.SIGTERM)):  # the last one of the first epoch
+        run_stream("parts", status=75)
+    shutil.copytree(tmp_path / "parts", tmp_path / "other")
+    assert WARNING not in run_stream("parts", "--resume", "auto")
+    whole, parts = (torch.load(tmp_path / name / "checkpoint.pth")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert f"{WARNING}data-loader workers was 0, is 2" in run_stream("other", "--resume", "auto", workers=2)

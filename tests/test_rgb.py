@@ -329,3 +329,16 @@ def test_tiff_orientation_is_applied_once():
     expected = np.rot90(np.asarray(picture(4)), -1)  # Pillow does it by itself
     np.testing.assert_array_equal(pixels(content.getvalue()), expected)
     np.testing.assert_array_equal(pixels(content.getvalue(), upright=True), expected)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0MM\0", b"Exif\0\0damaged, and long enough", b"Exif\0\0II*\0\x08\0\0\0\x09\0"]
+)
+def test_damaged_exif_does_not_turn_a_sound_photo(tmp_path, kind, exif):
+    content = io.BytesIO()
+    picture(3).save(content, kind, exif=exif)
+    np.testing.assert_array_equal(pixels(content.getvalue(), upright=True), pixels(content.getvalue()))
+    (tmp_path / f"x.{kind}").write_bytes(content.getvalue())
+    photo, _ = find_images([str(tmp_path)])[0]  # as tools.predict reads it
+    np.testing.assert_array_equal(np.asarray(photo), pixels(content.getvalue()))

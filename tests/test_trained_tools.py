@@ -554,12 +554,31 @@ def test_compared_data_of_other_classes_have_a_remedy(turned_photos, tmp_path, c
 
 def test_models_of_other_classes_are_not_compared(checkpoint, tmp_path, capsys):
     saved = torch.load(checkpoint, weights_only=True)
-    saved["class_names"] = saved["class_names"][::-1]
-    torch.save(saved, tmp_path / "turned.pth")
-    line = line_of(capsys, compare, checkpoint, tmp_path / "turned.pth", "--num-workers", "0")
-    assert str(tmp_path / "turned.pth") in line and "in another order" in line
+    saved["class_names"] = [f"number {name}" for name in saved["class_names"]]
+    torch.save(saved, tmp_path / "other.pth")
+    line = line_of(capsys, compare, checkpoint, tmp_path / "other.pth", "--num-workers", "0")
+    assert str(tmp_path / "other.pth") in line and "10 of 10 classes differ" in line
     assert "no such file" in line_of(capsys, compare, checkpoint, tmp_path / "gone.pth")
     assert "name all checkpoints without this flag" in line_of(capsys, compare, checkpoint, "--resume", checkpoint)
+
+
+def test_classes_in_another_order_are_evaluated_by_name(checkpoint, tmp_path, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["class_names"] = saved["class_names"][::-1]
+    for name, value in saved["model"].items():
+        if name.startswith("head"):
+            saved["model"][name] = value.flip(0)
+    torch.save(saved, turned := tmp_path / "turned.pth")
+    words = ["--num-workers", "0", "--amp", "off"]
+    compare.main([str(word) for word in (checkpoint, turned, *words, "--output", tmp_path / "c.json")])
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert rows[0]["acc1"] == rows[1]["acc1"] and rows[1]["acc1_change_interval"] == [0, 0]
+    capsys.readouterr()
+    for path in (checkpoint, turned):
+        main.cli(["--eval", "--resume", str(path), *words])
+    said = capsys.readouterr().err
+    ours, theirs = [line.split("test_loss")[1] for line in said.splitlines() if "test_loss" in line]
+    assert ours == theirs and "the same classes in another order" in said
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

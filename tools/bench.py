@@ -453,7 +453,7 @@ def settle(args: argparse.Namespace, device: torch.device) -> argparse.Namespace
     for name in args.only:
         if name not in SECTIONS:
             raise UserError(f"--only {name}: no such section; use some of {', '.join(SECTIONS)}")
-    if args.data_path and not Path(args.data_path).is_dir():
+    if args.data_path and not os.path.isdir(args.data_path):
         raise UserError(f"--data-path {args.data_path}: no such folder; check the path, or drop the flag")
     on_cuda, about = device.type == "cuda", describe_environment(device)
     slug = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")

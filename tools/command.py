@@ -21,7 +21,7 @@ import datasets
 import flags
 from checkpoints import changes, class_names_of, compare_classes, ema_of, read_checkpoint, trained_size, weights_of
 from models import EVALUATION, ModelOptions, build_model, create_model, load_weights, place, try_out
-from sources import Data, with_classes
+from sources import Data, check_held_out, with_classes
 from utils import RunError, UserError, World, escaped, init_distributed, known_cause, logger, set_up_logging
 
 # Flags of main.py that a tool may read.
@@ -266,25 +266,26 @@ def untrained_model(name: str, flag: str, num_classes: int, side: int, **options
     return model
 
 
-def with_classes_of(trained: Trained, model: nn.Module, val: Data) -> Data:
-    """Return the data with the class indices of the model, of whose classes they may have only some.
+def checked_data(trained: Trained, model: nn.Module, train: Data, val: Data) -> Data:
+    """Return the validation data with the model's class indices; warn of images that it may have been trained on.
+
+    The data may have only some of the model's classes.
 
     Raises:
         UserError: if the data have other classes.
     """
     names, what = class_names_of(trained.about), f"--resume {trained.own.resume}"
-    if val.class_names and set(val.class_names) < set(names):
-        logger.info("%s: evaluating %d of its %d classes", what, len(val.class_names), len(names))
-        val = with_classes(val, names)
-        if len(names) < model.num_classes:  # a name per class, or none
-            val = replace(val, num_classes=model.num_classes, class_names=())
-    if val.num_classes != model.num_classes:
+    check_held_out(train, trained.about, trained.run.val_fraction, what)
+    renumbered = with_classes(val, names, what)
+    if renumbered is not val and len(names) < model.num_classes:  # a name per class, or none
+        renumbered = replace(renumbered, num_classes=model.num_classes, class_names=())
+    if renumbered.num_classes != model.num_classes:
         raise UserError(
             f"{what}: the model has {model.num_classes} classes, the data have {val.num_classes}; name data of its "
             f"classes with --data-set and --data-path, or another checkpoint"
         )
-    compare_classes(trained.about, {"val": val}, what, trained.run.allow_class_mismatch)
-    return val
+    compare_classes(trained.about, {"val": renumbered}, what, trained.run.allow_class_mismatch)
+    return renumbered
 
 
 def find_files(paths: Sequence[str], flag: str) -> list[str]:
@@ -302,11 +303,11 @@ def find_files(paths: Sequence[str], flag: str) -> list[str]:
             raise UserError(f"{flag} {path}: no such file or folder; check the path")
         skipped: Counter[str] = Counter()
         found = datasets.image_files(path, set(), skipped) if os.path.isdir(path) else [path]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         if not found:
-            hint = "; name its --data-set" if flag == "--data-path" else ""
+            hint = "; name its --data-set" if flag == "--data-path" else f"; convert its {kinds}" if kinds else ""
             raise UserError(f"{flag} {path}: holds no images ({', '.join(IMG_EXTENSIONS)}){hint}")
         if skipped:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
             # Escape it here, because not every tool has set up its log yet.
             logger.warning("%s", escaped(f"{flag} {path}: {skipped.total()} files are not read: {kinds}"))
         files += found

@@ -59,11 +59,11 @@ def check_split(models: Sequence[command.Trained]) -> None:
             )
 
 
-def validation_data(models: Sequence[command.Trained], world: World) -> list[Data]:
-    """Return the validation data of the first checkpoint once per model, upright where the model expects it."""
+def read_data(models: Sequence[command.Trained], world: World) -> list[tuple[Data, Data]]:
+    """Return both parts of the first checkpoint's data once per model, upright where the model expects it."""
     options = fill(DataOptions, models[0].run)
     found = {
-        upright: build_sources(replace(options, upright=upright), world.local_rank, eval_only=True)[1]
+        upright: build_sources(replace(options, upright=upright), world.local_rank, eval_only=True)
         for upright in {trained.run.upright for trained in models}
     }
     return [found[trained.run.upright] for trained in models]
@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             command.log_changes(trained)
         built = [command.load_model(each.run, each.weights, each.own.resume, world.device) for each in models]
         parts = [
-            command.with_classes_of(trained, model, val)
-            for trained, model, val in zip(models, built, validation_data(models, world), strict=True)
+            command.checked_data(trained, model, *data)
+            for trained, model, data in zip(models, built, read_data(models, world), strict=True)
         ]
         results = [evaluate(*each, world) for each in zip(models, built, parts, strict=True)]
         named = zip(paths, results, strict=True)

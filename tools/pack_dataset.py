@@ -5,7 +5,8 @@
     python -m tools.pack_dataset --output packed --verify
 
 --verify reads a pack and compares its checksums. Of the data flags below,
---ram-cache, --allow-class-mismatch and --eval-crop-ratio have no effect here.
+--ram-cache, --allow-class-mismatch and --eval-crop-ratio have no effect here;
+a warning says so.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from PIL import Image
 
 import packs
 from datasets import DataOptions, build_sources
-from flags import Parser, add_data_arguments, fill, in_range, spelled
+from flags import Parser, add_data_arguments, fill, in_range, parse_args, spelled, without_effect
 from sources import Source
 from tools import command
 from utils import Progress, RunError, UserError, World, available_cpus, check_space, logger, set_up_logging, write_whole
 
 PROBES = 16  # images used to estimate the pack's size
+UNUSED = ("ram_cache", "allow_class_mismatch", "eval_crop_ratio")  # data flags that do not change a pack
 MAX_SIDE_RATIO = 1.5  # maximum long side, relative to --size
 SHARD_BYTES = 2**30
 T, R = TypeVar("T"), TypeVar("R")
@@ -91,6 +93,11 @@ def find_sources(own: argparse.Namespace) -> dict[str, Source]:
     # Keep nothing in memory, and drop unreadable images instead of replacing them.
     changed = {"data_set": own.data_set or "IMNET", "ram_cache": 0, "skip_broken_images": 0}
     sources = build_sources(replace(fill(DataOptions, own), **changed))
+    defaults = vars(parse_args([]))
+    data = {name: value for name, value in vars(own).items() if name in defaults and name not in UNUSED}
+    sentences = [f"{spelled(name)} has no effect on a pack" for name in UNUSED if vars(own)[name] != defaults[name]]
+    for sentence in sentences + without_effect(argparse.Namespace(**defaults | data | changed)):
+        logger.warning(sentence)
     if not all(isinstance(source, Source) for source in sources):
         raise UserError(f"--data-set {own.data_set}: is a stream, which is in large files already; train from it as is")
     return dict(zip(packs.SPLITS, sources, strict=True))

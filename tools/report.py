@@ -140,8 +140,8 @@ def validation_data(trained: command.Trained, model: nn.Module, world: World) ->
         UserError: if a class index means another class than in the checkpoint.
     """
     options = fill(DataOptions, trained.run)
-    _, files = build_sources(dataclasses.replace(options, ram_cache=0), world.local_rank, eval_only=True)
-    files = command.with_classes_of(trained, model, files)
+    train, files = build_sources(dataclasses.replace(options, ram_cache=0), world.local_rank, eval_only=True)
+    files = command.checked_data(trained, model, train, files)
     return keep_in_memory(files, options.ram_cache), files
 
 

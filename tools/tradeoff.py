@@ -45,8 +45,8 @@ def measure(trained: command.Trained, world: World) -> list[dict[str, Any]]:
     if run.compile:
         for model in models:
             model.compile()
-    _, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
-    val = command.with_classes_of(trained, models[0], val)
+    train, val = build_sources(fill(DataOptions, run), world.local_rank, eval_only=True)
+    val = command.checked_data(trained, models[0], train, val)
     views, options, amp = fill(ViewOptions, run), fill(LoaderOptions, run), engine.select_amp(run.amp, world.device)
     loader = build_val_loader(val, views, normalization(models[0]), options, world)
     results = [evaluate_images(model, loader, score_name(trained.about), amp) for model in models]
