@@ -723,7 +723,8 @@ def folder_of_images(tmp_path):
             folder = tmp_path / "data" / part / label
             folder.mkdir(parents=True)
             for index in range(number):
-                Image.new("RGB", (32, 32), (20 * index, 40 * (label == "cat"), 99)).save(folder / f"{index:02d}.png")
+                color = (20 * index, 40 * (label == "cat"), len(part))  # no validation image is a training image
+                Image.new("RGB", (32, 32), color).save(folder / f"{index:02d}.png")
     broken = [tmp_path / "data" / "train" / "dog" / f"{index:02d}.png" for index in (2, 3)]
     for path in broken:
         path.write_bytes(path.read_bytes()[:60])
