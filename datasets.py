@@ -783,13 +783,14 @@ def _inaturalist(root: Path, year: int, options: DataOptions) -> tuple[Source, S
         first = train["annotations"] if options.inat_numbering == "original" else ()
         order = list(dict.fromkeys(note["category_id"] for note in first))
         class_of, names = _classes_of_categories(root, categories, options.inat_category, order)
+        parts = _annotated(root, train, class_of, names), _annotated(root, val, class_of, names)
         files, val_files = ({image["file_name"] for image in part["images"]} for part in (train, val))
         if files & val_files:
             raise UserError(
                 f"--data-path {root}: {min(files & val_files)} is in train{year}.json and in val{year}.json; fetch the "
                 f"official files again"
             )
-        return _annotated(root, train, class_of, names), _annotated(root, val, class_of, names)
+        return parts
     except (LookupError, TypeError, AttributeError, UnicodeError) as error:
         raise UserError(
             f"--data-path {root}: its annotation files do not belong together or are damaged ({error!r}); fetch them "

@@ -126,8 +126,7 @@ def build_run(args: argparse.Namespace, world: World) -> Run:
     model = models.place(model, world.device)
     views, loading = fill(ViewOptions, args), fill(loaders.LoaderOptions, args)
     val_loader = loaders.build_val_loader(val, views, models.normalization(model), loading, world)
-    amp_dtype = engine.select_amp(args.amp, world.device)
-    return Run(args, world, train, val, model, views, loading, val_loader, amp_dtype)
+    return Run(args, world, train, val, model, views, loading, val_loader, engine.select_amp(args.amp, world.device))
 
 
 def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) -> Data:
@@ -310,9 +309,8 @@ def open_output(
 def evaluate_only(run: Run) -> None:
     """Evaluate the model's weights and, if the checkpoint has them, its EMA weights (`--eval`)."""
     path, weights = run.args.resume, {"test_": None}
-    if path or run.args.finetune:
-        flag = "--resume" if path else "--finetune"
-        checkpoint = checkpoints.read_checkpoint(path or run.args.finetune, flag, mmap=not path)
+    if file := path or run.args.finetune:
+        checkpoint = checkpoints.read_checkpoint(file, "--resume" if path else "--finetune", mmap=not path)
         for change in checkpoints.changes(checkpoint, {"args": vars(run.args), "run": {}}, TRAINED):
             logger.info("evaluated with another setting than in training: %s", change)
     if path:

@@ -134,13 +134,13 @@ def read_log(folder):
 def make_annotations(folder):
     for part in ("train", "val"):
         about = {
-            "images": [{"id": number, "file_name": f"{number}.png"} for number in range(3)],
+            "images": [{"id": number, "file_name": f"{part}{number}.png"} for number in range(3)],
             "annotations": [{"image_id": number, "category_id": number} for number in range(3)],
             "categories": [{"id": number, "name": name} for number, name in enumerate("abc")],
         }
         (folder / f"{part}2018.json").write_text(json.dumps(about))
-    for number in range(3):
-        picture(number).save(folder / f"{number}.png")
+        for number in range(3):
+            picture(number).save(folder / f"{part}{number}.png")
 
 
 def read_annotations(folder):
