@@ -229,7 +229,8 @@ for case in ("good", "empty class", "unexpected", "not shared"):
     images = None if case == "unexpected" else datasets.PathImages
     options = datasets.DataOptions("IMNET", str(folder / ("bad" if case == "empty class" else "good")))
     result = results[case] = {}
-    with mock.patch("os.walk", wraps=os.walk) as walk, mock.patch.object(datasets, "PathImages", images):
+    listing = mock.patch.object(datasets, "image_files", wraps=datasets.image_files)
+    with listing as walk, mock.patch.object(datasets, "PathImages", images):
         try:
             parts = datasets.read_sources(options, world.local_rank)
         except Exception as error:
