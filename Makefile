@@ -38,9 +38,8 @@ lint: $(VENV)/.installed-dev
 test: lint
 	$(PYTEST) $(FAST)
 
-# The third worker computes while tests of SLURM and of signals wait.
 test-all: lint
-	$(PYTEST) -n 3
+	$(PYTEST)
 
 # The oldest supported versions, in a virtual environment of their own.
 test-oldest:
