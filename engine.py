@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import ema_of, flags_of, no_training_state, on_host, optimizer_state, save_checkpoint
-from flags import SCHEDULES
+from flags import SCHEDULES, spelled
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
 from models import is_compiled, load_weights, normalization, set_eval_layers, set_train_mode, weights_of
@@ -220,8 +220,7 @@ def _refuse_shrinking(options: ScheduleOptions) -> None:
     """Refuse flags of the keep-rate schedule for a model without one; `check_flags` knows only the model's name."""
     for name in ("shrink_start_epoch", "shrink_epochs"):
         if getattr(options, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag}: the model has no EViT blocks; use a model such as evit_small_patch16_224")
+            raise UserError(f"{spelled(name)}: the model has no EViT blocks; use a model such as evit_small_patch16_224")
 
 
 def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptions) -> None:

@@ -8,22 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from utils import reason, regular_file
 
 # Formats to accept. By default, Pillow detects the format from the content, whatever the file name, and may run
 # programs for it, such as Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
-TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 MAX_ASPECT = 1000  # maximum long side, relative to the short side
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 
@@ -111,14 +102,15 @@ def open_rgb(file: Any, upright: bool = False) -> Image.Image:
     with decoding(), open_image(file) as image:
         rgb = as_rgb(image)
         if upright and image.format != "TIFF":  # Pillow itself rotates TIFF files
-            turn = _turn(image)
-            rgb = rgb if turn is None else rgb.transpose(turn)
+            orientation, rgb.info = _orientation(image), {}  # its copy of the EXIF data may be damaged
+            rgb.getexif()[ExifTags.Base.Orientation] = orientation
+            rgb = ImageOps.exif_transpose(rgb)
         return rgb
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return how the EXIF orientation says to turn an image; None if it does not, or if the EXIF data are damaged."""
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1 (upright) if there is none, or if the EXIF data are damaged."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow's parser may raise anything on damaged data
-        return None
+        return 1
