@@ -220,7 +220,9 @@ def _refuse_shrinking(options: ScheduleOptions) -> None:
     """Refuse flags of the keep-rate schedule for a model without one; `check_flags` knows only the model's name."""
     for name in ("shrink_start_epoch", "shrink_epochs"):
         if getattr(options, name) is not None:
-            raise UserError(f"{spelled(name)}: the model has no EViT blocks; use a model such as evit_small_patch16_224")
+            raise UserError(
+                f"{spelled(name)}: the model has no EViT blocks; use a model such as evit_small_patch16_224"
+            )
 
 
 def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptions) -> None:

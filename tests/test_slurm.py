@@ -152,8 +152,10 @@ def test_a_batch_script_of_one_s_own_requeues_itself(slurm, undisturbed, tmp_pat
     script = tmp_path / "job.sh"
     script.write_text(
         "#!/bin/bash\n"
-        f"srun --kill-on-bad-exit=1 {sys.executable} main.py {' '.join(map(str, flags))} || "
-        "[ $? != 75 ] || scontrol requeue $SLURM_JOB_ID\n"
+        f"srun --kill-on-bad-exit=1 {sys.executable} main.py {' '.join(map(str, flags))}\n"
+        "status=$?\n"
+        "[ $status = 75 ] && scontrol requeue $SLURM_JOB_ID\n"
+        "exit $status\n"
     )
     options = ["-p", "low", "-n", "2", "--requeue", "--parsable", "--open-mode=append", "-o", tmp_path / "0_log.out"]
     command = ["sbatch", *map(str, options), str(script)]
