@@ -7,15 +7,19 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
 
 import flags
-from utils import UserError, escaped
+from utils import UserError, escaped, last_line
 
 REPOSITORY = str(Path(__file__).resolve().parent)
+# Flags that act on SLURM only, and those that a debug job ignores as well.
+SLURM_ONLY = ("cpus_per_task", "mem_gb", "job_name", "signal_delay", "partition", "constraint", "comment")
+IGNORED = {"slurm": (), "local": SLURM_ONLY, "debug": (*SLURM_ONLY, "timeout", "max_timeouts")}
 
 
 DESCRIPTION = """Run main.py as a SLURM job that resumes by itself after a timeout or preemption.
@@ -71,8 +75,9 @@ class Job:
     Slow imports are inside the methods, because submitit handles no signals while it unpickles the job.
     """
 
-    def __init__(self, args: argparse.Namespace, restarted: bool = False) -> None:
+    def __init__(self, args: argparse.Namespace, restarted: bool = False, earlier: Sequence[int] = ()) -> None:
         self.args, self.restarted, self.repository = args, restarted, REPOSITORY
+        self.earlier = list(earlier)  # `_saved` at submission: checkpoints of another run, which --overwrite deletes
 
     def __call__(self) -> None:
         sys.path.insert(0, self.repository)
@@ -102,41 +107,80 @@ class Job:
         import checkpoints
 
         restarted = self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        if restarted and checkpoints.holds_checkpoint(folder):
+        own = checkpoints.holds_checkpoint(folder) and _saved(folder) != self.earlier
+        if restarted and own and not self.args.eval:
             changes |= {"resume": "auto", "overwrite": False}
         return argparse.Namespace(**{**vars(self.args), **changes})
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Return what submitit runs after a preemption or timeout: the same job, resumed."""
-        return submitit.helpers.DelayedSubmission(Job(self.args, restarted=True))
+        return submitit.helpers.DelayedSubmission(Job(self.args, True, self.earlier))
 
     __submitit_checkpoint__ = checkpoint  # name in newer submitit documentation
+
+
+def _saved(folder: Path) -> list[int]:
+    """Return the times (ns) at which the checkpoints in a folder were written."""
+    return [path.lstat().st_mtime_ns for path in sorted(folder.glob("checkpoint*.pth"))]
+
+
+def _check_job(args: argparse.Namespace) -> None:
+    """Check the flags of the job.
+
+    Raises:
+        UserError: if they contradict each other, or have no effect on this cluster.
+    """
+    if args.resume == "auto" and not args.output_dir:
+        raise UserError("--resume auto: the folder of each new job is empty; add --output-dir FOLDER")
+    if args.cluster != "slurm" and args.nodes != 1:
+        raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
+    if args.ngpus and args.tasks_per_node and args.tasks_per_node != args.ngpus:
+        raise UserError(
+            f"--tasks-per-node {args.tasks_per_node}: {args.ngpus} GPUs need one task each; "
+            f"pass --ngpus {args.tasks_per_node}, or drop --tasks-per-node"
+        )
+    tasks = args.tasks_per_node or max(1, args.ngpus)
+    if args.cluster == "debug" and tasks > 1:
+        name = "tasks_per_node" if args.tasks_per_node else "ngpus"
+        raise UserError(f"{flags.spelled(name)} {tasks}: --cluster debug has one process; pass {flags.spelled(name)} 1")
+    defaults = get_parser().parse_args([])
+    for name in IGNORED[args.cluster]:
+        if getattr(args, name) != getattr(defaults, name):
+            raise UserError(f"{flags.spelled(name)}: has no effect with --cluster {args.cluster}; drop it")
+    for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # written into a shell script
+        if not (getattr(args, name) or "").isprintable():
+            raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
 
 
 def submit(args: argparse.Namespace) -> submitit.Job:
     """Submit the job to SLURM, or start it on this machine.
 
     Raises:
-        UserError: if flags contradict each other, or SLURM is missing.
+        UserError: if flags contradict each other, SLURM is missing or refuses the job, or the job's folder cannot be
+            written.
     """
+    _check_job(args)
     flags.check_flags(argparse.Namespace(**{**vars(args), "output_dir": args.output_dir or args.job_dir}))
-    if args.cluster != "slurm" and args.nodes != 1:
-        raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has one machine; pass --nodes 1")
-    if args.tasks_per_node and args.tasks_per_node < args.ngpus:
-        raise UserError(
-            f"--tasks-per-node {args.tasks_per_node}: uses {args.tasks_per_node} of {args.ngpus} GPUs, one per task; "
-            f"pass --ngpus {args.tasks_per_node}, or drop --tasks-per-node"
-        )
-    for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # written into a shell script
-        if not (getattr(args, name) or "").isprintable():
-            raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
     # A relative path may mean another folder on another machine.
     args = argparse.Namespace(**{**vars(args), "job_dir": str(Path(args.job_dir).resolve())})
-    Path(args.job_dir).mkdir(parents=True, exist_ok=True)
     try:
-        executor = submitit.AutoExecutor(
-            folder=Path(args.job_dir) / "%j", cluster=args.cluster, slurm_max_num_timeout=args.max_timeouts
-        )
+        Path(args.job_dir).mkdir(parents=True, exist_ok=True)
+        return _executor(args).submit(Job(args, earlier=_saved(Path(args.output_dir)) if args.output_dir else ()))
+    except OSError as error:
+        what = f"{error.strerror}: {error.filename}"
+        raise UserError(f"--job-dir {args.job_dir}: cannot be written ({what}); name another folder") from None
+    except submitit.core.utils.FailedJobError as error:  # with what sbatch printed
+        raise UserError(
+            f"--cluster {args.cluster}: the job is refused ({last_line(error)}); check --partition, --constraint, "
+            f"--timeout, --nodes and --mem-gb"
+        ) from None
+
+
+def _executor(args: argparse.Namespace) -> submitit.AutoExecutor:
+    """Build what submits jobs like this one."""
+    timeouts = {f"{args.cluster}_max_num_timeout": args.max_timeouts} if args.cluster != "debug" else {}
+    try:
+        executor = submitit.AutoExecutor(folder=Path(args.job_dir) / "%j", cluster=args.cluster, **timeouts)
     except RuntimeError as error:
         raise UserError(f"--cluster {args.cluster}: {error}; use --cluster local for this machine") from None
     slurm = {"partition": args.partition, "constraint": args.constraint, "comment": args.comment}
@@ -152,7 +196,7 @@ def submit(args: argparse.Namespace) -> submitit.Job:
         **({"mem_gb": args.mem_gb} if args.mem_gb else {}),
         **{f"slurm_{name}": value for name, value in slurm.items() if value},
     )
-    return executor.submit(Job(args))
+    return executor
 
 
 def cli(argv: list[str] | None = None) -> None:

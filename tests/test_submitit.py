@@ -1,6 +1,7 @@
 """Jobs through submitit, without a SLURM: its local executor starts real processes."""
 
 import argparse
+import os
 import pickle
 
 import pytest
@@ -42,7 +43,15 @@ def test_a_failed_job_ends_with_status_1_and_its_reason(tmp_path):
     ("flags", "error"),
     [
         (["--nodes", "2"], "--nodes 2: --cluster local has one machine"),
-        (["--ngpus", "8", "--tasks-per-node", "1"], "--tasks-per-node 1: uses 1 of 8 GPUs"),
+        (["--ngpus", "8", "--tasks-per-node", "1"], "--tasks-per-node 1: 8 GPUs need one task each"),
+        (["--ngpus", "8", "--tasks-per-node", "16"], "--tasks-per-node 16: 8 GPUs need one task each"),
+        (["--cluster", "debug", "--ngpus", "8"], "--ngpus 8: --cluster debug has one process"),
+        (["--cluster", "debug", "--tasks-per-node", "2"], "--tasks-per-node 2: --cluster debug has one process"),
+        (["--cluster", "debug", "--timeout", "60"], "--timeout: has no effect with --cluster debug"),
+        (["--partition", "gpu"], "--partition: has no effect with --cluster local"),
+        (["--signal-delay", "60"], "--signal-delay: has no effect with --cluster local"),
+        (["--mem-gb", "8"], "--mem-gb: has no effect with --cluster local"),
+        (["--resume", "auto"], "--resume auto: the folder of each new job is empty"),
     ],
 )
 def test_contradictions_are_refused_before_submission(flags, error, tmp_path, capsys):
@@ -58,6 +67,55 @@ def test_without_slurm_the_local_cluster_is_offered(tmp_path, monkeypatch):
     args = run_with_submitit.get_parser().parse_args(["--job-dir", str(tmp_path), "--data-set", "DIGITS"])
     with pytest.raises(utils.UserError, match="--cluster local"):
         run_with_submitit.submit(args)
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "job_dir", "error"),
+    [
+        (
+            "echo sbatch: error: a >&2; echo sbatch: error: invalid partition: x >&2; exit 1",
+            "jobs",
+            "invalid partition: x",
+        ),
+        ("exit 1", "file/jobs", "--job-dir {}: cannot be written (Not a directory"),
+        ("exit 1", "file", "--job-dir {}: cannot be written (File exists"),
+    ],
+)
+def test_a_refused_job_is_a_one_line_error(sbatch, job_dir, error, tmp_path, monkeypatch, capsys):
+    for name, command in (("srun", "exit 0"), ("sbatch", sbatch)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(SystemExit) as end:
+        run_with_submitit.cli(["--job-dir", str(tmp_path / job_dir), "--data-set", "DIGITS"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and last.startswith("run_with_submitit.py: error: --")
+    assert error.format(tmp_path / job_dir) in last
+
+
+def restarted(job, folder):
+    """The flags of a job that is requeued when `folder` holds what it holds."""
+    return pickle.loads(pickle.dumps(job)).checkpoint().function._args_of(folder.name)
+
+
+def test_a_restarted_job_leaves_the_run_that_it_replaces(tmp_path):
+    (tmp_path / "checkpoint.pth").touch()
+    words = ["--overwrite", "--output-dir", str(tmp_path)]
+    args = run_with_submitit.get_parser().parse_args(words)
+    job = run_with_submitit.Job(args, earlier=run_with_submitit._saved(tmp_path))
+    assert restarted(job, tmp_path).overwrite and restarted(job, tmp_path).resume == ""  # requeued before it began
+    os.utime(tmp_path / "checkpoint.pth", (1, 1))  # written by this job
+    assert not restarted(job, tmp_path).overwrite and restarted(job, tmp_path).resume == "auto"
+    again = job.checkpoint().function.checkpoint().function
+    assert not again._args_of("17").overwrite
+
+
+def test_a_restarted_evaluation_evaluates_the_same_file(tmp_path):
+    (tmp_path / "checkpoint.pth").touch()
+    words = ["--eval", "--resume", str(tmp_path / "best.pth"), "--output-dir", str(tmp_path)]
+    job = run_with_submitit.Job(run_with_submitit.get_parser().parse_args(words))
+    assert restarted(job, tmp_path).resume == str(tmp_path / "best.pth")
 
 
 def test_a_restarted_job_resumes_its_own_checkpoint(tmp_path):
