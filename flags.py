@@ -50,6 +50,7 @@ OF_TIMM = {
 }
 # Mutually exclusive flags: a typed flag replaces the other one in a recipe.
 ALTERNATIVES = (("--pretrained", "--finetune"), ("--teacher-pretrained", "--teacher-path"))
+TAKE_FILES = ("--finetune", "--teacher-path")
 EXAMPLES = """Train and evaluate data-efficient image transformers.
 
 train        python main.py --model deit_tiny_patch16_224 --data-set CIFAR
@@ -107,7 +108,7 @@ class Parser(argparse.ArgumentParser):
                 flag, equals, _ = (word := _hyphenated(word)).partition("=")
                 if not (within and flag in replaced):
                     found.append(word)
-                elif not equals and pending and not pending[-1][0].startswith("-"):
+                elif flag in TAKE_FILES and not equals and pending and not pending[-1][0].startswith("-"):
                     pending.pop()  # the value of that flag
                 continue
             path, recipes = os.path.realpath(word[1:]), recipes + 1
@@ -129,7 +130,7 @@ class Parser(argparse.ArgumentParser):
             for line in lines:
                 if "\0" in line:
                     raise UnicodeError
-                words += shlex.split(line, comments=True)
+                words += _split_line(line)
         except OSError as error:
             self.error(f"@{path[:200]}: {error.strerror}; the recipes are in recipes/")
         except UnicodeError:
@@ -153,6 +154,15 @@ class Parser(argparse.ArgumentParser):
         if flag in OF_TIMM:
             return OF_TIMM[flag] if OF_TIMM[flag] in known else ""
         return next(iter(difflib.get_close_matches(flag, known, n=1, cutoff=0.8)), "")
+
+
+def _split_line(line: str) -> list[str]:
+    """Split a recipe's line like a shell: `#` begins a comment at the start of a word only (shlex: anywhere)."""
+    lexer, words = shlex.shlex(line, posix=True), []
+    lexer.whitespace_split, lexer.commenters = True, ""
+    while (rest := line[lexer.instream.tell() :].lstrip(lexer.whitespace)) and not rest.startswith("#"):
+        words.append(lexer.get_token())
+    return words
 
 
 def _hyphenated(word: str) -> str:
@@ -623,7 +633,10 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
     floor = "learning rate at the end of the schedule; no effect on step, multistep and constant"
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
-    length = "epochs between decays of --sched step; decay length of wsd and rsqrt (below 1: fraction of --epochs)"
+    length = (
+        "epochs between decays of --sched step; decay length of wsd and rsqrt, below 1 as a fraction of the epochs "
+    )
+    length += "after the warm-up"
     add("--decay-epochs", type=_POSITIVE, default=30, help=length)
     add("--decay-milestones", type=COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of each decay of --sched step and multistep")
@@ -874,8 +887,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if automatic and (args.eval or args.overwrite):
         other = "--eval; pass --resume FILE" if args.eval else "--overwrite; drop one of them"
         raise UserError(f"--resume auto: cannot be combined with {other}")
-    if not args.output_dir and (args.checkpoint_minutes is not None or args.log_wandb):
-        flag = "--log-wandb" if args.log_wandb else "--checkpoint-minutes"
+    if not args.output_dir and (automatic or args.checkpoint_minutes is not None or args.log_wandb):
+        flag = "--resume auto" if automatic else "--log-wandb" if args.log_wandb else "--checkpoint-minutes"
         raise UserError(f"{flag}: there is no folder for its files; add --output-dir FOLDER")
     if not is_utf8(args.output_dir):
         raise UserError(f"--output-dir {args.output_dir}: is not UTF-8, which TensorBoard needs; name another folder")

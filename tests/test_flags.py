@@ -80,6 +80,30 @@ def test_typed_weights_replace_those_of_a_recipe(recipe, typed, expected, tmp_pa
         assert (args.pretrained, args.finetune, args.epochs) == (*expected, 3)
 
 
+def test_a_replaced_switch_keeps_the_recipe_after_it(tmp_path):
+    (tmp_path / "inner.args").write_text("--epochs 3")
+    (tmp_path / "x.args").write_text(f"--pretrained\n@{tmp_path}/inner.args")
+    args = parse_args([f"@{tmp_path}/x.args", "--finetune", "x.pth"])
+    assert (args.pretrained, args.finetune, args.epochs) == (False, "x.pth", 3)
+
+
+@pytest.mark.parametrize(
+    "line, folder",
+    [
+        ("--output-dir run#2", "run#2"),
+        ("--output-dir 'a # b' # c", "a # b"),
+        ("# it's a comment", "output"),
+        ("--output-dir '#1'", "#1"),
+        ("--output-dir a#sha256=0 #it's", "a#sha256=0"),
+        (r"  --output-dir=a\ b\#c", "a b#c"),
+        ("--output-dir ''#", "#"),
+    ],
+)
+def test_a_recipe_is_split_into_words_like_a_shell_does(line, folder, tmp_path):
+    (tmp_path / "x.args").write_text(line)
+    assert parse_args([f"@{tmp_path}/x.args"]).output_dir == folder
+
+
 def test_typed_teacher_weights_replace_those_of_a_recipe(tmp_path):
     (tmp_path / "x.args").write_text("--teacher-pretrained\n--distillation-type hard")
     args = parse_args([f"@{tmp_path}/x.args", "--teacher_path", "t.pth"])
