@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import http.client
 import io
 import itertools
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import sys
+import tarfile
 import unicodedata
 import zlib
 from collections import Counter
@@ -497,8 +499,7 @@ def _folder_part(
         names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
         nested = "--data-path %s: all images of the classes %s are in folders within theirs, such as %s"
         logger.warning(f"{nested}; if those are the classes, name the folder above them", root, names, first[0])
-    source = whole_source(images, np.repeat(np.arange(len(class_names)), counts), class_names)
-    return replace(source, class_samples=_class_samples(source))
+    return _sampled(whole_source(images, np.repeat(np.arange(len(class_names)), counts), class_names))
 
 
 def _others(folders: Sequence[Path]) -> str:
@@ -510,8 +511,8 @@ def _others(folders: Sequence[Path]) -> str:
     return f" ({kinds} are not read; convert them)" if kinds else ""
 
 
-def _class_samples(source: Source) -> tuple[int, ...]:
-    """Return the CRC-32 of the first image file of each class; -1 for a class without a readable one."""
+def _sampled(source: Source) -> Source:
+    """Add the CRC-32 of the first image file of each class, -1 for a class without a readable one."""
     samples = np.full(source.num_classes, -1, dtype=np.int64)
     labels, first = np.unique(source.targets[source.order], return_index=True)
 
@@ -523,7 +524,7 @@ def _class_samples(source: Source) -> tuple[int, ...]:
 
     with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
         samples[labels] = list(pool.map(checksum, source.order[first]))
-    return tuple(samples.tolist())
+    return replace(source, class_samples=tuple(samples.tolist()))
 
 
 def _csv(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
@@ -581,9 +582,9 @@ def _csv_sources(source: Source, parts: np.ndarray, options: DataOptions, file: 
     """Divide the images of a CSV file by the part of their rows: "train", "val", or "all" without splits."""
     if "all" not in parts:
         orders = [np.flatnonzero(parts == part) for part in ("train", "val")]
-        train, val = (replace(source, order=order) for order in orders)
-        return replace(train, class_samples=_class_samples(train)), replace(val, class_samples=_class_samples(val))
-    source = replace(source, class_samples=_class_samples(source))
+        train, val = (_sampled(replace(source, order=order)) for order in orders)
+        return train, val
+    source = _sampled(source)
     if options.val_fraction:
         return _held_out(source, options.val_fraction, file)
     logger.info('%s: has no column "split", so all its %d images are evaluated', file, len(source))
@@ -697,14 +698,26 @@ def _csv_parts(
     return parts
 
 
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Wait until no other process or machine downloads into this folder, where it can be written and locked."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((root / ".download.lock").open("a")), fcntl.LOCK_EX)
+        yield
+
+
 def _downloaded(name: str, root: Path, make: Callable[[], Any]) -> Any:
-    """Call a torchvision data set that may download; turn its errors into one line."""
+    """Call a torchvision data set that may download, one process at a time; turn its errors into one line."""
     try:
-        return make()
+        with _alone(root):
+            return make()
     except ModuleNotFoundError as error:
         package = error.name.partition(".")[0]
         raise UserError(f"--data-set {name}: needs {package}; pip install {package}") from None
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, no space, wrong checksum
+    except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
+        # no network, no space, a wrong checksum, or a damaged archive
         raise UserError(
             f"--data-set {name}: not found under {root.resolve()} and cannot be downloaded there ({reason(error)}); "
             f"put it there, name its folder with --data-path, or use the bundled --data-set DIGITS"
@@ -740,8 +753,8 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
     paths, labels = train._image_files + val._image_files, train._labels + val._labels
     names = getattr(train, "classes", ())  # torchvision has them since 0.22
     return (
-        whole_source(PathImages(paths), labels, names, 102),
-        whole_source(PathImages(test._image_files), test._labels, names, 102),
+        _sampled(whole_source(PathImages(paths), labels, names, 102)),
+        _sampled(whole_source(PathImages(test._image_files), test._labels, names, 102)),
     )
 
 
@@ -756,7 +769,7 @@ def _cars(root: Path) -> tuple[Source, Source]:
             paths, labels = zip(*part._samples, strict=True)
             if not all(0 <= label < len(part.classes) for label in labels):
                 raise ValueError(f"a label is not one of its {len(part.classes)} classes")
-            parts.append(whole_source(PathImages(paths), labels, part.classes))
+            parts.append(_sampled(whole_source(PathImages(paths), labels, part.classes)))
     except Exception as error:  # files are missing, there is no SciPy to read them, or it raises anything on damage
         raise UserError(
             f"--data-path {root}: not Stanford Cars ({reason(error)}); it needs stanford_cars/ with devkit/, "
@@ -834,7 +847,7 @@ def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int], class
     if not paths:
         raise LookupError("no annotations")
     labels = [class_of[note["category_id"]] for note in part["annotations"]]
-    return whole_source(PathImages(paths), labels, class_names)
+    return _sampled(whole_source(PathImages(paths), labels, class_names))
 
 
 def _timm_sources(options: DataOptions, local_rank: int, eval_only: bool) -> TrainAndVal:
