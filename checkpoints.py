@@ -134,10 +134,12 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
         resume: the checkpoint that is resumed, or ''.
 
     Raises:
-        UserError: if the folder holds another run or files of another program, which would be lost.
+        UserError: if the folder holds another run, later epochs or files of another program, which would be lost.
     """
-    if overwrite or _is_in(resume, folder):
+    if overwrite:
         return
+    if _is_in(resume, folder):
+        return _check_newest(folder, resume)
     if not (holds_checkpoint(folder) or (folder / BEST).exists()):
         # A run that was killed after its first epoch may have a line and no checkpoint yet.
         if _count_logged(folder) > 1:
@@ -154,6 +156,25 @@ def check_folder(folder: Path, resume: str, overwrite: bool) -> None:
     raise UserError(f"--output-dir {folder}: holds {of}; {remedy}name another folder, or add --overwrite")
 
 
+def _check_newest(folder: Path, resume: str) -> None:
+    """Check that the newest checkpoint of a folder is not later than the one to resume."""
+    resumed, newest = (_epoch_and_step(path) for path in (Path(resume), folder / LATEST))
+    if resumed and newest and newest > resumed:
+        raise UserError(
+            f"--resume {resume}: is older than {folder / LATEST}, whose epochs would be lost; use --resume auto, "
+            f"another --output-dir, or add --overwrite"
+        )
+
+
+def _epoch_and_step(path: Path) -> tuple[int, int] | None:
+    """Return the counters of a checkpoint; None if it is missing or has none."""
+    try:
+        found = read_checkpoint(str(path), "--resume", mmap=True)
+        return int(found["epoch"]), int(found["step"])
+    except (UserError, LookupError, TypeError, ValueError):
+        return None
+
+
 def _count_logged(folder: Path) -> int:
     try:
         return len(read_log(folder))
@@ -165,13 +186,18 @@ def _foreign_file(folder: Path) -> str:
     """Return the name of a file that a run would replace, but has not written; '' if there is none."""
     config, log = folder / "config.json", folder / "log.txt"
     if os.path.lexists(config):
-        try:
-            flags = read_json(config)
-        except (OSError, ValueError):
-            flags = None
-        return "" if isinstance(flags, dict) and {"model", "data_set"} <= flags.keys() else config.name
+        return "" if _is_of_a_run(config) else config.name
     # The first line of a run that was killed may be incomplete.
     return log.name if log.is_file() and log.stat().st_size and not _count_logged(folder) else ""
+
+
+def _is_of_a_run(config: Path) -> bool:
+    """Return True if a config.json is that of a run."""
+    try:
+        flags = read_json(config)
+    except (OSError, ValueError):
+        return False
+    return isinstance(flags, dict) and {"model", "data_set"} <= flags.keys()
 
 
 def _is_in(path: str, folder: Path) -> bool:
@@ -192,8 +218,10 @@ def start_folder(folder: Path, resume: str, first_epoch: int, best_acc1: float) 
     if _is_in(resume, folder):
         _remove_temporary_files(folder)
         return open_log(folder, first_epoch)
-    for name in (LATEST, PREVIOUS, BEST):
-        (folder / name).unlink(missing_ok=True)
+    curves = folder / "tensorboard"  # of the run that is replaced
+    old = [*curves.glob("events*"), curves / "wandb_id"] if _is_of_a_run(folder / "config.json") else []
+    for path in (*(folder / name for name in (LATEST, PREVIOUS, BEST)), *old):
+        path.unlink(missing_ok=True)
     _remove_temporary_files(folder)
     earlier = Path(resume).parent if resume and "://" not in resume else folder
     open_log(folder, first_epoch if resume else 0, earlier)

@@ -124,9 +124,9 @@ def build_lr_schedule(
     Raises:
         UserError: if timm rejects the arguments.
     """
-    if 0 < epochs <= warmup_epochs:
+    if 0 < epochs <= warmup_epochs + on_epochs:
         logger.warning(
-            "--warmup-epochs %d takes all of the %d epochs: the rate never reaches --lr", warmup_epochs, epochs
+            "--warmup-epochs %d is too long for %d epochs: the rate never reaches --lr", warmup_epochs, epochs
         )
     try:
         scheduler, _ = create_scheduler_v2(
@@ -240,7 +240,10 @@ def _warn_of_pointless_rates(learning_rate: LearningRate, options: ScheduleOptio
             options.warmup_lr,
             peak,
         )
-    first = {"step": options.decay_epochs, "multistep": min(options.decay_milestones or [0])}.get(options.sched, 0)
+    by_kind = {"step": options.decay_epochs, "multistep": min(options.decay_milestones or [0])}
+    first = by_kind.get(options.sched, 0)
+    if options.sched_on_epochs and options.sched == "step":
+        first += 1  # timm's multistep looks one epoch ahead
     if first >= options.epochs:
         logger.warning(
             "--sched %s: the first decay, at epoch %g, is beyond the %d epochs: the rate never falls",
@@ -991,6 +994,8 @@ class Saver:
             log.report()
         elif not _has_finished(self.world.device):
             return "not saved: the GPU waits for another process"
+        if self.state.is_within_update:  # the statistics of batch normalization have changed, the weights have not
+            return "not saved: within an update of several batches"
         _require_finite(self.state)
         broken = self.broken.found_here() if self.broken is not None else []
         self._write({"images": log.step * log.batch_images, "totals": [log.totals]}, broken)
@@ -1184,7 +1189,7 @@ def rehearse(
     options: RunOptions,
     world: World,
 ) -> None:
-    """Make two updates, evaluate one batch, save nothing, and log how long the run would take."""
+    """Make two updates, evaluate one batch, load some more, save nothing, and log how long the run would take."""
     state.start_at(state.epoch, train_loader.updates_per_epoch)  # a resumed epoch may have no updates left
     first, ends = _position(state, train_loader, schedules, state.epoch % options.view_epochs), [time.perf_counter()]
     log = _step_log(state, train_loader, options, None, first, {})
@@ -1194,18 +1199,15 @@ def rehearse(
         ends.append(time.perf_counter())
 
     with contextlib.closing(train_loader), contextlib.closing(val_loader):
-        seeds = {"seed": options.seed, "rank": world.rank}
-        batches = itertools.islice(train_loader, 2 * state.accum_steps)
-        train_one_epoch(state, batches, criterion, schedules, log, after_update=note_time, **seeds)
-        batches = list(itertools.islice(val_loader, 1))
-        start = time.perf_counter()
-        for _ in evaluate_all(modules_of(state).items(), batches, state.amp_dtype):
-            pass
-        tested = time.perf_counter() - start
-    images, update = train_loader.images_per_update, ends[-1] - ends[-2]
-    epoch = update * train_loader.updates_per_epoch
-    evaluation = tested * val_loader.num_images / (max(1, sum(len(batch.targets) for batch in batches)) * world.size)
-    total = (epoch + evaluation / options.eval_interval) * options.epochs
+        seeds, batches = {"seed": options.seed, "rank": world.rank}, iter(train_loader)
+        few = itertools.islice(batches, 2 * state.accum_steps)
+        train_one_epoch(state, few, criterion, schedules, log, after_update=note_time, **seeds)
+        update = ends[-1] - ends[-2]
+        if train_loader.loader.num_workers:  # the batches of these updates were loaded meanwhile or before
+            update = _with_loading(update, state.accum_steps * _loading_seconds(batches, train_loader), world.device)
+        evaluation = _evaluation_seconds(state, val_loader, world)
+    images, epoch = train_loader.images_per_update, update * train_loader.updates_per_epoch
+    total = epoch * options.epochs + evaluation * math.ceil(options.epochs / options.eval_interval)
     logger.info(
         "dry run: an update takes %.2f s, %.0f images/s; the first took %.1f s",
         update,
@@ -1220,6 +1222,35 @@ def rehearse(
         duration(total),
         peak_memory(world.device) / 2**30,
     )
+
+
+def _loading_seconds(batches: Iterator[Batch], loader: DeviceLoader) -> float:
+    """Return the seconds in which a batch is loaded while nothing else is done; 0 if too few batches are left."""
+    workers = loader.loader.num_workers
+    for _ in itertools.islice(batches, workers * (loader.loader.prefetch_factor or 0)):  # these are ready
+        pass
+    start = time.perf_counter()
+    loaded = sum(1 for _ in itertools.islice(batches, max(1, workers)))
+    return (time.perf_counter() - start) / max(1, loaded) if loaded else 0.0
+
+
+def _with_loading(computing: float, loading: float, device: torch.device) -> float:
+    """Return the seconds of a batch that workers load meanwhile; on a CPU, they compute on the same cores."""
+    return computing + loading if device.type == "cpu" else max(computing, loading)
+
+
+def _evaluation_seconds(state: TrainState, loader: DeviceLoader, world: World) -> float:
+    """Estimate how long an evaluation takes, from a single batch without the compilation of the model."""
+    batches = iter(loader)
+    first = list(itertools.islice(batches, 1))
+    for _ in range(2):
+        start = time.perf_counter()
+        for _ in evaluate_all(modules_of(state).items(), first, state.amp_dtype):
+            pass
+        computing = time.perf_counter() - start
+    loading = _loading_seconds(batches, loader)
+    seconds = _with_loading(computing, loading, world.device) if loader.loader.num_workers else computing + loading
+    return seconds * loader.num_images / (max(1, sum(len(batch.targets) for batch in first)) * world.size)
 
 
 def _columns(state: TrainState) -> list[str]:

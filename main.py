@@ -88,9 +88,11 @@ class Run:
     amp_dtype: torch.dtype | None
 
     @functools.cached_property
-    def teacher_hash(self) -> str | None:
-        """SHA-256 of the teacher's file, read once; None without a file."""
+    def teacher_weights(self) -> str | None:
+        """Name of the teacher's weights: "timm", or the SHA-256 of their file, read once; None without a teacher."""
         path = self.args.teacher_path
+        if self.args.teacher_pretrained:
+            return "timm"
         return checkpoints.file_hash(path, "--teacher-path") if path else None
 
     @property
@@ -158,7 +160,14 @@ def training_batches(run: Run) -> tuple[loaders.EpochLoader, torch.nn.Module]:
 
 
 def cache_features(run: Run) -> tuple[sources.Source, torch.nn.Linear]:
-    """Return the classification layer and, as a source, its inputs for all training images."""
+    """Return the classification layer and, as a source, its inputs for all training images.
+
+    Raises:
+        UserError: if the weights of a resumed run do not fit the model.
+    """
+    if path := run.args.resume:  # the features are those of its weights
+        checkpoint = checkpoints.read_checkpoint(path, "--resume", mmap=True)
+        models.load_weights(run.model, checkpoints.weights_of(checkpoint, "--resume", path), "--resume", path)
     head = models.linear_head(run.model, run.args.model)
     return loaders.feature_source(run.train, run.model, run.views, run.loading, run.world, run.autocast), head
 
@@ -179,8 +188,7 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
     teacher = teachers.build_cached_teacher(
         options, run.train.num_classes, loader, run.view_epochs, run.normalization, world
     )
-    weights = "timm" if args.teacher_pretrained else run.teacher_hash
-    flags = shaping(args, "views", "teacher")
+    flags, weights = shaping(args, "views", "teacher"), run.teacher_weights
     fingerprint = teachers.fingerprint(flags, run.train, loader, run.normalization, weights, run.amp_dtype, world)
     folder, may_differ = Path(args.teacher_cache), args.allow_class_mismatch
     with utils.main_process_first(world.local_rank):
@@ -190,10 +198,11 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
 
 def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
     """Describe the run for its checkpoints: flags, other settings that results depend on, and class names."""
-    indexed, device = isinstance(run.train, sources.Source), run.world.device
+    args, indexed, device = run.args, isinstance(run.train, sources.Source), run.world.device
+    soft = "cached" if args.teacher_cache else "live"  # those in the cache are rounded, and only the largest
     name = f"{device.type} ({torch.get_num_threads()})"
     return {
-        "args": vars(run.args),
+        "args": vars(args),
         "run": {
             "images": len(run.train),
             "labels": run.train.label_checksum() if indexed else None,
@@ -203,7 +212,8 @@ def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
             "augmentation": loader.augmentation["where"],
             "device (threads)": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
             "precision": str(run.amp_dtype),
-            "teacher": run.teacher_hash,
+            "teacher": run.teacher_weights,
+            "soft predictions": soft if args.distillation_type == "soft" else None,
             "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow")},
         },
         "class_names": list(run.train.class_names),
@@ -234,11 +244,14 @@ def announce(run: Run, loader: loaders.EpochLoader, macs: int | None) -> None:
         logger.warning(few, len(run.train), args.model)
 
 
-def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, about: dict[str, Any]) -> None:
+def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, about: dict[str, Any]) -> bool:
     """Resume from the checkpoint `--resume`; warn if the run is no longer bitwise identical.
 
     Args:
         about: result of `describe_run` for this run.
+
+    Returns:
+        Whether an epoch has as many steps as before, so that curves over steps continue.
 
     Raises:
         UserError: if the checkpoint is of another model or optimizer, or holds weights only.
@@ -261,7 +274,8 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
         changes.append("tfds/ starts its shuffling again")
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
     state.forget_best(measured_otherwise(args, trained) + checkpoints.changed_images(checkpoint, about), args.resume)
-    if loader.broken is not None:
+    same_files = not {"images", "labels", "file names"} & {change.partition(" was ")[0] for change in changes}
+    if loader.broken is not None and same_files:
         loader.broken.restore(checkpoint.get("broken_images") or [])
     if changes:
         logger.warning("%s: the run continues but is no longer bitwise identical: %s", args.resume, "; ".join(changes))
@@ -270,12 +284,23 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
     furthest, least = utils.agree(state.num_updates, -state.num_updates)
     if furthest != -least:
         raise UserError(f"--resume {args.resume}: the processes read different files; name one that all of them see")
+    same_steps = trained.get("accum_steps", args.accum_steps) == args.accum_steps
+    return same_steps and state.num_updates == checkpoint["step"]
 
 
 def open_output(
-    args: argparse.Namespace, state: engine.TrainState, about: dict[str, Any], facts: dict[str, Any], world: World
+    args: argparse.Namespace,
+    state: engine.TrainState,
+    about: dict[str, Any],
+    facts: dict[str, Any],
+    world: World,
+    continues: bool = True,
 ) -> engine.Output:
-    """Open the output folder and, on rank 0, a TensorBoard writer; `facts` are more values for config.json.
+    """Open the output folder and, on rank 0, a TensorBoard writer.
+
+    Args:
+        facts: more values for config.json.
+        continues: whether a resumed run counts steps as before; otherwise, no earlier points are dropped.
 
     Raises:
         UserError: if the folder cannot be written, is in use, or holds another run that would be lost.
@@ -294,7 +319,7 @@ def open_output(
         config = vars(args) | {"class_names": about["class_names"]} | facts
         utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
         step = state.num_updates * state.accum_steps
-        writer = utils.TensorBoard(folder / "tensorboard", step, config, args.log_wandb)
+        writer = utils.TensorBoard(folder / "tensorboard", step if continues else None, config, args.log_wandb)
         if not state.totals:  # viewers drop values from `next_step` on, and the last epoch's are at that step
             for record in utils.read_log(folder)[-1:]:
                 writer.add_epoch(record, step)
@@ -308,6 +333,8 @@ def open_output(
 
 def evaluate_only(run: Run) -> None:
     """Evaluate the model's weights and, if the checkpoint has them, its EMA weights (`--eval`)."""
+    if run.args.compile:
+        run.model.compile(dynamic=False)
     path, weights = run.args.resume, {"test_": None}
     if file := path or run.args.finetune:
         checkpoint = checkpoints.read_checkpoint(file, "--resume" if path else "--finetune", mmap=not path)
@@ -358,8 +385,7 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
     schedules = engine.build_schedules(state, loader.updates_per_epoch, fill(engine.ScheduleOptions, args))
     about = describe_run(run, loader)
     state.start_at(args.start_epoch, loader.updates_per_epoch)
-    if args.resume:
-        resume(run, state, loader, about)
+    continues = not args.resume or resume(run, state, loader, about)
     announce(run, loader, macs)
     options = fill(engine.RunOptions, args)
     if args.dry_run:
@@ -367,7 +393,8 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
             checkpoints.check_folder(Path(args.output_dir), args.resume, args.overwrite)
         return engine.rehearse(state, loader, run.val_loader, criterion, schedules, options, world)
     facts = {f"final_{each.name}": each.final for each in schedules if hasattr(each, "final")}
-    output = open_output(args, state, about, facts | {"images_per_epoch": loader.num_positions}, world)
+    facts |= {"images_per_epoch": loader.num_positions}
+    output = open_output(args, state, about, facts, world, continues)
     engine.fit(state, loader, run.val_loader, criterion, schedules, options, world, output)
     output.close()
 

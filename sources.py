@@ -76,9 +76,13 @@ class BrokenImages:
         return [int(index) for index in self.found.tolist() if index >= 0]
 
     def restore(self, indices: Sequence[int]) -> None:
-        """Restore the indices that a resumed run had found."""
+        """Restore the indices that a resumed run had found, except for images that have been repaired."""
         for index in indices[: self.limit]:
-            self.add(index)
+            try:
+                with decoding():
+                    self.images[index]
+            except ImageError:
+                self.add(index)
 
     def report(self) -> int:
         """Log new broken images and return the number so far, over all ranks; all ranks must call it.

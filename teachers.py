@@ -391,6 +391,8 @@ class TeacherCache:
         """Close the open epoch."""
         self.epoch, self.files, self.left = -1, {}, 0
         if self.lock is not None:
+            with contextlib.suppress(OSError):  # closing alone would leave it to workers that were forked meanwhile
+                fcntl.flock(self.lock, fcntl.LOCK_UN)
             self.lock.close()
             self.lock = None
 

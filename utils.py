@@ -1014,7 +1014,8 @@ class TensorBoard:
 
     Args:
         folder: for the files, including wandb's.
-        next_step: viewers drop values of an earlier attempt from this step on.
+        next_step: viewers drop values of an earlier attempt from this step on. None if steps are counted anew: they
+            keep all values, and Weights & Biases, whose steps only increase, gets a new run.
         config: the run's flags, by name.
         project: Weights & Biases project; "" for none.
     """
@@ -1027,12 +1028,14 @@ class TensorBoard:
     }
 
     def __init__(
-        self, folder: Path, next_step: int = 0, config: Mapping[str, Any] | None = None, project: str = ""
+        self, folder: Path, next_step: int | None = 0, config: Mapping[str, Any] | None = None, project: str = ""
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow import, needed on rank 0 only
 
         threading.excepthook = _say_what_a_thread_raised
         is_new = not any(folder.glob("events*"))
+        if next_step is None:
+            (folder / "wandb_id").unlink(missing_ok=True)
         self.board = SummaryWriter(str(folder), purge_step=next_step)
         self.wandb = _start_wandb(folder, config or {}, project) if project else None
         if is_new and config:
@@ -1410,11 +1413,16 @@ class StepLog:
 
         The rate is that of the whole epoch, also if it was resumed. If updates were skipped, `skipped_steps` is their
         number.
+
+        Raises:
+            RunError: if all updates were skipped.
         """
         rate = self.totals["timed_images"] / max(1e-9, self.totals["seconds"])
         self.progress.close()
         sums = torch.tensor(list(self.totals.values()), dtype=torch.float64)
         totals = dict(zip(self.totals, all_reduce_sum(sums).tolist(), strict=True))
         steps, skipped, *_ = (totals.pop(name) for name in ("steps", "skipped", "timed_images", "seconds"))
+        if skipped and not steps:
+            raise RunError(f"no loss of epoch {self.epoch} is finite: the teacher or the data may be broken")
         means = {name: total / max(1.0, steps) for name, total in totals.items()}
         return means | {"images_per_second": rate} | ({"skipped_steps": self.totals["skipped"]} if skipped else {})

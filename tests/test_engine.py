@@ -522,13 +522,16 @@ def test_a_checkpoint_of_the_other_optimizer_kernels_resumes(name, written, read
     assert norm[0] < 1e-3 * norm[1]
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+LATE = ("radam", "radabelief", "nadam", "lookahead")  # begin some of their computations after 5 or 6 updates
+
+
+@pytest.mark.parametrize("name", [*list_optimizers(), "lookahead_adamw"])
 def test_every_optimizer_of_timm_trains_and_resumes_or_is_refused(name, monkeypatch):
     monkeypatch.setattr(kron, "has_dynamo", False)  # it compiles its steps, for a minute
     model, twin = build_deit(), build_deit()
     for each in (model, twin):
         models.freeze(each, "head" if name.startswith("kron") else "all")  # it takes 9 s for a matrix of 192 x 48
-    betas = (0.8, 0.9, 0.99)[: get_optimizer_info(name).num_betas]
+    betas = (0.8, 0.9, 0.99)[: get_optimizer_info(name.removeprefix("lookahead_")).num_betas]
     options = {"lr": 1e-3, "weight_decay": 0.05, "momentum": 0.8, "eps": 1e-7, "betas": betas}
     try:
         state = TrainState(model, model, build_optimizer(model, name, **options), opt=name)
@@ -536,18 +539,18 @@ def test_every_optimizer_of_timm_trains_and_resumes_or_is_refused(name, monkeypa
         assert str(error).startswith(f"--opt {name}: ") and "\n" not in str(error)
         assert name == "adahessian" or name.startswith(("bnb", "fused"))  # of packages that are not installed here
         return
-    before, batches = weights_in(model), random_batches((4, 4, 4))
-    for batch in batches[:2]:
+    before, (*batches, last) = weights_in(model), random_batches((4,) * (8 if name.startswith(LATE) else 3))
+    for batch in batches:
         take_step(state, batch)
     assert not same_bits(before, model.state_dict())
     file = io.BytesIO()
     torch.save(state.state_dict([]) | {"args": {"opt": name}}, file)
     file.seek(0)
     resumed = TrainState(twin, twin, build_optimizer(twin, name, **options), opt=name)
-    resumed.resume(torch.load(file, weights_only=True), "here", updates_per_epoch=2)
+    resumed.resume(torch.load(file, weights_only=True), "here", updates_per_epoch=len(batches))
     for number, each in enumerate((state, resumed)):
         torch.manual_seed(number)  # what others draw, as on another rank, must not matter
-        take_step(each, batches[2])
+        take_step(each, last)
     if not name.startswith("kron"):  # what it draws next is not in a checkpoint
         assert_same_bits(dict(model.state_dict()), dict(twin.state_dict()))
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
@@ -758,7 +761,7 @@ def test_a_rate_that_is_never_reached_is_worth_a_warning(caplog):
     engine.logger.addHandler(caplog.handler)
     cosine_schedule(epochs=2, warmup_epochs=2)
     engine.logger.removeHandler(caplog.handler)
-    assert "--warmup-epochs 2 takes all of the 2 epochs" in caplog.text
+    assert "--warmup-epochs 2 is too long for 2 epochs" in caplog.text
 
 
 def by_hand(words, update, updates_per_epoch=10, epochs=20, warmup=2, peak=0.00768, floor=7.68e-6, start=1e-6):
@@ -829,6 +832,21 @@ def test_a_schedule_that_timm_refuses_gives_its_reason(words, why):
     state = TrainState(model, model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(UserError, match=f"^{' '.join(words.split()[:2])}: [^\n]*{why}[^\n]*; change --epochs"):
         engine.build_schedules(state, 7, fill(engine.ScheduleOptions, args))
+
+
+@pytest.mark.parametrize("on_epochs", [False, True])
+@pytest.mark.parametrize("sched", ["step", "multistep", "warm-up"])
+@pytest.mark.parametrize("first", [8, 9, 10])
+def test_a_rate_that_stays_the_same_or_below_its_peak_is_worth_a_warning(sched, first, on_epochs, caplog, monkeypatch):
+    monkeypatch.setattr(engine.logger, "propagate", True)
+    kind = {"warmup_epochs": 0, "sched": sched, "decay_epochs": first, "decay_milestones": [first]}
+    kind = {"warmup_epochs": first, "sched": "constant"} if sched == "warm-up" else kind
+    weights = nn.Linear(2, 2)
+    state = TrainState(weights, weights, torch.optim.SGD(weights.parameters(), lr=0.1))
+    schedules = engine.build_schedules(state, 7, engine.ScheduleOptions(epochs=10, sched_on_epochs=on_epochs, **kind))
+    rates = [rate_at(schedules[0], 7 * epoch) for epoch in range(10)]
+    is_right = max(rates) == 0.1 if sched == "warm-up" else min(rates) < 0.1
+    assert is_right == ("the rate never " not in caplog.text)
 
 
 BELOW = "--warmup-epochs 0 --epochs 10 --no-model-ema"
@@ -1167,7 +1185,7 @@ def test_a_batch_is_whole_when_the_gpu_reads_it(busy):
     assert torch.stack(read).tolist() == [[number] * 4 for number in range(8)]
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--compile"], marks=pytest.mark.compile)])
 def test_the_teacher_is_compiled_with_the_model(flags, tmp_path, monkeypatch):
     calls = []  # of compiled code
 
@@ -1707,3 +1725,57 @@ def test_a_gpu_that_waits_for_another_process_is_not_waited_for(states, finished
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     assert engine._has_finished(torch.device("cuda"), seconds=0.2) == finished
     assert engine._has_finished(torch.device("cpu"))
+
+
+def test_a_stuck_run_saves_whole_updates_only():
+    saver = object.__new__(engine.Saver)  # writing would need more
+    saver.world, saver.state = World.alone(torch.device("cpu")), types.SimpleNamespace(is_within_update=True)
+    assert saver.rescue(StepLog(0, 4, 8, 1)) == "not saved: within an update of several batches"
+
+
+# -- rehearsal ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only `clock.now += seconds` moves."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(engine, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def slow_batches(clock, ready, count):
+    """Yield batches of 10 targets: the first `ready` at once, each of the others after 3 s."""
+    for number in range(count):
+        clock.now += 0 if number < ready else 3
+        yield Batch(torch.zeros(10), torch.zeros(10), torch.zeros(10))
+
+
+@pytest.mark.parametrize(("workers", "count", "seconds"), [(2, 99, 3), (2, 5, 3), (2, 4, 0), (0, 99, 3), (0, 0, 0)])
+def test_loading_is_timed_after_the_batches_that_are_ready(clock, workers, count, seconds):
+    loader = types.SimpleNamespace(num_workers=workers, prefetch_factor=2 if workers else None)
+    batches = slow_batches(clock, 2 * workers, count)
+    assert engine._loading_seconds(batches, types.SimpleNamespace(loader=loader)) == seconds
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "seconds"), [(0, "cpu", 5), (0, "cuda", 5), (2, "cpu", 5), (2, "cuda", 3)]
+)
+def test_an_evaluation_takes_loading_and_computing_but_no_compilation(clock, monkeypatch, workers, device, seconds):
+    computing = iter([40, 2])  # with and without compilation
+
+    def evaluate_all(*_):
+        clock.now += next(computing)
+        return iter(())
+
+    class Loader:
+        loader = types.SimpleNamespace(num_workers=workers, prefetch_factor=2 if workers else None)
+        num_images = 1000
+
+        def __iter__(self):
+            return slow_batches(clock, 1 + 2 * workers, 99)
+
+    monkeypatch.setattr(engine, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(engine, "modules_of", lambda state: {})
+    world, state = types.SimpleNamespace(device=torch.device(device), size=4), types.SimpleNamespace(amp_dtype=None)
+    assert engine._evaluation_seconds(state, Loader(), world) == seconds * 1000 / (10 * 4)

@@ -1,6 +1,7 @@
 """Whole runs in this process: what they write, and flags that work together."""
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -29,12 +30,12 @@ from models_evit import evit_blocks
 PUBLISHED_KEYS = {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
 
 
-SMALL = [*tiny.TINY, "--train-fraction", "0.25", "--batch-size", "16", "--lr", "2e-3"]  # an epoch of 22 updates
+SMALL = [*tiny.TINY, "--train-fraction", "0.1", "--batch-size", "16", "--lr", "2e-3"]  # an epoch of 8 updates
 
 
 def run(folder, *flags):
     main.cli([*SMALL, "--output-dir", str(folder), *map(str, flags)])
-    return tiny.log_of(folder)
+    return None if "--dry-run" in flags else tiny.log_of(folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +75,13 @@ def test_tensorboard_has_the_log_and_every_step(plain_run):
     for name in PUBLISHED_KEYS - {"epoch"}:
         values = [event.value for event in events.Scalars(f"epoch/{name}")]
         assert values == pytest.approx([record[name] for record in log], rel=1e-6)
-        assert [event.step for event in events.Scalars(f"epoch/{name}")] == [22, 44]
+        assert [event.step for event in events.Scalars(f"epoch/{name}")] == [8, 16]
     assert "epoch/epoch" not in events.Tags()["scalars"]
     steps = events.Scalars("step/loss")
-    assert [event.step for event in steps] == list(range(44))  # 22 updates in each of two epochs
+    assert [event.step for event in steps] == list(range(16))  # 8 updates in each of two epochs
     rates = [event.value for event in events.Scalars("step/lr")]
-    assert len(rates) == 44 and rates == sorted(rates, reverse=True)  # a cosine without warm-up
-    assert sum(event.value for event in steps[:22]) / 22 == pytest.approx(log[0]["train_loss"], rel=1e-5)
+    assert len(rates) == 16 and rates == sorted(rates, reverse=True)  # a cosine without warm-up
+    assert sum(event.value for event in steps[:8]) / 8 == pytest.approx(log[0]["train_loss"], rel=1e-5)
 
 
 def test_tensorboard_has_flags_layout_and_training_images(plain_run):
@@ -110,7 +111,7 @@ def test_epochs_are_a_table_of_80_columns(tmp_path, capsys):
 
 
 def test_a_run_says_first_what_it_trains(tmp_path, capsys):
-    run(tmp_path, "--train-scope", "head")
+    run(tmp_path, "--train-scope", "head", "--dry-run")
     said = capsys.readouterr().err
     model = timm.create_model(
         "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10
@@ -122,8 +123,8 @@ def test_a_run_says_first_what_it_trains(tmp_path, capsys):
     macs = 16 * 3 * 64 * width + 2 * block + 2 * width * 10
     assert f"{size:.2f} M parameters (0.00 M trained), {macs / 1e9:.3g} GMACs at 32 x 32 px" in said
     assert models.count_macs(model, (32, 32)) == macs
-    assert "360 training and 355 validation images, 10 classes" in said
-    assert "1 epochs of 22 updates of 16 images" in said and str(tmp_path) in said
+    assert "143 training and 355 validation images, 10 classes" in said
+    assert "1 epochs of 8 updates of 16 images" in said and str(tmp_path) in said
 
 
 def test_a_dry_run_saves_nothing_and_says_what_a_run_would_take(tmp_path, capsys):
@@ -134,6 +135,12 @@ def test_a_dry_run_saves_nothing_and_says_what_a_run_would_take(tmp_path, capsys
     with pytest.raises(SystemExit):
         main.cli([*tiny.TINY, "--dry-run", "--eval", "--pretrained"])
     assert "--dry-run: --eval trains nothing" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_the_evaluations_of_the_whole_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "_evaluation_seconds", lambda *_: 3600)
+    run(tmp_path / "x", "--dry-run", "--epochs", "8", "--eval-interval", "3")  # after 3, 6 and 8 epochs
+    assert re.search(r"an evaluation 1:00:00, all 8 epochs 3:0\d:", capsys.readouterr().err)
 
 
 def test_a_dry_run_of_an_epoch_without_updates_left_takes_the_next_ones(tmp_path, capsys, monkeypatch):
@@ -150,13 +157,13 @@ def test_a_dry_run_of_an_epoch_without_updates_left_takes_the_next_ones(tmp_path
 
 
 def test_few_images_from_scratch_are_a_warning(tmp_path, capsys):
-    flags = ["--train-fraction", "0.1", "--batch-size", "32"]
-    run(tmp_path / "scratch", *flags)
+    run(tmp_path / "scratch", "--batch-size", "32")
     assert "are too few to train deit_tiny_distilled_patch16_224 from scratch" in capsys.readouterr().err
-    run(tmp_path / "tuned", *flags, "--finetune", tmp_path / "scratch" / "checkpoint.pth")
+    run("", "--finetune", tmp_path / "scratch" / "checkpoint.pth", "--dry-run")
     assert "are too few" not in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_weights_and_biases_gets_every_value(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -168,7 +175,7 @@ def test_weights_and_biases_gets_every_value(tmp_path, monkeypatch):
     (record,) = run(tmp_path, "--log-wandb", "mine")
     values = {name: value for each, at in seen for name, value in each.items() if name.startswith("epoch/")}
     assert values == {f"epoch/{name}": value for name, value in record.items() if name != "epoch"}
-    assert sum("step/loss" in each for each, _ in seen) == 22
+    assert sum("step/loss" in each for each, _ in seen) == 8
     assert list((tmp_path / "tensorboard" / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -177,39 +184,28 @@ def test_checkpoints_are_plain_and_hold_the_flags_as_json(plain_run):
     expected = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "step", "best_acc1", "args"}
     expected |= {"progress", "broken_images", "run", "class_names", "class_samples", "best_epoch"}
     assert checkpoint.keys() == expected
-    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 44)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 16)
     assert json.loads(json.dumps(checkpoint["args"]))["model"] == "deit_tiny_patch16_224"
     assert checkpoint["best_acc1"] == max(record["test_acc1"] for record in tiny.log_of(plain_run))
     assert torch.load(plain_run / "checkpoint_previous.pth", weights_only=True)["epoch"] == 1
     assert (plain_run / "best.pth").exists()
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_plain_weights_are_fine_tuned_into_a_distilled_model(kind, plain_run, teacher_flags, tmp_path):
-    flags = ["--finetune", plain_run / "best.pth", "--distillation-type", kind, *teacher_flags]
+def test_plain_weights_are_fine_tuned_into_a_distilled_model(plain_run, teacher_flags, tmp_path):
+    flags = ["--finetune", plain_run / "best.pth", "--distillation-type", "soft", *teacher_flags]
     (record,) = run(tmp_path, *flags, "--distillation-alpha", "0.3")
     combined = 0.7 * record["train_loss_base"] + 0.3 * record["train_loss_distillation"]
     assert record["train_loss"] == pytest.approx(combined, rel=1e-3)
     assert 0 <= record["train_teacher_acc1"] <= 100 and 0 <= record["train_teacher_agreement"] <= 100
 
 
-def test_the_legacy_scale_divides_by_the_classes(teacher_flags, tmp_path):
-    flags = ["--distillation-type", "soft", *teacher_flags, "--lr", "1e-12", "--warmup-lr", "0", "--min-lr", "0"]
-    losses = {}
-    for scale in ("batchmean", "legacy"):
-        (record,) = run(tmp_path / scale, *flags, "--distillation-scale", scale)
-        losses[scale] = record["train_loss_distillation"]
-    assert losses["batchmean"] == pytest.approx(10 * losses["legacy"], rel=1e-3)
-
-
 def test_only_the_chosen_scope_is_trained(plain_run, tmp_path):
     start = torch.load(plain_run / "best.pth", weights_only=True)["model"]
     flags = ["--model", "deit_tiny_patch16_224", "--finetune", plain_run / "best.pth"]
-    for scope, moved in (("head", ("head.",)), ("attn", ("head.", ".attn.", "pos_embed"))):
-        run(tmp_path / scope, *flags, "--train-scope", scope)
-        end = torch.load(tmp_path / scope / "checkpoint.pth", weights_only=True)["model"]
-        changed = {name for name in end if not torch.equal(start[name], end[name])}
-        assert changed == {name for name in end if any(part in name for part in moved)}
+    run(tmp_path, *flags, "--train-scope", "attn")
+    end = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    changed = {name for name in end if not torch.equal(start[name], end[name])}
+    assert changed == {name for name in end if any(part in name for part in ("head.", ".attn.", "pos_embed"))}
 
 
 @pytest.mark.slow
@@ -232,6 +228,37 @@ def test_weights_and_ema_weights_of_timm_are_evaluated(plain_run, tmp_path, caps
     assert results[0][0].split()[1] != results[0][2].split()[1]  # of the EMA weights
 
 
+def test_an_evaluation_can_be_compiled(plain_run, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((type(module), options)))
+    for words in ([], ["--compile"]):
+        flags = ["--model", "deit_tiny_patch16_224", "--eval", "--resume", str(plain_run / "best.pth"), *words]
+        main.cli([*tiny.TINY, *flags])
+    assert compiled == [(timm.models.VisionTransformer, {"dynamic": False})]
+
+
+def described(*words):
+    """What the checkpoints of such a run say about its teacher."""
+    source = sources.whole_source(sources.MemoryImages([np.zeros((8, 8, 3), np.uint8)]), np.zeros(1, int), range(1))
+    world = utils.World.alone(torch.device("cpu"))
+    run = main.Run(parse_args(list(map(str, words))), world, source, source, None, None, None, None, None)
+    loader = argparse.Namespace(is_stream=False, augmentation={"where": "host"})
+    return {
+        name: value for name, value in main.describe_run(run, loader)["run"].items() if name[:4] in ("teac", "soft")
+    }
+
+
+def test_checkpoints_tell_which_teacher_and_which_of_its_predictions_taught(tmp_path):
+    (tmp_path / "t.pth").write_bytes(b"teacher")
+    of_file = {"teacher": hashlib.sha256(b"teacher").hexdigest(), "soft predictions": "cached"}
+    soft = ["--distillation-type", "soft"]
+    assert described(*soft, "--teacher-path", tmp_path / "t.pth", "--teacher-cache", tmp_path) == of_file
+    assert described(*soft, "--teacher-pretrained") == {"teacher": "timm", "soft predictions": "live"}
+    hard = {"teacher": "timm", "soft predictions": None}
+    assert described("--distillation-type", "hard", "--teacher-pretrained") == hard
+    assert described() == {"teacher": None, "soft predictions": None}
+
+
 def test_an_earlier_run_is_resumed_or_kept_and_never_written_over(plain_run, capsys):
     with pytest.raises(SystemExit) as exit_info:
         run(plain_run, "--model", "deit_tiny_patch16_224")
@@ -241,8 +268,8 @@ def test_an_earlier_run_is_resumed_or_kept_and_never_written_over(plain_run, cap
 
 
 def test_a_fraction_of_the_data_is_logged(tmp_path, capsys):
-    run(tmp_path, "--train-fraction", "0.25", "--batch-size", "32", "--no-repeated-aug")
-    assert "352 views of 352 different images (of 360)" in capsys.readouterr().err
+    run("", "--batch-size", "32", "--no-repeated-aug", "--dry-run")
+    assert "128 views of 128 different images (of 143)" in capsys.readouterr().err
 
 
 def test_a_run_is_augmented_and_evaluated_on_the_device(plain_run, tmp_path, capsys):
@@ -297,10 +324,12 @@ def test_image_files_are_augmented_on_the_host(tmp_path):
 @pytest.mark.parametrize("scaling, lr", [("linear", "6.25e-05"), ("sqrt", "0.000177"), ("none", "0.0005")])
 def test_the_rate_follows_the_effective_batch(scaling, lr, tmp_path, capsys):
     # 16 images in each of 4 forward passes: 5e-4 x 64 / 512, x its root, x 1
-    run(tmp_path, "--lr-scaling", scaling, "--lr", "5e-4", "--accum-steps", "4")
+    dry = [] if scaling == "linear" else ["--dry-run"]
+    run(tmp_path, "--lr-scaling", scaling, "--lr", "5e-4", "--accum-steps", "4", *dry)
     assert f"effective batch 64 images, peak learning rate {lr}" in capsys.readouterr().err
-    events = events_in(tmp_path)
-    assert events.Scalars("step/lr")[0].value == pytest.approx(float(lr), rel=5e-3)  # there is no warm-up
+    if not dry:
+        events = events_in(tmp_path)
+        assert events.Scalars("step/lr")[0].value == pytest.approx(float(lr), rel=5e-3)  # there is no warm-up
 
 
 @pytest.mark.parametrize("cpus, host, device", [(2, 2, 2), (1, 1, 1), (24, 24, 10)])

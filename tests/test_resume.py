@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -136,10 +134,11 @@ def test_every_difference_is_seen(whole, tmp_path):
     ids=["plain", "accumulating", "augmented on the device"],
 )
 def test_a_run_is_resumed_after_any_update(flags, tmp_path):
-    # saved after every update, killed in the next one: right after an epoch, in its middle, before its last update
-    short = ["--train-fraction", "0.1", "--epochs", "2", *flags]
+    # two epochs of two updates, saved after each and killed in the next: in an epoch, right after it, in the last one
+    short = ["--train-fraction", "0.05", "--epochs", "2", *flags]
     run(tmp_path / "whole", *short)
     total = checkpoint(tmp_path / "whole")["step"]
+    assert total == 4
     for number in range(1, total):
         with at_update(number, kill), pytest.raises(Killed):
             run(tmp_path / "killed", *short, "--resume", "auto", "--checkpoint-minutes", "0")
@@ -179,6 +178,48 @@ def test_tensorboard_of_a_resumed_run_is_that_of_the_whole(where, whole, tmp_pat
     assert [record["epoch"] for record in tiny.log_of(tmp_path)] == [0, 1, 2]
 
 
+def test_curves_of_a_run_resumed_with_another_batch_size_keep_the_earlier_epochs(stopped):
+    (stopped / "tensorboard" / "wandb_id").write_text("earlier")
+    run(stopped, "--resume", "auto", "--batch-size", "64", "--log-interval", "1")
+    events = EventAccumulator(str(stopped / "tensorboard"))
+    events.Reload()
+    epochs = [event.value for event in events.Scalars("epoch/test_acc1")]
+    assert epochs[0] == pytest.approx(tiny.log_of(stopped)[0]["test_acc1"], rel=1e-6)
+    assert not (stopped / "tensorboard" / "wandb_id").exists()
+
+
+def test_another_run_in_the_same_folder_has_its_own_curves(stopped):
+    (stopped / "tensorboard" / "wandb_id").write_text("earlier")
+    run(stopped, "--overwrite", "--epochs", "1")
+    events = EventAccumulator(str(stopped / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("epoch/test_acc1")] == [UPDATES]
+    (flags,) = events.Tensors("flags/text_summary")
+    assert "| epochs | 1 |" in flags.tensor_proto.string_val[0].decode()
+    assert not (stopped / "tensorboard" / "wandb_id").exists()
+
+
+def test_files_of_another_program_stay_beside_a_run(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out").write_text("mine")
+    checkpoints.start_folder(tmp_path, "", 0, -1.0)
+    assert (tmp_path / "tensorboard" / "events.out").read_text() == "mine"
+
+
+def test_resuming_an_older_checkpoint_does_not_drop_later_epochs(stopped, capsys):
+    older = stopped / "checkpoint_previous.pth"
+    files = {path: path.read_bytes() for path in stopped.glob("*.*")}
+    assert checkpoint(stopped)["step"] > checkpoint(stopped, older.name)["step"]
+    run(stopped, "--resume", older, status=2)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"--resume {older}: is older than {stopped / 'checkpoint.pth'}" in said and "--overwrite" in said
+    assert {path: path.read_bytes() for path in stopped.glob("*.*")} == files
+    checkpoints.check_folder(stopped, str(stopped / "checkpoint.pth"), overwrite=False)
+    checkpoints.check_folder(stopped, str(older), overwrite=True)
+    (stopped / "checkpoint.pth").unlink()
+    checkpoints.check_folder(stopped, str(older), overwrite=False)
+
+
 @pytest.mark.parametrize(("interval", "ends"), [(1, 13), (2, 14), (10, 20), (3, 12)])
 def test_an_early_end_waits_for_evaluated_epochs(interval, ends):
     """With the best accuracy after 10 epochs, 3 epochs later is early enough only if one of them was evaluated."""
@@ -210,12 +251,14 @@ def test_an_early_end_is_kept_when_resumed(tmp_path, monkeypatch, capsys):
 )
 def test_a_signal_ends_the_step_saves_and_says_so(name, workers, whole, tmp_path, capsys):
     earlier = signal.getsignal(signal.SIGTERM)
-    with at_update(UPDATES + 5, send(getattr(signal, name))):
+    number = UPDATES + 5 if name == "SIGTERM" else 2
+    epoch, step = divmod(number + 1, UPDATES)
+    with at_update(number, send(getattr(signal, name))):
         run(tmp_path, "--num-workers", workers, status=75)
     saved = checkpoint(tmp_path)
-    assert (saved["epoch"], saved["step"], saved["progress"]["images"]) == (1, UPDATES + 6, 6 * BATCH)
+    assert (saved["epoch"], saved["step"], saved["progress"]["images"]) == (epoch, number + 1, step * BATCH)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"main.py: stopped by {name}; epoch 1, step 6 is saved; resume with --resume auto"
+    assert last == f"main.py: stopped by {name}; epoch {epoch}, step {step} is saved; resume with --resume auto"
     assert signal.getsignal(signal.SIGTERM) == earlier
     if name == "SIGTERM":  # all signals save the same
         run(tmp_path, "--num-workers", workers, "--resume", "auto")
@@ -271,7 +314,7 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name, later", [("SIGTERM", 0), ("SIGINT", 0), ("SIGUSR1", 3), ("SIGHUP", 3)])
+@pytest.mark.parametrize("name, later", [("SIGTERM", 0), ("SIGINT", 0), ("SIGHUP", 3)])
 def test_a_signal_while_a_run_starts_ends_it_with_status_75(name, later, tmp_path):
     process = tiny.Process(["main.py", *FLAGS, "--output-dir", tmp_path / "run"], cold=True)
     wait_for(lambda: handles(process, signal.SIGUSR1))
@@ -333,23 +376,25 @@ def test_a_closed_terminal_is_ignored_under_nohup():
 def test_a_run_with_a_closed_standard_error_is_the_same(tmp_path):
     script = tmp_path / "twice.py"
     script.write_text(
-        "import os, sys; sys.path.insert(0, os.getcwd()); import main\n"
+        "import os, sys; os.close(2); sys.stderr = sys.__stderr__ = None\n"  # as in a Python that starts without one
+        "sys.path.insert(0, os.getcwd()); import main\n"
         "try:\n    main.cli(['--epochs', '0'])\nexcept SystemExit as end:\n    assert end.code == 2\n"
         "main.cli()\n"
     )
-    words = " ".join(map(str, [script, *FLAGS, "--epochs", "1", "--output-dir", tmp_path / "run"]))
-    subprocess.run(f"{sys.executable} {words} 2>&-", shell=True, check=True, env=tiny.environment())
+    assert tiny.run(script, *FLAGS, "--epochs", "1", "--output-dir", tmp_path / "run") == ""
     run(tmp_path / "open", "--epochs", "1")
     assert chaos.compare(tmp_path / "open", tmp_path / "run") == []
 
 
 @pytest.mark.process
-def test_a_second_sigint_ends_at_once():
-    code = "import os, signal, utils\nwith utils.StopSignals() as stop:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+def test_a_second_sigint_ends_at_once(tmp_path):
+    code = "import os, signal, sys; sys.path.insert(0, os.getcwd()); import utils\n"
+    code += "with utils.StopSignals() as stop:\n    os.kill(os.getpid(), signal.SIGINT)\n"
     code += "    assert stop.received == signal.SIGINT\n    os.kill(os.getpid(), signal.SIGTERM)\n"
     code += "    print('continues', flush=True)\n"
     code += "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('too long')"
-    assert tiny.run("-c", code, status=130) == "continues\n"
+    (tmp_path / "twice.py").write_text(code)
+    assert tiny.run(tmp_path / "twice.py", status=130) == "continues\n"
 
 
 def stop_two_ranks(flags, folder, send):
@@ -557,7 +602,7 @@ def test_two_damaged_checkpoints_are_a_user_error(stopped, capsys):
 def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
     path, content = tmp_path / "checkpoint.pth", (whole / "checkpoint.pth").read_bytes()
     original, draw, refused = checkpoint(whole), random.Random(0), 0
-    for _ in range(300):
+    for _ in range(100):
         flipped = bytearray(content)
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
@@ -567,7 +612,7 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
             refused += 1
         else:  # it was in the padding between two records
             assert chaos.differences(original, read) == []
-    assert refused > 200
+    assert refused > 66
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
@@ -753,6 +798,24 @@ def test_broken_images_are_replaced_counted_and_named(workers, ram, folder_of_im
     assert chaos.compare(tmp_path / "two", tmp_path / "stopped") == []
 
 
+@pytest.mark.parametrize("change", ["removed", "repaired", "none"])
+def test_broken_images_of_a_stopped_run_may_be_removed_or_repaired(change, folder_of_images, tmp_path, capsys):
+    data, broken = folder_of_images
+    for path in (*broken, data / "train" / "dog" / "11.png"):  # the last images
+        path.write_bytes(b"")
+    flags = ["--data-set", "IMNET", "--data-path", data, "--batch-size", "8", "--no-repeated-aug"]
+    flags += ["--train-fraction", "1", "--num-workers", "0", "--skip-broken-images", "3"]
+    with at_update(4, send(signal.SIGTERM)):
+        run(tmp_path / "stopped", *flags, status=75)
+    if change == "removed":
+        (data / "train" / "dog" / "11.png").unlink()
+    elif change == "repaired":
+        Image.new("RGB", (32, 32)).save(data / "train" / "dog" / "11.png")
+    run(tmp_path / "stopped", *flags, "--resume", "auto")
+    left = 3 if change == "none" else 2
+    assert [record["broken_images"] for record in tiny.log_of(tmp_path / "stopped")] == [3, left, left]
+
+
 def test_a_broken_image_is_replaced_by_the_next_with_its_own_label(folder_of_images):
     data, _ = folder_of_images
     source, _ = datasets.read_sources(datasets.DataOptions("IMNET", str(data)))
@@ -789,10 +852,12 @@ def test_an_unchanged_run_is_resumed_without_a_warning(stopped, capsys):
     ],
 )
 def test_what_makes_a_resumed_run_not_bitwise_identical_is_named(flags, change, stopped, capsys):
-    run(stopped, "--resume", "auto", *flags)
+    runs = flags[0] in ("--epochs", "--batch-size")  # the others only warn here
+    run(stopped, "--resume", "auto", *flags, "--no-dry-run" if runs else "--dry-run")
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if WARNING in line]
     assert change in warning.partition(WARNING)[2].split("; ")
-    assert [record["epoch"] for record in tiny.log_of(stopped)] == list(range(4 if "--epochs" in flags else 3))
+    if runs:
+        assert [record["epoch"] for record in tiny.log_of(stopped)] == list(range(4 if "--epochs" in flags else 3))
 
 
 EVIT = ["--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "0", "--shrink-start-epoch", "0"]
@@ -838,7 +903,7 @@ def test_options_of_the_optimizer_are_in_force_when_they_change(stopped, capsys)
         assert change in warning
 
 
-@pytest.mark.parametrize("then, now", [("bf16", "fp16"), ("fp16", "bf16"), ("fp16", "off"), ("off", "fp16")])
+@pytest.mark.parametrize("then, now", [("bf16", "fp16"), ("fp16", "off")])
 def test_a_run_is_resumed_in_another_precision(then, now, tmp_path, capsys):
     short = ["--train-fraction", "0.1", "--drop", "0"]
     run(tmp_path, *short, "--epochs", "1", "--amp", then)

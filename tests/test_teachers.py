@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import time
 import types
 import zlib
@@ -16,6 +17,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+import engine
 import main
 import teachers
 from augment import ViewOptions
@@ -25,6 +27,7 @@ from flags import parse_args
 from losses import soft_distillation
 from samplers import Batch
 from teachers import CachedTeacher, Labels, LogProbabilities, TeacherCache, check_fingerprint
+from tools import chaos
 from utils import RunError, World
 
 CPU = torch.device("cpu")
@@ -274,8 +277,8 @@ def test_a_soft_loss_with_all_classes_cached_is_that_of_the_logits(classes):
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
-# with all augmentation, 13 updates in an epoch
-RUN = [*tiny.TINY, "--epochs", "2", "--train-fraction", "0.3", "--batch-size", "32", "--teacher-model", "test_resnet"]
+# with all augmentation, 7 updates in an epoch
+RUN = [*tiny.TINY, "--epochs", "2", "--train-fraction", "0.16", "--batch-size", "32", "--teacher-model", "test_resnet"]
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +330,7 @@ def test_students_of_cached_and_live_teacher_are_bitwise_identical(processes, te
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names  # checksums included
 
 
+@pytest.mark.slow
 def test_device_views_are_the_same_for_teacher_and_student(teacher, tmp_path):
     def train(name, *flags):
         flags = [*RUN, "--augment", "device", "--distillation-type", "hard", "--output-dir", tmp_path / name, *flags]
@@ -366,7 +370,7 @@ def test_soft_losses_of_cached_and_live_teacher_agree_at_every_step(teacher, tmp
     output(*cache, "--precompute-teacher")
     outputs.append(output(*cache, "--output-dir", tmp_path / "cached"))
     live, cached_values = ([float(loss) for loss in re.findall(r"step \S+  loss (\S+)", output)] for output in outputs)
-    assert len(live) == 2 * 13 and cached_values == pytest.approx(live, rel=1e-3)
+    assert len(live) == 2 * 7 and cached_values == pytest.approx(live, rel=1e-3)
     for live, cached_values in zip(tiny.log_of(tmp_path / "live"), tiny.log_of(tmp_path / "cached"), strict=True):
         for name in ("train_loss", "train_loss_distillation", "test_loss"):
             assert cached_values[name] == pytest.approx(live[name], rel=1e-3), name
@@ -395,6 +399,7 @@ def test_a_killed_precomputation_resumes_and_writes_the_same_files(teacher, cach
     assert names == expected
 
 
+@pytest.mark.slow
 def test_epochs_are_split_up_and_missing_ones_are_named(teacher, cached, tmp_path, capsys):
     folder = tmp_path / "cache"
     precompute(folder, *teacher, "--precompute-epochs", "1:2")
@@ -405,6 +410,7 @@ def test_epochs_are_split_up_and_missing_ones_are_named(teacher, cached, tmp_pat
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in cached.iterdir())
 
 
+@pytest.mark.slow
 def test_larger_teacher_batches_give_the_same_predictions(teacher, cached, tmp_path):
     precompute(
         tmp_path / "cache", *teacher, "--precompute-batch-size", "96"
@@ -414,6 +420,7 @@ def test_larger_teacher_batches_give_the_same_predictions(teacher, cached, tmp_p
         assert (np.load(path)["label"] == np.load(other)["label"]).mean() > 0.99  # but for the last bit of a tie
 
 
+@pytest.mark.slow
 def test_with_a_period_the_same_views_come_again(teacher, tmp_path):
     flags = [*RUN, "--epochs", "3", "--augmentation-epochs", "1", "--distillation-type", "hard"]
     flags += ["--teacher-cache", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]
@@ -454,7 +461,17 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("field", [field for field in OTHER if field != "data_set"])
+COMPUTED = ("augmentation", "precision", "batch_size", "input_size", "teacher_model", "distillation_type")
+
+
+@pytest.mark.parametrize("field", [field for field in OTHER if field not in COMPUTED])
+def test_a_flag_that_changes_the_predictions_is_in_the_fingerprint(field):
+    hard = [*RUN, "--distillation-type", "hard"]
+    ours, theirs = (main.shaping(parse_args(words), "views", "teacher") for words in (hard, [*hard, *OTHER[field]]))
+    assert {name for name in ours if ours[name] != theirs[name]} == {field}
+
+
+@pytest.mark.parametrize("field", COMPUTED)
 def test_a_cache_of_another_run_is_refused_with_the_field(field, cached, capsys):
     flags = [*RUN, "--distillation-type", "hard", "--teacher-cache", str(cached), "--output-dir", "", *OTHER[field]]
     with pytest.raises(SystemExit) as exit_info:
@@ -618,6 +635,34 @@ def test_a_head_on_cached_features_is_trained_alone_and_saved_whole(teacher, tmp
     assert accuracy > 75 and f"test_acc1 {accuracy:.4g}" in evaluated
 
 
+def test_a_resumed_head_is_trained_on_the_features_of_its_own_model(teacher, tmp_path, monkeypatch):
+    run = [*tiny.HEAD, *tiny.ONE_VIEW, "--finetune", teacher[1], "--epochs", "2", "--train-fraction", "0.1"]
+    main.cli([*run, "--output-dir", str(tmp_path / "whole")])
+
+    def stopped(*_):
+        raise RunError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(engine, "_test", stopped)  # after the first epoch was saved
+        main.cli([*run, "--output-dir", str(tmp_path / "stopped")])
+    main.cli([*run, "--output-dir", str(tmp_path / "stopped"), "--resume", "auto"])
+    assert chaos.compare(tmp_path / "whole", tmp_path / "stopped") == []
+
+
+def test_an_unfinished_epoch_is_unlocked_although_a_forked_process_still_holds_its_lock(tmp_path):
+    first, second = (TeacherCache(tmp_path, Labels(10), 12, 0, 1) for _ in range(2))
+    first.open(0)
+    child = os.fork()
+    if not child:
+        signal.pause()
+    first.close()
+    try:
+        second.open(0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_features_for_two_heads_are_a_one_line_error(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main.cli([*tiny.HEAD, *tiny.ONE_VIEW, "--model", "deit_tiny_distilled_patch16_224", "--output-dir", ""])
@@ -625,6 +670,7 @@ def test_features_for_two_heads_are_a_one_line_error(capsys):
     assert exit_info.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_model_of_one_head_learns_from_both(teacher, tmp_path):
     plain = ["--model", "deit_tiny_patch16_224", "--distillation-type", "hard", *teacher]
     main.cli([*RUN, *plain, "--distill-on-class-token", "--output-dir", str(tmp_path)])

@@ -257,7 +257,7 @@ def test_a_busy_port_is_the_user_s_mistake(started):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_arrives_is_a_one_line_error(started, monkeypatch, rank):
-    monkeypatch.setattr(utils, "JOIN_TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(utils, "JOIN_TIMEOUT", datetime.timedelta(seconds=0.2))
     port = tiny.free_port()
     with pytest.raises(
         UserError, match=rf"^MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank {rank} .*WORLD_SIZE=2 [^\n]*$"
@@ -691,6 +691,14 @@ def test_the_time_left_is_said_after_half_an_epoch(lines, monkeypatch):
         utils.EpochTable(300, done, []).add(record, -1.0)
     # 3 s for 0.6 of an epoch, 296 epochs to go
     assert [line.split()[-1] for line in lines() if "/300" in line] == ["-", "0:24:40"]
+
+
+def test_an_epoch_whose_updates_were_all_skipped_ends_the_run():
+    log = StepLog(epoch=2, num_steps=2, batch_images=8, interval=1, max_skipped=9)
+    for step in range(2):
+        log.update(step_values(step) | {"loss": torch.tensor(float("nan"))})
+    with pytest.raises(RunError, match="no loss of epoch 2 is finite"):
+        log.close()
 
 
 def test_an_epoch_without_steps_has_no_means():
