@@ -41,9 +41,9 @@ test: lint
 test-all: lint
 	$(PYTEST)
 
-# The oldest supported versions, in a virtual environment of their own.
+# The oldest supported versions, in a virtual environment of their own; more than the fast tier.
 test-oldest:
-	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt test
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt FAST='-m "not process and not slurm and not compile"' test
 
 clean:
 	rm -rf .venv .venv-oldest

@@ -23,12 +23,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST = ("test_slurm", "test_resume")  # files that take minutes; a worker takes whole files
+# Files that take long, the longest first; a worker takes whole files.
+LONGEST = ("slurm", "resume", "engine", "teachers", "main", "models", "distributed", "augment", "datasets", "export")
 
 
 def pytest_collection_modifyitems(items):
     """Start the longest files first, so that no worker is left with one at the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,15 @@ from tools import bench
 from utils import RunError
 
 SMALL = ["--batch-size", "2", "--steps", "1", "--rounds", "1", "--input-size", "32", "--teacher", "test_resnet"]
-SMALL += ["--models", "deit_tiny_patch16_224", "--device", "cpu"]
+SMALL += ["--models", "test_vit", "--device", "cpu"]
+DEIT = ["--models", "deit_tiny_patch16_224"]
 CPU = torch.device("cpu")
 
 
-def run(folder, capsys, *sections):
+def run(folder, capsys, *sections, flags=()):
     """Run these sections; return their rows in the file, and the printed text."""
     file = folder / "bench.json"
-    bench.main([*SMALL, "--only", *sections, "--output", str(file)])
+    bench.main([*SMALL, *flags, "--only", *sections, "--output", str(file)])
     written = json.loads(file.read_text())
     assert written["environment"]["torch"] == torch.__version__ and written["settings"]["batch_size"] == 2
     output = capsys.readouterr().out.splitlines()
@@ -63,7 +64,7 @@ def test_both_pipelines_give_views_of_the_same_images():
 
 @pytest.mark.slow
 def test_steps_are_compared_and_their_operations_counted(tmp_path, capsys, monkeypatch):
-    (rows,) = run(tmp_path, capsys, "step")
+    (rows,) = run(tmp_path, capsys, "step", flags=DEIT)
     (row,) = rows
     assert row["ratio"] == pytest.approx(row["images_per_second"] / row["images_per_second_timm"])
     width, tokens = 192, 5
@@ -105,7 +106,9 @@ def test_both_loops_train_and_average_every_weight(loop, monkeypatch):
 
 
 @pytest.mark.slow
-def test_evit_is_compared_in_training_and_inference(tmp_path, capsys):
+def test_evit_is_compared_in_training_and_inference(tmp_path, capsys, monkeypatch):
+    build = bench.speed_test.build
+    monkeypatch.setattr(bench.speed_test, "build", lambda name, *rest: build(name.replace("small", "tiny"), *rest))
     (rows,) = run(tmp_path, capsys, "evit")
     assert [(row["mode"], row["keep_rate"]) for row in rows] == [
         (mode, keep) for mode in ("training", "inference") for keep in (None, 0.7, 0.5)
@@ -113,6 +116,7 @@ def test_evit_is_compared_in_training_and_inference(tmp_path, capsys):
     assert all(row["model"].startswith("evit_small") == (row["keep_rate"] is not None) for row in rows)
 
 
+@pytest.mark.slow
 def test_every_way_to_be_taught_is_compared(tmp_path, capsys):
     (rows,) = run(tmp_path, capsys, "distillation")
     assert [row["name"].split()[0] for row in rows] == ["no", "cached", "50", "live"]
@@ -235,7 +239,7 @@ def test_a_mistake_is_a_one_line_error_before_anything_is_measured(flags, words,
 def test_a_wrong_model_is_found_before_anything_is_measured(flags, words, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as info:
-        bench.main([*SMALL, *flags])
+        bench.main([*SMALL, *DEIT, *flags])
     assert info.value.code == 2 and words in capsys.readouterr().err
 
 

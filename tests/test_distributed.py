@@ -17,7 +17,7 @@ from test_datasets import encoded, write_stream
 import main
 import utils
 
-FEW = ["--train-fraction", "0.25"]  # 360 images
+FEW = ["--train-fraction", "0.1"]  # 143 images
 
 
 def run(*flags):
@@ -68,8 +68,9 @@ def test_an_evit_on_two_ranks_has_the_loss_curve_of_one(tmp_path):
     run(*evit, "--batch-size", "32", "--output-dir", tmp_path / "one")
     checkpointed = ["--grad-checkpointing", "--batch-size", "16", "--output-dir", tmp_path / "two"]
     tiny.torchrun(2, "main.py", *evit, *checkpointed)
-    for one, two in zip(tiny.log_of(tmp_path / "one"), tiny.log_of(tmp_path / "two"), strict=True):
-        assert one["keep_rate"] == two["keep_rate"] == 0.5
+    logs = (tiny.log_of(tmp_path / name) for name in ("one", "two"))
+    for rate, one, two in zip((0.55, 0.5), *logs, strict=True):
+        assert one["keep_rate"] == two["keep_rate"] == rate
         for name in ("train_loss", "test_loss", "test_ema_loss"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
 
@@ -112,6 +113,7 @@ def test_missing_validation_images_end_all_ranks(tmp_path):
         assert f"main.py: rank {rank}: run ended: only 6 of 7 validation images" in output
 
 
+@pytest.mark.slow
 def test_same_flags_twice_are_bitwise_identical(tmp_path):
     for name, workers in (("first", "0"), ("second", "2")):
         run(*tiny.TINY, *FEW, "--num-workers", workers, "--output-dir", tmp_path / name)

@@ -493,12 +493,11 @@ def test_the_malicious_files_would_run_if_they_were_trusted(workspace):
     (workspace / "marker").unlink()
 
 
-@pytest.mark.process
-def test_a_mistake_as_a_process_without_network(tmp_path):
-    """A real process exits with the right status, also when weights cannot be downloaded."""
-    words = shlex.split(f"main.py {RUN} --model deit_tiny_patch16_224 --pretrained".replace("{w}", str(tmp_path)))
-    output = tiny.run(*words, status=2, HF_HUB_OFFLINE="1", HF_HOME=tmp_path)
-    (line,) = output.splitlines()
+def test_weights_that_cannot_be_downloaded_are_a_mistake(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert in_process("--model deit_tiny_patch16_224 --pretrained", tmp_path) == 2
+    (line,) = "".join(capsys.readouterr()).splitlines()
     assert line.startswith("main.py: error: --model deit_tiny_patch16_224: pretrained weights cannot be loaded")
     assert "check the network, or pass a local file" in line
 

@@ -1,8 +1,10 @@
 """Exported models: files and folders compute the same as the model, without this repository."""
 
+import functools
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -59,6 +61,20 @@ def trained(tmp_path_factory):
     return {name: (model, root / f"{name}.pth", root / name) for name, model in models.items()}
 
 
+@pytest.fixture(scope="module")
+def exported(trained):
+    """Return a function that exports a model to one file with this suffix, once."""
+
+    @functools.cache
+    def export_once(name, suffix):
+        _, checkpoint, folder = trained[name]
+        file = folder.with_suffix(suffix)
+        export.main(["--resume", str(checkpoint), "--output", str(file)])
+        return file
+
+    return export_once
+
+
 @pytest.fixture
 def evit(trained):
     return trained["evit"][1]
@@ -92,6 +108,14 @@ def our_view(model, size, image):
     return build_eval_transform(ViewOptions(size, eval_crop_ratio=0.9), normalization(model))(image)
 
 
+def function_of(file):
+    """Return the function that an exported file computes."""
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
 def metadata_of(file):
     if file.suffix == ".onnx":
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -107,34 +131,32 @@ def metadata_of(file):
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_exported_files_compute_what_the_model_computes(trained, tmp_path, suffix, fuse, capsys):
+def test_exported_files_compute_what_the_model_computes(trained, exported, tmp_path, suffix, fuse, capsys):
     model, checkpoint, _ = trained["evit"]
-    file = tmp_path / f"model{suffix}"
-    saved = torch.load(checkpoint, weights_only=True)
-    torch.save(saved | {"args": saved["args"] | {"fuse_token": fuse}}, tmp_path / "trained.pth")
-    export.main(["--resume", str(tmp_path / "trained.pth"), "--output", str(file)])
-    assert "logits within" in capsys.readouterr().out
+    if fuse:
+        file = exported("evit", suffix)
+    else:
+        file = tmp_path / f"model{suffix}"
+        saved = torch.load(checkpoint, weights_only=True)
+        torch.save(saved | {"args": saved["args"] | {"fuse_token": False}}, tmp_path / "trained.pth")
+        export.main(["--resume", str(tmp_path / "trained.pth"), "--output", str(file)])
+        assert "logits within" in capsys.readouterr().out
+    function = function_of(file)
     for batch in (1, 5):
         images = images_of((32, 32), batch)
         evit_blocks(model)[0].fuse_token = fuse
         with torch.no_grad():
             expected = model(images)
         evit_blocks(model)[0].fuse_token = True
-        if suffix == ".onnx":
-            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-        else:
-            found = torch.export.load(file).module()(images)
-        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(function(images), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "crop", "suffix"), [("distilled", (0.9, "center"), ".pt2"), ("evit", (1.0, "squash"), ".onnx")]
 )
-def test_exported_files_say_classes_and_preprocessing(trained, tmp_path, name, crop, suffix):
-    model, checkpoint, _ = trained[name]
-    export.main(["--resume", str(checkpoint), "--output", str(tmp_path / f"model{suffix}")])
-    about = metadata_of(tmp_path / f"model{suffix}")
+def test_exported_files_say_classes_and_preprocessing(trained, exported, name, crop, suffix):
+    model = trained[name][0]
+    about = metadata_of(exported(name, suffix))
     assert about["class_names"] == [f"digit {n}" for n in range(10)] and about["num_classes"] == 10
     assert about["architecture"] == MODELS[name][0] and (about["crop_pct"], about["crop_mode"]) == crop
     transform = timm.data.create_transform(**{key: about[key] for key in export.TRANSFORM})
@@ -142,13 +164,13 @@ def test_exported_files_say_classes_and_preprocessing(trained, tmp_path, name, c
     assert torch.equal(transform(image), our_view(model, MODELS[name][1], image))
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.4])
-def test_the_keep_rate_of_the_file_is_that_of_the_flags(trained, tmp_path, rate):
+@pytest.mark.parametrize(("rate", "suffix"), [(1.0, ".pt2"), (0.4, ".onnx")])
+def test_the_keep_rate_of_the_file_is_that_of_the_flags(trained, tmp_path, rate, suffix):
     model, checkpoint, _ = trained["evit"]
-    export.main(["--resume", str(checkpoint), "--output", str(tmp_path / "m.onnx"), "--base-keep-rate", str(rate)])
+    file = tmp_path / f"m{suffix}"
+    export.main(["--resume", str(checkpoint), "--output", str(file), "--base-keep-rate", str(rate)])
     images = images_of((32, 32))
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    found = function_of(file)(images)
     with torch.no_grad():
         assert not torch.allclose(found, model(images), atol=1e-5)
         assert torch.allclose(found, reduce_tokens(model, rate, drop_loc=(0,))(images), atol=1e-5)
@@ -331,9 +353,9 @@ def code_of_docs(heading):
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["plain", "evit"])
-def test_onnx_runs_by_its_docs_without_torch(trained, tmp_path, name):
-    model, checkpoint, _ = trained[name]
-    export.main(["--resume", str(checkpoint), "--output", str(tmp_path / "model.onnx")])
+def test_onnx_runs_by_its_docs_without_torch(trained, exported, tmp_path, name):
+    model = trained[name][0]
+    shutil.copy(exported(name, ".onnx"), tmp_path / "model.onnx")
     save_on_its_side(photo(130, 101), tmp_path / "photo.jpg")
     end = "import sys; assert 'torch' not in sys.modules; np.save('pixels.npy', pixels); np.save('logits.npy', logits)"
     code = "\n".join(["import os, sys", f"os.chdir({str(tmp_path)!r})", code_of_docs("ONNX"), end])

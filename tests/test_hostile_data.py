@@ -502,15 +502,15 @@ def test_one_of_many_processes_makes_the_fingerprint(tmp_path, monkeypatch, lock
         monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
     context = multiprocessing.get_context("fork")
     for attempt in range(2):
-        folder, barrier, results = tmp_path / str(attempt) / "cache", context.Barrier(12), context.SimpleQueue()
-        processes = [context.Process(target=adopt, args=(folder, barrier, results, seed)) for seed in range(12)]
+        folder, barrier, results = tmp_path / str(attempt) / "cache", context.Barrier(6), context.SimpleQueue()
+        processes = [context.Process(target=adopt, args=(folder, barrier, results, seed)) for seed in range(6)]
         for process in processes:
             process.start()
         found = dict(results.get() for _ in processes)
         for process in processes:
             process.join()
         winner = json.loads((folder / "fingerprint.json").read_text())["seed"]
-        assert found == {seed: "adopted" if seed == winner else "refused" for seed in range(12)}
+        assert found == {seed: "adopted" if seed == winner else "refused" for seed in range(6)}
         assert not list(folder.glob(".*"))  # nothing half written
 
 
@@ -824,6 +824,7 @@ def test_a_decoder_that_uses_up_memory_is_a_broken_image(monkeypatch):
 # -- mutations ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_mutated_files_are_read_or_refused(tmp_path):
     signal.alarm(120)  # each has 5 seconds of its own
     counts, findings = fuzz_files.fuzz(mutations=108, seed=1, folder=tmp_path)

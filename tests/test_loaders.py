@@ -110,7 +110,7 @@ def test_views_do_not_depend_on_workers_batches_ranks_or_storage(images, input_s
     transform = host_view(input_size)
     expected = views(images, transform)
     assert set(expected) == set(range(28))
-    for num_workers, batch_size, size in ((0, 7, 1), (2, 4, 1), (2, 7, 1), (0, 4, 2), (0, 7, 2), (2, 4, 2), (2, 7, 2)):
+    for num_workers, batch_size, size in ((2, 7, 1), (0, 4, 2), (2, 7, 2)):
         found = views(images, transform, size, num_workers=num_workers, batch_size=batch_size)
         assert len(found) == 28 // (batch_size * size) * batch_size * size
         assert_same_views(found, expected)
@@ -354,8 +354,8 @@ def numbers_in(batches):
     return numbers
 
 
-@pytest.mark.parametrize("num_workers", [0, 2, 3])  # three for two shards: one of them would have nothing to do
-@pytest.mark.parametrize("size", [1, 2])
+# three workers for two shards: one of them would have nothing to do
+@pytest.mark.parametrize("num_workers, size", [(0, 1), (2, 2), (3, 1)])
 def test_stream_trains_on_whole_batches_in_every_epoch(shards, monkeypatch, num_workers, size):
     epochs = {0: [], 1: []}
     for rank in range(size):
@@ -603,8 +603,9 @@ def test_workers_read_data_sets_of_timm(tmp_path, scheme):
 # -- broken images -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["truncated", "garbage", "empty", "gone"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "how, num_workers", [("truncated", 0), ("garbage", 0), ("empty", 0), ("gone", 0), ("truncated", 2)]
+)
 def test_broken_image_is_named_in_one_line(tmp_path, how, num_workers):
     write_tree(tmp_path, each=3)
     path = save(picture(0, 40, 40), tmp_path / "val" / "dog" / "0.jpg")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import re
 
 import pytest
@@ -33,19 +34,22 @@ from teachers import TeacherOptions, load_teacher
 
 PLAIN, DISTILLED = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+CNN = {"channels": (8, 16, 24, 32), "stem_width": 8}  # of resnet10t, with 24,000 parameters
 
 
 def build(name=PLAIN, seed=0, num_classes=5, distilled=False, eval_only=False, **options):
-    """A model of ours without drop-path; transformers are tiny, with patches of 8 pixels."""
+    """A model of ours without drop-path; transformers are tiny, with patches of 8 pixels, and resnet10t is narrow."""
     if "deit" in name or "vit" in name:
         options = {"patch_size": 8} | options | {"model_kwargs": TINY | options.get("model_kwargs", {})}
+    if name == "resnet10t" and not options.get("pretrained"):
+        options = {"model_kwargs": CNN} | options
     options = {"input_size": (32, 32), "drop_path": 0.0} | options
     return build_model(ModelOptions(name, seed=seed, **options), num_classes, distilled, eval_only)
 
 
 def build_cnn(**options):
-    """A convolutional network with BatchNorm, of 24,000 parameters."""
-    return build("resnet10t", model_kwargs={"channels": (8, 16, 24, 32), "stem_width": 8}, **options)
+    """A convolutional network with BatchNorm."""
+    return build("resnet10t", **options)
 
 
 def finetune(model, path, eval_only=False):
@@ -58,6 +62,8 @@ def teach(
 ):
     if "deit" in name:
         model_kwargs = TINY | {"patch_size": 8} | model_kwargs
+    if name == "resnet10t" and not pretrained:
+        model_kwargs = model_kwargs or CNN
     options = TeacherOptions(
         teacher_model=name,
         teacher_model_kwargs=model_kwargs,
@@ -278,7 +284,7 @@ def test_heads_for_other_classes_are_dropped(tmp_path, name):
 @pytest.mark.parametrize("name", ["resnet10t", "efficientnet_lite0", PLAIN, DISTILLED])
 @pytest.mark.parametrize("scale", [None, 0.01])
 def test_new_heads_start_small(tmp_path, name, scale):
-    options = {"model_kwargs": {}} if name == "efficientnet_lite0" else {}
+    options = {"model_kwargs": {}} if name == "resnet10t" else {}  # of full width, whose standard deviation is known
     path = save(tmp_path / "x.pth", {"model": build(name, 1, num_classes=7, **options).state_dict()})
     model = build(name, 2, num_classes=50, finetune=path, head_init_scale=scale, **options)
     for head in classifier_names(model):
@@ -662,12 +668,12 @@ def lightning(prefix):
 )
 def test_classifiers_of_other_layouts_give_the_logits_of_the_original(tmp_path, name, layout):
     source, model = family(name, 1), family(name, 2)
+    evaluated = copy.deepcopy(model)
     path = save(tmp_path / "x.pth", layout(source.state_dict()))
     expected = source(images())
     assert expected.std() > 0.01 and not torch.equal(model(images()), expected)
     report = finetune(model, path, eval_only=True)
     assert torch.equal(model(images()), expected) and len(report.kept) == len(source.state_dict())
-    evaluated = family(name, 3)
     load_weights(evaluated, weights_of(torch.load(path), "--resume", path), "--resume", path, EVALUATION)
     assert torch.equal(evaluated(images()), expected)
     if name in ("deit3", "LS"):
@@ -940,10 +946,15 @@ def test_missing_teacher_file_is_a_user_error(tmp_path):
 SIZED = ("resmlp_12_224", "mixer_s32_224", "gmlp_ti16_224", "pit_ti_224", "levit_128s")
 
 
-@pytest.mark.parametrize("name", SIZED)
+@pytest.fixture(scope="module", params=SIZED)
+def of_two_sizes(request):
+    """Return a model for images of 64 px and one for 96 px; the tests change neither."""
+    return [timm.create_model(request.param, img_size=size, num_classes=5) for size in (64, 96)]
+
+
 @pytest.mark.parametrize("flag", ["--finetune", "--resume", "--teacher-path"])
-def test_weights_that_depend_on_the_image_size_name_it(name, flag):
-    there, here = (timm.create_model(name, img_size=size, num_classes=5) for size in (64, 96))
+def test_weights_that_depend_on_the_image_size_name_it(of_two_sizes, flag):
+    there, here = of_two_sizes
     size_flag = "--teacher-input-size" if flag == "--teacher-path" else "--input-size"
     remedy = f"; pass {size_flag} 64, the only size that fits these weights"
     with tiny.user_error(f"{flag} x.pth: does not fit", remedy):

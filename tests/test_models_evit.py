@@ -295,6 +295,7 @@ def test_a_compiled_run_compiles_once_per_keep_rate_and_mode(monkeypatch):
     )
     torch._dynamo.reset()
     flags = [*RUN, *REDUCED, "--compile", "--no-model-ema", "--amp", "off", "--grad-checkpointing"]
+    flags += ["--model-kwargs", "embed_dim=48", "depth=1", "num_heads=3"]
     args = parse_args([*flags, "--shrink-start-epoch", "1", "--shrink-epochs", "4"])
     model = models.place(models.build_model(fill(models.ModelOptions, args), 10), CPU)
     options = fill(engine.OptimizerOptions, args)

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 import main
 from tools import export, predict, report
 
+pytestmark = pytest.mark.slow
 NAMES = ("ant", "bee", "cow", "dog")
 
 

@@ -201,6 +201,7 @@ def assert_tuned(checkpoint, folder):
     assert 0 < change < 2e-3 < before.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [PLAIN, DISTILLED])
 def test_a_deit_is_evaluated(model, trained, tmp_path, capsys):
     line = line_with("--eval", "deit_tiny", "deit_tiny_distilled" if model == DISTILLED else "deit_tiny_patch16_224-")
@@ -209,12 +210,14 @@ def test_a_deit_is_evaluated(model, trained, tmp_path, capsys):
     assert_evaluated(trained[model], capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_deit_is_evaluated_at_another_image_size(trained, tmp_path, capsys):
     changes = ["--model", PLAIN, "--resume", trained[PLAIN] / "checkpoint.pth", "--input-size 48"]
     run_line(line_with("--eval", "deit_base_patch16_384-"), tmp_path, *changes)
     assert "--input-size was [32], is [48]" in (said := capsys.readouterr().err) and "test_images 355" in said
 
 
+@pytest.mark.slow
 def test_an_evit_is_evaluated_visualized_and_fine_tuned(trained, tmp_path, capsys):
     start = trained[PLAIN] / "checkpoint.pth"
     log, checkpoint = run_line(line_with("--shrink_epochs 0"), tmp_path / "tuned", TOKENS, "--finetune", start)
@@ -234,6 +237,7 @@ def test_an_evit_is_evaluated_visualized_and_fine_tuned(trained, tmp_path, capsy
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_an_evit_is_trained_from_scratch(tmp_path, capsys):
     log, checkpoint = run_line(line_with("--shrink_epochs 100"), tmp_path, TOKENS)
     assert log[-1]["keep_rate"] == 1  # until epoch 10
@@ -241,12 +245,14 @@ def test_an_evit_is_trained_from_scratch(tmp_path, capsys):
     assert "the run ends at keep rate 1, not at --base-keep-rate 0.7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_deit_is_trained_as_a_job(tmp_path):
     log, checkpoint = run_line(line_with("run_with_submitit.py --model deit_base_patch16_224 --data"), tmp_path)
     assert checkpoint["args"]["nodes"] == 2 and len(log) == 1
     assert checkpoint["model"]["head.weight"].shape == (10, 48)
 
 
+@pytest.mark.slow
 def test_a_deit_is_distilled_as_a_job(trained, tmp_path):
     teacher = ["--teacher-model", PLAIN, "--teacher-path", trained[PLAIN] / "checkpoint.pth"]
     teacher += ["--teacher-model-kwargs patch_size=8", *tiny.MODEL[-3:]]
@@ -256,6 +262,7 @@ def test_a_deit_is_distilled_as_a_job(trained, tmp_path):
     assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_deit_is_fine_tuned_at_another_image_size(trained, tmp_path):
     start = ["--finetune", trained[PLAIN] / "checkpoint.pth", "--input-size 48", "--lr-scaling none"]
     log, checkpoint = run_line(line_with("--use_volta32", "--finetune"), tmp_path, *start)
@@ -264,6 +271,7 @@ def test_a_deit_is_fine_tuned_at_another_image_size(trained, tmp_path):
     assert checkpoint["model"]["pos_embed"].shape[1] == 1 + 36
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("deit_small", "--epochs 800"), ("deit_base", "--epochs 20", "--input-size 224")])
 def test_a_deit_iii_is_trained_and_fine_tuned(parts, trained, tmp_path, capsys):
     # its models come with another change

@@ -165,10 +165,12 @@ IMAGES |= {"CARS": 8144, "FLOWERS": 2040, "DIGITS": 1442}  # of the training par
 def test_a_recipe_is_no_pointless_run(recipe, monkeypatch, caplog):
     monkeypatch.chdir(tiny.REPOSITORY)
     monkeypatch.setattr(engine.logger, "propagate", True)
+    narrow = {"img_size": 32, "embed_dim": 48, "num_heads": 3}
     for words in commands(recipe):
         args = parse_args(words[words.index(f"@recipes/{recipe.name}") :])
         batch = args.batch_size * args.accum_steps * processes(words)
-        model = timm.create_model("evit_tiny_patch16_224" if args.model.startswith("evit") else "test_vit")
+        is_evit = args.model.startswith("evit")
+        model = timm.create_model("evit_tiny_patch16_224", **narrow) if is_evit else timm.create_model("test_vit")
         optimizer = torch.optim.SGD(model.parameters(), lr=fill(engine.OptimizerOptions, args).scaled_lr(batch))
         ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         state = engine.TrainState(model, model, optimizer, ema=ema)

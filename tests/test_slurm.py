@@ -109,19 +109,15 @@ def test_a_job_survives_everything_and_stays_bitwise_identical(slurm, undisturbe
     job = submit(slurm, tmp_path / "jobs", *FLAGS, "--timeout", "1", "--signal-delay", "10")
     job.wait("training", lambda: job.epochs >= 1)
 
-    job.ask("scancel", "--signal=USR2", job.id)
-    job.tell("is sent SIGUSR2")
-    job.wait_for_restart(1, job.epochs)
-
     job.ask("sbatch", "-p", "high", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     job.tell("is preempted by a job of higher priority")
-    job.wait_for_restart(2, job.epochs)
+    job.wait_for_restart(1, job.epochs)
 
     job.ask("scontrol", "requeue", job.id)
     job.tell("is requeued by its administrator")
-    job.wait_for_restart(3, job.epochs)
+    job.wait_for_restart(2, job.epochs)
 
-    job.wait("timed out", lambda: int(job.show("Restarts")) >= 4)
+    job.wait("timed out", lambda: int(job.show("Restarts")) >= 3)
     job.wait("training again", lambda epochs=job.epochs: job.epochs > epochs)
     job.cancel()
     for path in job.folder.glob("*_log.out"):  # of the last start
@@ -131,17 +127,17 @@ def test_a_job_survives_everything_and_stays_bitwise_identical(slurm, undisturbe
     names = {path.name for path in job.folder.iterdir()}
     assert {"config.json", "log.txt", "checkpoint.pth", "checkpoint_previous.pth", "best.pth", "tensorboard"} <= names
     assert {f"{job.id}_{rank}_log.{kind}" for rank in (0, 1) for kind in ("out", "err")} <= names
-    assert job.logs().count("rank 0: stopped by SIG") >= 4  # it saved first whenever it was stopped while it trained
+    assert job.logs().count("rank 0: stopped by SIG") >= 3  # it saved first whenever it was stopped while it trained
 
 
 def test_a_task_that_fails_ends_the_job(slurm, tmp_path):
-    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--batch-size", "4096")
+    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--tasks-per-node", "1", "--batch-size", "4096")
     job.wait("failed", lambda: job.show("JobState") == "FAILED")
     assert "--batch-size 4096" in job.logs()
 
 
 def test_a_job_trains_to_its_end(slurm, tmp_path):
-    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--epochs", "2")
+    job = submit(slurm, tmp_path / "jobs", *FLAGS, "--tasks-per-node", "1", "--epochs", "2")
     job.wait("over", lambda: job.show("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
     assert job.show("JobState") == "COMPLETED" and job.epochs == 2, job.logs()
 

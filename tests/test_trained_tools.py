@@ -52,6 +52,7 @@ def run(tmp_path_factory):
         "--model-ema-decay",
         "0.9",
     ]
+    flags += ["--train-fraction", "0.25", "--batch-size", "16", "--lr", "1e-2"]
     main.cli([*MODEL, *tiny.DATA, *flags, "--output-dir", str(folder)])
     return folder
 
@@ -276,9 +277,8 @@ def test_names_that_are_not_utf8_are_escaped(checkpoint, tmp_path, capsys):
         ["--images", str(folder), "--output", str(folder / "out.png"), "--input-size", "32", "--views", "0"]
     )
     assert r"\udcff/out.png: 2 images" in capsys.readouterr().out
-    for name in ("m.onnx", "m.pt2"):
-        export.main(["--resume", checkpoint, "--output", str(folder / name)])
-        assert rf"\udcff/{name}: " in capsys.readouterr().out
+    export.main(["--resume", checkpoint, "--output", str(folder / "m.pt2")])
+    assert r"\udcff/m.pt2: " in capsys.readouterr().out
     (folder / "log.txt").write_text('{"epoch": 0, "test_acc1": 50.0}\n')
     summarize.main([str(folder)])
     assert r"\udcff       1    50.00" in capsys.readouterr().out
@@ -337,6 +337,7 @@ def test_what_cannot_be_drawn_is_a_one_line_error(checkpoint, tmp_path, capsys):
 # -- tradeoff ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tradeoff_has_the_accuracy_of_the_run_at_its_own_rate(run, checkpoint, tmp_path, capsys):
     file = tmp_path / "new" / "tradeoff.json"
     flags = ["--resume", checkpoint, "--keep-rates", "1", "0.5", "--amp", "off", "--rounds", "1", "--steps", "1"]
@@ -421,6 +422,7 @@ def test_labels_of_near_points_do_not_overlap(tmp_path, monkeypatch, accuracy):
         assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
 
 
+@pytest.mark.slow
 def test_each_layer_may_have_its_rate_and_a_deit_may_be_evaluated(checkpoint, tmp_path, capsys):
     bare = tmp_path / "deit.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
@@ -453,6 +455,7 @@ def test_what_has_no_tradeoff_is_a_one_line_error(checkpoint, tmp_path, capsys):
 # -- compare -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_the_same_images(run, checkpoint, tmp_path, capsys):
     """Each once; models differ by the images that one of the two gets wrong."""
     other = tmp_path / "other.pth"
@@ -562,6 +565,7 @@ def test_models_of_other_classes_are_not_compared(checkpoint, tmp_path, capsys):
     assert "name all checkpoints without this flag" in line_of(capsys, compare, checkpoint, "--resume", checkpoint)
 
 
+@pytest.mark.slow
 def test_classes_in_another_order_are_evaluated_by_name(checkpoint, tmp_path, capsys):
     saved = torch.load(checkpoint, weights_only=True)
     saved["class_names"] = saved["class_names"][::-1]

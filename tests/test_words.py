@@ -62,10 +62,17 @@ def found(pattern, text):
     return [(text.count("\n", 0, match.start()) + 1, match[0]) for match in re.finditer(pattern, text, re.IGNORECASE)]
 
 
+def uses_of_words(text):
+    """(what to write, line, word) of each use of WORDS."""
+    if not found("|".join(WORDS), text):  # one search for all of them is faster
+        return []
+    return [(better, *use) for old, better in WORDS.items() for use in found(old, text)]
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_words_are_those_of_the_field(path):
     text = plain(path.read_text())
-    uses = [(better, *use) for old, better in WORDS.items() for use in found(old, text)]
+    uses = uses_of_words(text)
     wrong = [f"line {line}: {word!r}; write: {better}" for better, line, word in uses]
     assert not wrong, "\n".join(wrong)
     assert not found(BRITISH, text)
@@ -84,7 +91,7 @@ def test_words_are_those_of_the_field(path):
     ],
 )
 def test_words_are_found_across_lines_and_in_names(text, expected):
-    assert any(found(old, plain(text)) for old in WORDS) is expected
+    assert bool(uses_of_words(plain(text))) is expected
 
 
 def test_names_of_tests_have_at_most_70_characters():
