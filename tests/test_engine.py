@@ -837,7 +837,7 @@ def test_a_schedule_that_timm_refuses_gives_its_reason(words, why):
 @pytest.mark.parametrize("on_epochs", [False, True])
 @pytest.mark.parametrize("sched", ["step", "multistep", "warm-up"])
 @pytest.mark.parametrize("first", [8, 9, 10])
-def test_a_rate_that_stays_the_same_or_below_its_peak_is_worth_a_warning(sched, first, on_epochs, caplog, monkeypatch):
+def test_a_rate_that_never_falls_or_never_peaks_is_worth_a_warning(sched, first, on_epochs, caplog, monkeypatch):
     monkeypatch.setattr(engine.logger, "propagate", True)
     kind = {"warmup_epochs": 0, "sched": sched, "decay_epochs": first, "decay_milestones": [first]}
     kind = {"warmup_epochs": first, "sched": "constant"} if sched == "warm-up" else kind

@@ -248,7 +248,7 @@ def described(*words):
     }
 
 
-def test_checkpoints_tell_which_teacher_and_which_of_its_predictions_taught(tmp_path):
+def test_checkpoints_tell_which_teacher_and_predictions_taught(tmp_path):
     (tmp_path / "t.pth").write_bytes(b"teacher")
     of_file = {"teacher": hashlib.sha256(b"teacher").hexdigest(), "soft predictions": "cached"}
     soft = ["--distillation-type", "soft"]

@@ -178,7 +178,7 @@ def test_tensorboard_of_a_resumed_run_is_that_of_the_whole(where, whole, tmp_pat
     assert [record["epoch"] for record in tiny.log_of(tmp_path)] == [0, 1, 2]
 
 
-def test_curves_of_a_run_resumed_with_another_batch_size_keep_the_earlier_epochs(stopped):
+def test_curves_keep_earlier_epochs_if_the_batch_size_changes(stopped):
     (stopped / "tensorboard" / "wandb_id").write_text("earlier")
     run(stopped, "--resume", "auto", "--batch-size", "64", "--log-interval", "1")
     events = EventAccumulator(str(stopped / "tensorboard"))
@@ -199,7 +199,7 @@ def test_another_run_in_the_same_folder_has_its_own_curves(stopped):
     assert not (stopped / "tensorboard" / "wandb_id").exists()
 
 
-def test_files_of_another_program_stay_beside_a_run(tmp_path):
+def test_tensorboard_files_of_another_program_are_kept(tmp_path):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out").write_text("mine")
     checkpoints.start_folder(tmp_path, "", 0, -1.0)

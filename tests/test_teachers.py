@@ -649,7 +649,7 @@ def test_a_resumed_head_is_trained_on_the_features_of_its_own_model(teacher, tmp
     assert chaos.compare(tmp_path / "whole", tmp_path / "stopped") == []
 
 
-def test_an_unfinished_epoch_is_unlocked_although_a_forked_process_still_holds_its_lock(tmp_path):
+def test_a_closed_epoch_is_unlocked_although_a_forked_process_has_it_open(tmp_path):
     first, second = (TeacherCache(tmp_path, Labels(10), 12, 0, 1) for _ in range(2))
     first.open(0)
     child = os.fork()
