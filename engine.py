@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import itertools
+import json
 import math
 import sys
 import time
@@ -24,7 +26,16 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import ema_of, flags_of, no_training_state, on_host, optimizer_state, save_checkpoint
+from checkpoints import (
+    check_folder,
+    ema_of,
+    flags_of,
+    no_training_state,
+    on_host,
+    optimizer_state,
+    save_checkpoint,
+    start_folder,
+)
 from flags import SCHEDULES, spelled
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
@@ -48,9 +59,12 @@ from utils import (
     barrier,
     duration,
     gather,
+    lock_folder,
     logger,
     peak_memory,
+    read_log,
     reason,
+    write_whole,
 )
 
 FEW_IMAGES = 1000  # below this many, a model trained from scratch learns little
@@ -923,6 +937,46 @@ class Output:
         for file in (self.writer, self.lock):
             if file is not None:
                 file.close()
+
+
+def open_output(
+    args: argparse.Namespace,
+    state: TrainState,
+    about: dict[str, Any],
+    facts: dict[str, Any],
+    world: World,
+    continues: bool = True,
+) -> Output:
+    """Open the output folder and, on rank 0, a TensorBoard writer.
+
+    Args:
+        facts: more values for config.json.
+        continues: whether a resumed run counts steps as before; otherwise, no earlier points are dropped.
+
+    Raises:
+        UserError: if the folder cannot be written, is in use, or holds another run that would be lost.
+    """
+    if not args.output_dir:
+        return Output(about=about)
+    folder = Path(args.output_dir)
+    check_folder(folder, args.resume, args.overwrite)
+    barrier()  # all ranks must have checked before one writes
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not world.is_main:
+            return Output(folder, about=about)
+        lock = lock_folder(folder)
+        start_folder(folder, args.resume, state.epoch, state.best_acc1)
+        config = vars(args) | {"class_names": about["class_names"]} | facts
+        write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
+        step = state.num_updates * state.accum_steps
+        writer = TensorBoard(folder / "tensorboard", step if continues else None, config, args.log_wandb)
+        if not state.totals:  # viewers drop values from `next_step` on, and the last epoch's are at that step
+            for record in read_log(folder)[-1:]:
+                writer.add_epoch(record, step)
+        return Output(folder, writer, about, lock)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
 
 
 @dataclass

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import traceback
 import zlib
@@ -288,46 +287,6 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
     return same_steps and state.num_updates == checkpoint["step"]
 
 
-def open_output(
-    args: argparse.Namespace,
-    state: engine.TrainState,
-    about: dict[str, Any],
-    facts: dict[str, Any],
-    world: World,
-    continues: bool = True,
-) -> engine.Output:
-    """Open the output folder and, on rank 0, a TensorBoard writer.
-
-    Args:
-        facts: more values for config.json.
-        continues: whether a resumed run counts steps as before; otherwise, no earlier points are dropped.
-
-    Raises:
-        UserError: if the folder cannot be written, is in use, or holds another run that would be lost.
-    """
-    if not args.output_dir:
-        return engine.Output(about=about)
-    folder = Path(args.output_dir)
-    checkpoints.check_folder(folder, args.resume, args.overwrite)
-    utils.barrier()  # all ranks must have checked before one writes
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not world.is_main:
-            return engine.Output(folder, about=about)
-        lock = utils.lock_folder(folder)
-        checkpoints.start_folder(folder, args.resume, state.epoch, state.best_acc1)
-        config = vars(args) | {"class_names": about["class_names"]} | facts
-        utils.write_whole(folder / "config.json", (json.dumps(config, indent=1, default=str) + "\n").encode())
-        step = state.num_updates * state.accum_steps
-        writer = utils.TensorBoard(folder / "tensorboard", step if continues else None, config, args.log_wandb)
-        if not state.totals:  # viewers drop values from `next_step` on, and the last epoch's are at that step
-            for record in utils.read_log(folder)[-1:]:
-                writer.add_epoch(record, step)
-        return engine.Output(folder, writer, about, lock)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
-
-
 # -- the modes of a run ------------------------------------------------------------------------------------------------
 
 
@@ -394,7 +353,7 @@ def train(run: Run, loader: loaders.EpochLoader, trained: torch.nn.Module, crite
         return engine.rehearse(state, loader, run.val_loader, criterion, schedules, options, world)
     facts = {f"final_{each.name}": each.final for each in schedules if hasattr(each, "final")}
     facts |= {"images_per_epoch": loader.num_positions}
-    output = open_output(args, state, about, facts, world, continues)
+    output = engine.open_output(args, state, about, facts, world, continues)
     engine.fit(state, loader, run.val_loader, criterion, schedules, options, world, output)
     output.close()
 

@@ -143,13 +143,13 @@ def _check_job(args: argparse.Namespace) -> None:
     if args.cluster == "debug" and tasks > 1:
         name = "tasks_per_node" if args.tasks_per_node else "ngpus"
         raise UserError(f"{flags.spelled(name)} {tasks}: --cluster debug has one process; pass {flags.spelled(name)} 1")
+    for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # written into a shell script
+        if not (getattr(args, name) or "").isprintable():
+            raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
     defaults = get_parser().parse_args([])
     for name in IGNORED[args.cluster]:
         if getattr(args, name) != getattr(defaults, name):
             raise UserError(f"{flags.spelled(name)}: has no effect with --cluster {args.cluster}; drop it")
-    for name in ("job_dir", "job_name", "partition", "constraint", "comment"):  # written into a shell script
-        if not (getattr(args, name) or "").isprintable():
-            raise UserError(f"{flags.spelled(name)} {getattr(args, name)}: has a control character; drop it")
 
 
 def submit(args: argparse.Namespace) -> submitit.Job:
