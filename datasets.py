@@ -499,7 +499,7 @@ def _folder_part(
         names = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
         nested = "--data-path %s: all images of the classes %s are in folders within theirs, such as %s"
         logger.warning(f"{nested}; if those are the classes, name the folder above them", root, names, first[0])
-    return _sampled(whole_source(images, np.repeat(np.arange(len(class_names)), counts), class_names))
+    return _with_class_samples(whole_source(images, np.repeat(np.arange(len(class_names)), counts), class_names))
 
 
 def _others(folders: Sequence[Path]) -> str:
@@ -511,7 +511,7 @@ def _others(folders: Sequence[Path]) -> str:
     return f" ({kinds} are not read; convert them)" if kinds else ""
 
 
-def _sampled(source: Source) -> Source:
+def _with_class_samples(source: Source) -> Source:
     """Add the CRC-32 of the first image file of each class, -1 for a class without a readable one."""
     samples = np.full(source.num_classes, -1, dtype=np.int64)
     labels, first = np.unique(source.targets[source.order], return_index=True)
@@ -582,9 +582,9 @@ def _csv_sources(source: Source, parts: np.ndarray, options: DataOptions, file: 
     """Divide the images of a CSV file by the part of their rows: "train", "val", or "all" without splits."""
     if "all" not in parts:
         orders = [np.flatnonzero(parts == part) for part in ("train", "val")]
-        train, val = (_sampled(replace(source, order=order)) for order in orders)
+        train, val = (_with_class_samples(replace(source, order=order)) for order in orders)
         return train, val
-    source = _sampled(source)
+    source = _with_class_samples(source)
     if options.val_fraction:
         return _held_out(source, options.val_fraction, file)
     logger.info('%s: has no column "split", so all its %d images are evaluated', file, len(source))
@@ -753,8 +753,8 @@ def _flowers(root: Path, local_rank: int) -> tuple[Source, Source]:
     paths, labels = train._image_files + val._image_files, train._labels + val._labels
     names = getattr(train, "classes", ())  # torchvision has them since 0.22
     return (
-        _sampled(whole_source(PathImages(paths), labels, names, 102)),
-        _sampled(whole_source(PathImages(test._image_files), test._labels, names, 102)),
+        _with_class_samples(whole_source(PathImages(paths), labels, names, 102)),
+        _with_class_samples(whole_source(PathImages(test._image_files), test._labels, names, 102)),
     )
 
 
@@ -769,7 +769,7 @@ def _cars(root: Path) -> tuple[Source, Source]:
             paths, labels = zip(*part._samples, strict=True)
             if not all(0 <= label < len(part.classes) for label in labels):
                 raise ValueError(f"a label is not one of its {len(part.classes)} classes")
-            parts.append(_sampled(whole_source(PathImages(paths), labels, part.classes)))
+            parts.append(_with_class_samples(whole_source(PathImages(paths), labels, part.classes)))
     except Exception as error:  # files are missing, there is no SciPy to read them, or it raises anything on damage
         raise UserError(
             f"--data-path {root}: not Stanford Cars ({reason(error)}); it needs stanford_cars/ with devkit/, "
@@ -847,7 +847,7 @@ def _annotated(root: Path, part: dict[str, Any], class_of: dict[int, int], class
     if not paths:
         raise LookupError("no annotations")
     labels = [class_of[note["category_id"]] for note in part["annotations"]]
-    return _sampled(whole_source(PathImages(paths), labels, class_names))
+    return _with_class_samples(whole_source(PathImages(paths), labels, class_names))
 
 
 def _timm_sources(options: DataOptions, local_rank: int, eval_only: bool) -> TrainAndVal:

@@ -1285,16 +1285,16 @@ def _loading_seconds(batches: Iterator[Batch], loader: DeviceLoader) -> float:
         pass
     start = time.perf_counter()
     loaded = sum(1 for _ in itertools.islice(batches, max(1, workers)))
-    return (time.perf_counter() - start) / max(1, loaded) if loaded else 0.0
+    return (time.perf_counter() - start) / loaded if loaded else 0.0
 
 
 def _with_loading(computing: float, loading: float, device: torch.device) -> float:
-    """Return the seconds of a batch that workers load meanwhile; on a CPU, they compute on the same cores."""
+    """Return the seconds per batch if workers load the next ones meanwhile: on a CPU, they need its cores as well."""
     return computing + loading if device.type == "cpu" else max(computing, loading)
 
 
 def _evaluation_seconds(state: TrainState, loader: DeviceLoader, world: World) -> float:
-    """Estimate how long an evaluation takes, from a single batch without the compilation of the model."""
+    """Estimate how long an evaluation takes, from one batch; its second pass is timed, after any compilation."""
     batches = iter(loader)
     first = list(itertools.islice(batches, 1))
     for _ in range(2):

@@ -48,9 +48,8 @@ OF_TIMM = {
     "--vflip": "",
     "--wandb-project": "--log-wandb",
 }
-# Mutually exclusive flags: a typed flag replaces the other one in a recipe.
+# Mutually exclusive flags, a switch and one with a file: a typed flag replaces the other one in a recipe.
 ALTERNATIVES = (("--pretrained", "--finetune"), ("--teacher-pretrained", "--teacher-path"))
-TAKE_FILES = ("--finetune", "--teacher-path")
 EXAMPLES = """Train and evaluate data-efficient image transformers.
 
 train        python main.py --model deit_tiny_patch16_224 --data-set CIFAR
@@ -99,6 +98,7 @@ class Parser(argparse.ArgumentParser):
         typed = {_hyphenated(word).partition("=")[0] for word in words}
         pairs = [*ALTERNATIVES, *((new, old) for old, new in ALTERNATIVES)]
         replaced = {old for old, new in pairs if new in typed and old not in typed}
+        with_file = {flag for _, flag in ALTERNATIVES}
         found: list[str] = []
         recipes = 0
         pending = [(word, ()) for word in reversed(words)]  # (word, recipes that contain it)
@@ -108,8 +108,8 @@ class Parser(argparse.ArgumentParser):
                 flag, equals, _ = (word := _hyphenated(word)).partition("=")
                 if not (within and flag in replaced):
                     found.append(word)
-                elif flag in TAKE_FILES and not equals and pending and not pending[-1][0].startswith("-"):
-                    pending.pop()  # the value of that flag
+                elif flag in with_file and not equals and pending and not pending[-1][0].startswith("-"):
+                    pending.pop()  # the file
                 continue
             path, recipes = os.path.realpath(word[1:]), recipes + 1
             if path in within:
@@ -634,9 +634,8 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     floor = "learning rate at the end of the schedule; no effect on step, multistep and constant"
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
     length = (
-        "epochs between decays of --sched step; decay length of wsd and rsqrt, below 1 as a fraction of the epochs "
+        "epochs between decays of --sched step; decay length of wsd and rsqrt (below 1: of the epochs after warm-up)"
     )
-    length += "after the warm-up"
     add("--decay-epochs", type=_POSITIVE, default=30, help=length)
     add("--decay-milestones", type=COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of each decay of --sched step and multistep")

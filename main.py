@@ -273,8 +273,8 @@ def resume(run: Run, state: engine.TrainState, loader: loaders.EpochLoader, abou
         changes.append("tfds/ starts its shuffling again")
     state.resume(checkpoint, args.resume, loader.updates_per_epoch, loader.images_per_update)
     state.forget_best(measured_otherwise(args, trained) + checkpoints.changed_images(checkpoint, about), args.resume)
-    same_files = not {"images", "labels", "file names"} & {change.partition(" was ")[0] for change in changes}
-    if loader.broken is not None and same_files:
+    files = {name: about["run"][name] for name in ("images", "labels", "file_names")}
+    if loader.broken is not None and not checkpoints.changes(checkpoint, {"args": {}, "run": files}, ()):
         loader.broken.restore(checkpoint.get("broken_images") or [])
     if changes:
         logger.warning("%s: the run continues but is no longer bitwise identical: %s", args.resume, "; ".join(changes))

@@ -104,11 +104,8 @@ class Job:
     def _args_of(self, job_id: str) -> argparse.Namespace:
         folder = Path(self.args.output_dir or Path(self.args.job_dir) / job_id)
         changes: dict[str, Any] = {"output_dir": str(folder)}
-        import checkpoints
-
         restarted = self.restarted or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        own = checkpoints.holds_checkpoint(folder) and _saved(folder) != self.earlier
-        if restarted and own and not self.args.eval:
+        if restarted and _saved(folder) not in ([], self.earlier) and not self.args.eval:
             changes |= {"resume": "auto", "overwrite": False}
         return argparse.Namespace(**{**vars(self.args), **changes})
 

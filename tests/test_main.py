@@ -243,9 +243,8 @@ def described(*words):
     world = utils.World.alone(torch.device("cpu"))
     run = main.Run(parse_args(list(map(str, words))), world, source, source, None, None, None, None, None)
     loader = argparse.Namespace(is_stream=False, augmentation={"where": "host"})
-    return {
-        name: value for name, value in main.describe_run(run, loader)["run"].items() if name[:4] in ("teac", "soft")
-    }
+    found = main.describe_run(run, loader)["run"]
+    return {name: found[name] for name in ("teacher", "soft predictions")}
 
 
 def test_checkpoints_tell_which_teacher_and_predictions_taught(tmp_path):
