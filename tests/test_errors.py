@@ -434,6 +434,7 @@ CASES = {
         "--finetune and --pretrained",
         "pass one of them",
     ),
+    "auto without a folder": (f"{DEIT} --resume auto --output-dir ''", "--resume auto", "add --output-dir FOLDER"),
     "checkpoints without a folder": (
         f"{DEIT} --checkpoint-minutes 5 --output-dir ''",
         "--checkpoint-minutes",
