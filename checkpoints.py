@@ -955,10 +955,11 @@ def changed_samples(then: Any, now: Any) -> bool:
 
 
 def changed_images(checkpoint: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
-    """Return ["validation images"] if the checksums of one image per class differ from those of a checkpoint's run."""
-    samples = checkpoint.get("class_samples")
+    """Return ["validation images"] if number, classes, names or samples differ from those of a checkpoint's run."""
+    samples, known = checkpoint.get("class_samples"), checkpoint.get("validation")  # older files lack the second
     then = samples.get("val") if isinstance(samples, dict) else None
-    return ["validation images"] if changed_samples(then, about["class_samples"]["val"]) else []
+    differ = isinstance(known, Mapping) and dict(known) != about["validation"]
+    return ["validation images"] if differ or changed_samples(then, about["class_samples"]["val"]) else []
 
 
 def changes(checkpoint: Mapping[str, Any], about: Mapping[str, Mapping[str, Any]], flags: Collection[str]) -> list[str]:

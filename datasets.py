@@ -331,9 +331,20 @@ def _readable(root: Path) -> Iterator[None]:
 def _tree_folders(root: Path, options: DataOptions, val: str = "val") -> tuple[Path, Path]:
     """Return the folders of the training and validation part: those that flags name, or else train/ and `val`.
 
+    A folder validation/, the default of --val-split, stands for a missing `val`.
+
     Raises:
-        UserError: if a folder that a flag names does not exist. The others may be missing.
+        UserError: if a folder that a flag names does not exist, or if there are two for the default. Others may be
+            missing.
     """
+    default = DataOptions.val_split
+    if options.val_split == default and (root / default).is_dir():
+        if (root / val).is_dir():
+            raise UserError(
+                f"--val-split {default}: {root} has {val}/ and {default}/; pass --val-split {val} for the first, or "
+                f"rename the second and name it"
+            )
+        val = default
     folders = {"--train-split": root / "train", "--val-split": root / val}
     for flag, name, _ in _changed_splits(options):
         folders[flag] = root / name
@@ -519,7 +530,7 @@ def _with_class_samples(source: Source) -> Source:
     def checksum(index: int) -> int:
         try:
             return zlib.crc32(regular_file(source.images.describe(index)).read_bytes())
-        except OSError:
+        except (OSError, ValueError):  # a name with a NUL is a ValueError
             return -1
 
     with ThreadPoolExecutor(16) as pool:  # a network file system serves many requests at once
@@ -561,6 +572,13 @@ def _csv(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
     read = [number for number in used if not eval_only or parts[number] != "train"]
     listed = {number: (folder / rows[number][image], labels[number]) for number in read}
     files = _check_rows(listed, folder, what)
+    first = {(file, parts[number]): number for file, number in zip(reversed(files), reversed(read), strict=True)}
+    if len(first) < len(read):
+        logger.warning("%s: %d rows repeat an image and are not read", what, len(read) - len(first))
+        kept = set(first.values())
+        files = [file for file, number in zip(files, read, strict=True) if number in kept]
+        read = [number for number in read if number in kept]
+        listed = {number: listed[number] for number in read}
     index = {name: position for position, name in enumerate(names)}
     images, targets = PathImages(path for path, _ in listed.values()), [index[name] for _, name in listed.values()]
     source = whole_source(images, targets, names)
@@ -574,8 +592,8 @@ def _csv(options: DataOptions, eval_only: bool) -> tuple[Source, Source]:
 
 def _sorted_classes(labels: set[str]) -> list[str]:
     """Sort class names: numbers by their value, other names as text."""
-    is_number = all(map(str.isdecimal, labels))
-    return sorted(labels, key=lambda name: (int(name), name) if is_number else name)
+    is_number = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in labels)
+    return sorted(labels, key=lambda name: (float(name), name) if is_number else name)
 
 
 def _csv_sources(source: Source, parts: np.ndarray, options: DataOptions, file: Path) -> tuple[Source, Source]:
@@ -666,6 +684,13 @@ def _csv_column(rows: list[dict[str, str]], flag: str, column: str | None, what:
     return found
 
 
+def _split_names(flag: str, name: str, options: DataOptions) -> tuple[str, ...]:
+    """Return the names under which a split is searched: a default has timm's other names, too."""
+    if flag in (changed[0] for changed in _changed_splits(options)):
+        return (name,)
+    return (name, *next((names for names in TORCH_SPLITS.values() if name in names), ()))
+
+
 def _csv_parts(
     splits: Sequence[str], labels: Sequence[str], options: DataOptions, eval_only: bool, what: str
 ) -> list[str]:
@@ -681,8 +706,7 @@ def _csv_parts(
         ("train", "--train-split", options.train_split),
         ("val", "--val-split", options.val_split),
     ):
-        others = next((names for names in TORCH_SPLITS.values() if name in names), ())
-        found[part] = next((each for each in (name.lower(), *others) if each in lowered), None)
+        found[part] = next((each for each in _split_names(flag, name.lower(), options) if each in lowered), None)
         if found[part] is None and not (eval_only and part == "train"):
             raise UserError(f"{flag} {name}: {what} has no such split; it has {', '.join(sorted(set(splits)))}")
     if not eval_only and found["train"] == found["val"]:
@@ -691,6 +715,9 @@ def _csv_parts(
             f"name two splits that differ"
         )
     parts = ["val" if split == found["val"] else "train" if split == found["train"] else "" for split in lowered]
+    if unused := Counter(split for split, part in zip(splits, parts, strict=True) if not part):
+        kinds = ", ".join(f"{count} of {split or 'no split'}" for split, count in unused.most_common(12))
+        logger.info("%s: rows of other splits are not used: %s", what, kinds)
     trained, evaluated = ({labels[n] for n, each in enumerate(parts) if each == part} for part in ("train", "val"))
     if not eval_only and evaluated - trained:
         name = min(evaluated - trained)
@@ -733,7 +760,14 @@ def _cifar(root: Path, options: DataOptions, local_rank: int, eval_only: bool) -
     kind = torchvision.datasets.CIFAR100 if name == "CIFAR100" else torchvision.datasets.CIFAR10
     is_tree = train.is_dir() or (eval_only and not (root / kind.base_folder).is_dir())
     if _changed_splits(options) or (val.is_dir() and is_tree):
-        return _listed_once(partial(_folder_tree, train, val, eval_only), local_rank)
+        expected, found = 100 if name == "CIFAR100" else 10, len(_class_folders(val))
+        if found == expected or options.data_path is not None:
+            if found != expected:
+                logger.warning(
+                    "--data-set %s: %s has %d classes, not %d; is it another data set?", name, root, found, expected
+                )
+            return _listed_once(partial(_folder_tree, train, val, eval_only), local_rank)
+        logger.info("%s has %d classes, so it is not read as %s; pass --data-path to read it", root, found, name)
     with main_process_first(local_rank):
         parts = [
             _downloaded(name, root, partial(kind, str(root), train=train, download=True)) for train in (True, False)
@@ -882,9 +916,8 @@ def _torch_folders(options: DataOptions, eval_only: bool) -> tuple[Source, Sourc
     If there is none, timm would read the parent folder for both splits.
     """
     root, parts = Path(options.data_path or "data"), []
-    for split in (options.train_split, options.val_split):
-        others = next((names for names in TORCH_SPLITS.values() if split in names), ())
-        found = (root / name for name in (split, *others) if os.path.isdir(root / name))
+    for flag, split in (("--train-split", options.train_split), ("--val-split", options.val_split)):
+        found = (root / name for name in _split_names(flag, split, options) if os.path.isdir(root / name))
         parts.append(next(found, root / split))
     train, val = _folder_tree(*parts, eval_only)
     if (options.num_classes or val.num_classes) < val.num_classes:

@@ -18,7 +18,6 @@ import functools
 import itertools
 import sys
 import traceback
-import zlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -140,8 +139,9 @@ def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) ->
     """
     path = getattr(args, name)
     about, what = checkpoints.read_checkpoint(path, spelled(name), mmap=True), f"{spelled(name)} {path}"
+    if args.eval or (name != "teacher_path" and checkpoints.class_names_of(about) == val.class_names):
+        sources.check_held_out(train, val, about, args.val_fraction, what)
     if args.eval:
-        sources.check_held_out(train, about, args.val_fraction, what)
         val = sources.with_classes(val, checkpoints.class_names_of(about), what)
     parts = {"val": val} if args.eval else {"train": train, "val": val}
     checkpoints.compare_classes(about, parts, what, args.allow_class_mismatch)
@@ -197,15 +197,13 @@ def find_teacher(run: Run, loader: loaders.EpochLoader) -> Callable[[Batch], tor
 
 def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
     """Describe the run for its checkpoints: flags, other settings that results depend on, and class names."""
-    args, indexed, device = run.args, isinstance(run.train, sources.Source), run.world.device
+    args, device = run.args, run.world.device
     soft = "cached" if args.teacher_cache else "live"  # those in the cache are rounded, and only the largest
     name = f"{device.type} ({torch.get_num_threads()})"
     return {
         "args": vars(args),
-        "run": {
-            "images": len(run.train),
-            "labels": run.train.label_checksum() if indexed else None,
-            "file_names": zlib.crc32(run.train.file_names()) if indexed else None,
+        "run": sources.describe_images(run.train)
+        | {
             "processes": run.world.size,
             "data-loader workers": loader.loader.num_workers if loader.is_stream else None,
             "augmentation": loader.augmentation["where"],
@@ -215,6 +213,7 @@ def describe_run(run: Run, loader: loaders.EpochLoader) -> dict[str, Any]:
             "soft predictions": soft if args.distillation_type == "soft" else None,
             "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "pillow")},
         },
+        "validation": sources.describe_images(run.val),
         "class_names": list(run.train.class_names),
         "class_samples": {"train": list(run.train.class_samples), "val": list(run.val.class_samples)},
     }

@@ -54,8 +54,9 @@ class Normalize(nn.Module):
 
 
 class EvalTransform(nn.Module):
-    """The evaluation transform; it differs from `datasets.build_eval_transform` (PIL) by at most two gray levels.
+    """The evaluation transform; on photos, 98 % of its values are within two gray levels of PIL's.
 
+    The reference is `datasets.build_eval_transform`. Sharp edges and small images that are enlarged differ by more.
     Images are resized to size / eval_crop_ratio and center-cropped; up to 64 px the whole image is used.
 
     Args:

@@ -185,6 +185,36 @@ def test_folder_without_val_is_a_user_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["IMNET", "CIFAR10"])
 @pytest.mark.parametrize("eval_only", [False, True])
+def test_folder_validation_is_the_validation_part(tmp_path, name, eval_only):
+    paths = write_tree(tmp_path, parts=("train", "validation", "other"))
+    for split in (DataOptions.val_split, "validation"):
+        _, val = read_sources(DataOptions(name, str(tmp_path), val_split=split), eval_only=eval_only)
+        assert [Path(path) for path in paths_of(val)] == paths["validation"]
+    os.rename(tmp_path / "other", tmp_path / "val")
+    with tiny.user_error("--val-split validation", "pass --val-split val"):
+        read_sources(DataOptions(name, str(tmp_path)), eval_only=eval_only)
+    _, val = read_sources(DataOptions(name, str(tmp_path), val_split="val"), eval_only=eval_only)
+    assert {Path(path).parts[-3] for path in paths_of(val)} == {"val"}
+
+
+@pytest.mark.parametrize(("name", "count"), [("CIFAR", 10), ("CIFAR10", 10), ("CIFAR100", 100)])
+def test_only_trees_with_the_classes_of_cifar_are_read_by_default(tmp_path, monkeypatch, caplog, name, count):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "data", parts=("train", "test"), classes=[f"{number:02}" for number in range(count)], each=1)
+    assert len(read_sources(DataOptions(name))[0]) == count
+    write_tree(tmp_path / "data", parts=("train", "test"), classes=["other"], each=1)
+    monkeypatch.setattr(datasets, "_downloaded", lambda *_: pytest.fail("original files"))
+    with pytest.raises(pytest.fail.Exception, match="original files"):
+        read_sources(DataOptions(name))
+    assert f"data has {count + 1} classes, so it is not read as {name}" in caplog.text
+    caplog.clear()
+    assert read_sources(DataOptions(name, "data"))[0].num_classes == count + 1
+    assert f"has {count + 1} classes, not {count}; is it another data set?" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["IMNET", "CIFAR10"])
+@pytest.mark.parametrize("eval_only", [False, True])
 def test_split_flags_name_the_folders_of_a_tree(tmp_path, name, eval_only):
     paths = write_tree(tmp_path, parts=("train", "val", "test", "extra"))
     for flags, parts in (
@@ -370,6 +400,42 @@ def csv_rows(labels, columns="path,label", splits=None, separator=","):
     return "\n".join(rows) + "\n"
 
 
+def test_named_split_of_a_csv_file_must_exist(tmp_path, caplog):
+    caplog.set_level("INFO")
+    splits = ["train", "train", "val", "val", "extra", "", "extra", "train"]
+    name = write_csv(tmp_path, csv_rows("abababab", "path,label,split", splits))
+    assert [len(part) for part in read_sources(DataOptions(name))] == [3, 2]
+    assert "rows of other splits are not used: 2 of extra, 1 of no split" in caplog.text
+    for flags in ({"val_split": "test"}, {"train_split": "training"}):
+        with tiny.user_error(*flags.values(), "has no such split"):
+            read_sources(DataOptions(name, **flags))
+    with tiny.user_error("--val-split test", "has no such split"):
+        read_sources(DataOptions(name, val_split="test"), eval_only=True)
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.5])
+def test_repeated_rows_of_a_csv_file_count_once(tmp_path, caplog, val_fraction):
+    rows = "".join(
+        f"images/{number}.png,{'ab'[number % 2]},{'train' if number < 4 else 'val'}\n" for number in range(8)
+    )
+    again = "images/5.png,b,val\n./images/5.png,b,val\nlink.png,a,train\n"
+    header = "path,label,split\n" if not val_fraction else "path,label,part\n"
+    (tmp_path / "link.png").symlink_to("images/0.png")
+    options = DataOptions(write_csv(tmp_path, header + rows + again), val_fraction=val_fraction)
+    train, val = read_sources(options)
+    names = [[Path(path).name for path in paths_of(part)] for part in (train, val)]
+    assert sorted(names[0] + names[1]) == [f"{number}.png" for number in range(8)]
+    assert "3 rows repeat an image and are not read" in caplog.text
+
+
+def test_decimal_classes_of_a_csv_file_are_sorted_by_value(tmp_path):
+    name = write_csv(tmp_path, csv_rows(["0.0", "10.0", "2.0", "-1"], "path,label,split", ["train"] * 3 + ["val"]))
+    with tiny.user_error("no such row of class -1"):
+        read_sources(DataOptions(name))
+    name = write_csv(tmp_path, csv_rows(["0.0", "10.0", "2.0"] * 2, "path,label,split", ["train"] * 3 + ["val"] * 3))
+    assert read_sources(DataOptions(name))[0].class_names == ("0.0", "2.0", "10.0")
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_csv_file_with_splits(tmp_path, separator, encoding):
@@ -511,24 +577,22 @@ def test_spaces_case_and_accents_in_a_csv_file_make_no_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "words"),
+    ("rows", "words"),
     [
-        (["0.png,a,train", "1.png,b,train", "./0.png,b,val"], {}, ["row 3 lists", "0.png as b, an earlier row as a"]),
-        (["0.png,a,train", "1.png,b,train", "0.png,a,val"], {}, ["0.png is in the training and in the validation"]),
-        (["0.png,a,train", "1.png,b,train", "../images/0.png,a,val"], {}, ["0.png is in the training and in the"]),
-        (["0.png,a,train", "1.png,b,train", "link.png,a,val"], {}, ["png is in the training and in the validation"]),
-        (["0.png,a,train", "1.png,b,train", "link.png,b,val"], {}, ["row 3 lists", "link.png as b"]),
-        (["0.png,a", "link.png,a", "1.png,b", "2.png,b"], {"val_fraction": 0.5}, ["png is in the training and"]),
-        (["0.png,a", "0.png,a", "1.png,b", "2.png,b"], {"val_fraction": 0.5}, ["0.png is in the training and"]),
+        (["0.png,a,train", "1.png,b,train", "./0.png,b,val"], ["row 3 lists", "0.png as b, an earlier row as a"]),
+        (["0.png,a,train", "1.png,b,train", "0.png,a,val"], ["0.png is in the training and in the validation"]),
+        (["0.png,a,train", "1.png,b,train", "../images/0.png,a,val"], ["0.png is in the training and in the"]),
+        (["0.png,a,train", "1.png,b,train", "link.png,a,val"], ["png is in the training and in the validation"]),
+        (["0.png,a,train", "1.png,b,train", "link.png,b,val"], ["row 3 lists", "link.png as b"]),
     ],
 )
-def test_an_image_of_a_csv_file_has_one_class_and_one_part(tmp_path, rows, options, words):
-    name = write_csv(tmp_path, "\n".join(["path,label" + ("" if options else ",split"), *rows]))
+def test_an_image_of_a_csv_file_has_one_class_and_one_part(tmp_path, rows, words):
+    name = write_csv(tmp_path, "\n".join(["path,label,split", *rows]))
     (tmp_path / "images" / "link.png").symlink_to("0.png")
     with tiny.user_error("list.csv", *words):
-        read(name, tmp_path / "images", **options)
+        read(name, tmp_path / "images")
     if "row 3 lists" not in words:  # an evaluation reads one part only
-        datasets.read_sources(DataOptions(name, str(tmp_path / "images"), **options), eval_only=True)
+        datasets.read_sources(DataOptions(name, str(tmp_path / "images")), eval_only=True)
 
 
 def test_columns_of_the_same_name_are_a_user_error(tmp_path):
@@ -1449,22 +1513,27 @@ def test_classes_in_another_order_are_renumbered():
 def test_other_training_files_than_those_of_a_checkpoint_are_a_warning(tmp_path, caplog, train_fraction):
     write_tree(tmp_path, parts=(".",), each=10)
     options = DataOptions("IMNET", str(tmp_path), val_fraction=0.3)
-    train, _ = build_sources(dataclasses.replace(options, train_fraction=train_fraction))
+    train, held_out = build_sources(dataclasses.replace(options, train_fraction=train_fraction))
     flags = {"train_fraction": train_fraction, "val_fraction": 0.3}
     checkpoint = {"args": flags, "run": {"file_names": zlib.crc32(train.file_names())}}
 
     def warnings(fraction=0.3, about=checkpoint):
         caplog.clear()
-        part, _ = build_sources(dataclasses.replace(options, val_fraction=fraction), eval_only=True)
-        sources.check_held_out(part, about, fraction, "--resume x")
+        part, val = build_sources(dataclasses.replace(options, val_fraction=fraction), eval_only=True)
+        sources.check_held_out(part, val, about, fraction, "--resume x")
         return [record.getMessage() for record in caplog.records]
 
     assert warnings() == warnings(0.5, {}) == []
+    known = checkpoint | {"validation": sources.describe_images(held_out)}
+    assert warnings(about=known) == warnings(about=known | {"run": {"file_names": 1}}) == []
     (warning,) = warnings(0.5)
     assert "--val-fraction 0.5" in warning and "trained on some of the evaluated images" in warning
     assert "--val-fraction 0.3 of its training is not applied" in warnings(0.0)[0]
     save(picture(99), tmp_path / "cat" / "99.png")
     assert len(warnings()) == 1
+    for number in range(100, 110):
+        save(picture(number), tmp_path / "cat" / f"{number}.png")
+    assert len(warnings()) == len(warnings(about=known)) == 1
 
 
 def test_larger_fraction_contains_the_smaller_one():

@@ -887,9 +887,13 @@ def test_best_accuracy_of_another_function_is_forgotten(change, named, stopped, 
     ],
 )
 def test_other_validation_images_are_noticed_by_their_checksums(then, now, changed):
-    about = {"class_samples": {"train": [], "val": now}}
+    images = {"images": 2, "labels": 3, "file_names": 4}
+    about = {"class_samples": {"train": [], "val": now}, "validation": images}
     found = checkpoints.changed_images({"class_samples": {"val": then}}, about)
     assert found == (["validation images"] if changed else [])
+    for name in images:
+        other = {"class_samples": {"val": then}, "validation": images | {name: 5}}
+        assert checkpoints.changed_images(other, about) == ["validation images"]
 
 
 def test_options_of_the_optimizer_are_in_force_when_they_change(stopped, capsys):
@@ -946,6 +950,40 @@ def test_renamed_or_exchanged_images_are_noticed(folder_of_images, tmp_path, cap
     os.rename(Path(moved) / "train" / "cat" / "05.png", Path(moved) / "train" / "cat" / "99.png")
     run(tmp_path / "run", *flags, "--data-path", moved, "--resume", "auto")
     assert f"{WARNING}file names was " in capsys.readouterr().err
+
+
+@pytest.fixture
+def whole_images(folder_of_images):
+    """Folder of images none of which is broken, in 2 classes, and flags to train on it."""
+    data, broken = folder_of_images
+    for number, path in enumerate(broken):
+        shutil.copy(data / "train" / "cat" / f"0{number}.png", path)
+    return data, ["--data-set", "IMNET", "--batch-size", "8", "--train-fraction", "1", "--no-repeated-aug"]
+
+
+def test_best_accuracy_of_other_validation_images_is_forgotten(whole_images, tmp_path, capsys):
+    data, flags = whole_images
+    run(tmp_path, *flags, "--data-path", data, "--epochs", "1")
+    last = max((data / "val" / "cat").iterdir())
+    shutil.copy(last, last.with_name("zz.png"))  # the first image of each class stays
+    run(tmp_path, *flags, "--data-path", data, "--epochs", "2", "--resume", "auto")
+    assert "is not comparable (validation images changed)" in capsys.readouterr().err
+
+
+def test_images_that_were_trained_on_are_not_held_out_silently(whole_images, tmp_path, capsys):
+    data, flags = whole_images
+    flags += ["--data-path", data / "train", "--val-fraction", "0.3", "--epochs", "1"]
+    start, said = ["--finetune", tmp_path / "run" / "checkpoint.pth"], "may have been trained on some of the evaluated"
+    run(tmp_path / "run", *flags)
+    run(tmp_path / "again", *flags, *start)
+    assert said not in capsys.readouterr().err
+    for path in list((data / "train").rglob("*.png")):
+        shutil.copy(path, path.with_name(f"more {path.name}"))
+    run(tmp_path / "more", *flags, *start)
+    assert said in capsys.readouterr().err
+    run(tmp_path / "run", *flags, "--epochs", "2", "--resume", "auto")
+    found = capsys.readouterr().err
+    assert said in found and "is not comparable (validation images changed)" in found
 
 
 def test_other_classes_are_no_longer_the_same_run(folder_of_images, tmp_path, capsys):
