@@ -35,11 +35,20 @@ from checkpoints import (
     optimizer_state,
     save_checkpoint,
     start_folder,
+    trained_size,
 )
 from flags import SCHEDULES, spelled
 from loaders import DeviceLoader, EpochLoader, to_device
 from losses import Criterion
-from models import is_compiled, load_weights, normalization, set_eval_layers, set_train_mode, weights_of
+from models import (
+    is_compiled,
+    load_weights,
+    normalization,
+    set_eval_layers,
+    set_train_mode,
+    trained_keep_rate,
+    weights_of,
+)
 from models_evit import SHRINK_STEPS, KeepRate, evit_blocks
 from samplers import Batch, random_key, seed_generators
 from sources import BrokenImages
@@ -228,6 +237,16 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
             options.epochs,
         )
     return [learning_rate, keep_rate]
+
+
+def before_final_keep_rate(checkpoint: Mapping[str, Any]) -> str:
+    """Describe that an EViT's checkpoint is from before its final keep rate; "" if it is not, or no EViT."""
+    trained, epoch = flags_of(checkpoint), checkpoint.get("epoch")
+    rate, length = trained_keep_rate(trained), trained.get("shrink_epochs") or 0
+    start = 10 if trained.get("shrink_start_epoch") is None else trained["shrink_start_epoch"]
+    if rate in (None, 1) or not all(isinstance(each, int) for each in (epoch, start, length)) or epoch > start + length:
+        return ""
+    return f"was saved after {epoch} epochs, before its keep rate reached {rate}; log.txt has its accuracy until then"
 
 
 def _refuse_shrinking(options: ScheduleOptions) -> None:
@@ -534,13 +553,13 @@ class TrainState:
         Raises:
             UserError: if it is for another model or another optimizer, or holds weights only.
         """
-        weights = weights_of(checkpoint, "--resume", path)
-        load_weights(self.module, weights, "--resume", path)
+        weights, size = weights_of(checkpoint, "--resume", path), trained_size(checkpoint)
+        load_weights(self.module, weights, "--resume", path, size=size)
         if self.ema is not None:
             average = ema_of(checkpoint, "--resume", path)
             if average is None:
                 logger.warning("%s has no EMA weights; they start from its weights", path)
-            load_weights(self.ema.module, average or weights, "--resume", path)
+            load_weights(self.ema.module, average or weights, "--resume", path, size=size)
         try:
             self._load_optimizer(checkpoint, path)
             if checkpoint["scaler"]:  # empty if the earlier run did not use fp16

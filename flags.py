@@ -633,9 +633,9 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
     floor = "learning rate at the end of the schedule; no effect on step, multistep and constant"
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
-    length = "epochs between decays of --sched step; decay length of wsd and rsqrt"
-    share = "below 1: fraction of the epochs after the warm-up"
-    add("--decay-epochs", type=_POSITIVE, default=30, help=f"{length} ({share})")
+    length = "epochs between decays of --sched step; decay length of wsd and rsqrt in epochs"
+    share = "below 1: as a fraction of the epochs after the warm-up"
+    add("--decay-epochs", type=_POSITIVE, default=30, help=f"{length} or, {share}")
     add("--decay-milestones", type=COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of each decay of --sched step and multistep")
     add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 is linear")
@@ -812,6 +812,8 @@ def parse_trained(
         kept = [name for name in kept if name not in SHAPES["evaluation"] or name in ("eval_crop_ratio", "upright")]
     elif _moves(given.get("data_path"), saved) and not str(saved.get("data_set")).startswith(datasets.CSV):
         kept = [name for name in kept if name != "val_fraction"]  # which part was held out is known of the old only
+    if not models_evit.may_be_evit(given.get("model", saved.get("model")) or ""):
+        kept = [name for name in kept if name not in SHAPES["tokens"]]  # a plain model of an EViT's weights
     as_words = [word for name in kept if name in saved for word in _words(name, saved[name], path)]
     trained = parser.parse_args(as_words)
     if "model" in saved:
@@ -907,11 +909,17 @@ def check_flags(args: argparse.Namespace) -> None:
     given = next((spelled(name) for name in SHAPES["tokens"] if getattr(args, name) is not None), None)
     if given and not models_evit.may_be_evit(args.model):
         raise UserError(f"{given}: {args.model} has no EViT blocks; use a model such as evit_small_patch16_224")
-    for name, flag in (("keep_rate", "base_keep_rate"), ("drop_loc", "drop_loc"), ("fuse_token", "fuse_token")):
+    owners = {"keep_rate": "base_keep_rate"} | {name: name for name in ("drop_loc", "fuse_token", "patch_size")}
+    for name, flag in owners.items():
         if name in args.model_kwargs and getattr(args, flag) is not None:
             raise UserError(f"{spelled(flag)}: --model-kwargs has {name}, too; pass one of them")
+    for name, flag in (("drop_rate", "--drop"), ("drop_path_rate", "--drop-path")):
+        if name in args.model_kwargs:
+            raise UserError(f"--model-kwargs {name}: is set by another flag; pass {flag} {args.model_kwargs[name]}")
     if args.sched == "multistep" and not args.decay_milestones:
         raise UserError("--sched multistep: has no epochs to decay at; add --decay-milestones EPOCH ...")
+    if args.sched == "step" and args.decay_epochs < 1:
+        raise UserError(f"--decay-epochs {args.decay_epochs:g}: --sched step needs whole epochs; pass 1 or more")
     if args.decay_milestones and args.sched != "multistep":
         raise UserError(f"--decay-milestones: --sched {args.sched} has none; use --sched multistep, or drop them")
     _check_numbers(args)
@@ -1018,6 +1026,11 @@ def _check_features(args: argparse.Namespace) -> None:
     if args.train_scope != "head" or args.distillation_type != "none":
         raise UserError(
             "--cache-features: needs --train-scope head and no distillation; change those flags, or drop it"
+        )
+    if models_evit.is_evit(args.model) and (args.shrink_start_epoch != 0 or args.shrink_epochs != 0):
+        raise UserError(
+            "--cache-features: an EViT's features change with its keep rate; add --shrink-start-epoch 0 "
+            "--shrink-epochs 0"
         )
     needed = [_turned_off(name, off) for name, off in ONE_VIEW.items() if getattr(args, name) != off]
     if needed:

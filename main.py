@@ -166,7 +166,8 @@ def cache_features(run: Run) -> tuple[sources.Source, torch.nn.Linear]:
     """
     if path := run.args.resume:  # the features are those of its weights
         checkpoint = checkpoints.read_checkpoint(path, "--resume", mmap=True)
-        models.load_weights(run.model, checkpoints.weights_of(checkpoint, "--resume", path), "--resume", path)
+        weights, size = checkpoints.weights_of(checkpoint, "--resume", path), checkpoints.trained_size(checkpoint)
+        models.load_weights(run.model, weights, "--resume", path, size=size)
     head = models.linear_head(run.model, run.args.model)
     return loaders.feature_source(run.train, run.model, run.views, run.loading, run.world, run.autocast), head
 
@@ -298,6 +299,8 @@ def evaluate_only(run: Run) -> None:
         checkpoint = checkpoints.read_checkpoint(file, "--resume" if path else "--finetune", mmap=not path)
         for change in checkpoints.changes(checkpoint, {"args": vars(run.args), "run": {}}, TRAINED):
             logger.info("evaluated with another setting than in training: %s", change)
+        if before := engine.before_final_keep_rate(checkpoint):
+            logger.warning("%s: %s", file, before)
     if path:
         weights = {"test_": checkpoints.weights_of(checkpoint, "--resume", path)}
         average = checkpoints.ema_of(checkpoint, "--resume", path)

@@ -193,12 +193,7 @@ def build_model(
             f"--eval --pretrained: the weights of {name} have {published} classes, the data have "
             f"{num_classes}; train the head with --pretrained and without --eval first"
         )
-    if distilled:
-        if not hasattr(model, "set_distilled_training"):
-            raise UserError(
-                f"--distillation-type: {name} has no distillation head; use a *_distilled_* model such as "
-                f"deit_tiny_distilled_patch16_224, or --distillation-type none"
-            )
+    if distilled and hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     if options.grad_checkpointing:
         try:
@@ -206,6 +201,10 @@ def build_model(
         except (AttributeError, AssertionError):
             raise UserError(f"--grad-checkpointing: {name} does not support it; drop the flag") from None
     try_out(model, f"--model {name}", options.input_size, may_cut=models_evit.is_published(name))
+    if distilled:
+        _check_two_heads(model, name, options.input_size)
+    if eval_only and options.pretrained:
+        _warn_of_another_size(model, options.input_size)
     heads = () if comes_with_head else classifier_names(model)
     if options.finetune:
         report = load_finetune_weights(model, options, eval_only)
@@ -213,6 +212,33 @@ def build_model(
     start_heads(model, heads, options.head_init_scale, replaced=bool(options.pretrained or options.finetune))
     freeze(model, options.train_scope)
     return model
+
+
+@torch.no_grad()
+def _check_two_heads(model: nn.Module, name: str, input_size: tuple[int, int]) -> None:
+    """Check that a model returns two logits in training; some models have the switch for it, but one head.
+
+    Raises:
+        UserError: if it returns one.
+    """
+    set_eval_layers(model)
+    outputs = model(torch.zeros(1, 3, *input_size))
+    model.train()
+    if not isinstance(outputs, tuple):
+        raise UserError(
+            f"--distillation-type: {name} has no distillation head; use a *_distilled_* model such as "
+            f"deit_tiny_distilled_patch16_224, or --distillation-type none"
+        )
+
+
+def _warn_of_another_size(model: nn.Module, input_size: tuple[int, int]) -> None:
+    """Warn if timm's weights are evaluated at another size than theirs."""
+    config = pretrained_config(model)
+    sizes = [tuple(config[name][1:]) for name in ("input_size", "test_input_size") if config.get(name)]
+    if sizes and tuple(input_size) not in sizes:
+        given, own = (" x ".join(map(str, size)) for size in (input_size, sizes[0]))
+        words = "--pretrained: the weights are for %s px, evaluated at %s px; pass --input-size %s"
+        logger.warning(words, own, given, " ".join(map(str, dict.fromkeys(sizes[0]))))
 
 
 def start_heads(model: nn.Module, heads: Sequence[str], scale: float | None, replaced: bool) -> None:
@@ -259,7 +285,7 @@ def try_out(
     _check_patches(model, flag, input_size, size_flag, may_cut)
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, *input_size))
+            logits = model.eval()(torch.zeros(1, 3, *input_size))
     except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
         height, width = input_size
         why = reason(error)
@@ -267,6 +293,8 @@ def try_out(
             f"{flag}: cannot take images of {height} x {width} px ({why}); change {size_flag} or the patch size, or "
             f"drop the --*model-kwargs that say otherwise"
         ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise UserError(f"{flag}: does not return one logit per class; drop the --*model-kwargs that change its output")
     model.train()
 
 
@@ -703,9 +731,10 @@ def freeze(model: nn.Module, scope: str) -> None:
 
 
 def set_eval_layers(model: nn.Module) -> None:
-    """Switch to evaluation mode; a distilled model keeps its own training flag, so that it returns both heads."""
+    """Switch to evaluation mode; what returns both heads of a distilled model keeps its own training flag."""
     model.eval()
-    model.training = bool(getattr(model, "distilled_training", False))
+    for module in model.modules():  # the model itself, or its head
+        module.training = bool(getattr(module, "distilled_training", False))
 
 
 def set_train_mode(module: nn.Module) -> None:

@@ -224,6 +224,23 @@ CASES = {
         "--teacher-input-size 32 32 32",
         "height and width",
     ),
+    "drop path as a keyword": (
+        f"{DEIT} --model-kwargs drop_path_rate=0.2",
+        "--model-kwargs drop_path_rate",
+        "pass --drop-path 0.2",
+    ),
+    "patch size twice": (f"{DEIT} --patch-size 4 --model-kwargs patch_size=8", "--patch-size", "pass one"),
+    "decays within an epoch": ("--sched step --decay-epochs 0.5", "--decay-epochs 0.5", "pass 1 or more"),
+    "features of an EViT whose keep rate changes": (
+        "--model evit_tiny_patch16_224 --train-scope head --cache-features",
+        "--cache-features",
+        "--shrink-start-epoch 0",
+    ),
+    "features instead of logits": (
+        "--model test_vit --input-size 32 --drop-path 0 --model-kwargs features_only=True",
+        "--model test_vit",
+        "--*model-kwargs",
+    ),
     "cutmix region reversed": ("--cutmix-minmax 0.9 0.1", "--cutmix-minmax", "swap them"),
     # data
     "unknown data set": ("--data-set CIFAR11", "--data-set CIFAR11", "use one of CIFAR"),

@@ -563,6 +563,25 @@ def test_weights_to_fine_tune_are_evaluated_at_their_keep_rate(set_by, tmp_path)
     assert keep_rates(["--eval", "--resume", path, "--model", "evit_small_patch16_224"]) == [1, 0.5]
     as_deit = ["--model", "deit_small_patch16_224", *tiny.MODEL, *tiny.DATA, "--eval", "--finetune", path]
     assert keep_rates(as_deit) == []
+    if set_by != "keyword":
+        assert keep_rates(["--eval", "--resume", path, "--model", as_deit[1]]) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "first"),
+    [
+        ({}, 11),
+        ({"shrink_start_epoch": 0}, 1),
+        ({"shrink_start_epoch": 2, "shrink_epochs": 3}, 6),
+        ({"base_keep_rate": 1.0}, 0),
+        ({"model": "deit_tiny_patch16_224"}, 0),
+    ],
+)
+def test_evaluation_before_the_final_keep_rate_is_noticed(flags, first):
+    trained = {"model": "evit_tiny_patch16_224", "base_keep_rate": None} | flags
+    found = [engine.before_final_keep_rate({"args": trained, "epoch": epoch}) for epoch in range(13)]
+    assert [bool(words) for words in found] == [True] * first + [False] * (13 - first)
+    assert all("before its keep rate reached 0.7" in words for words in found[:first])
 
 
 def test_an_evaluation_of_weights_to_fine_tune_logs_what_differs(named_run, folders, capsys):

@@ -171,6 +171,28 @@ def test_distillation_needs_a_model_with_a_distillation_head():
         build(PLAIN, distilled=True)
 
 
+def test_switch_for_distillation_without_a_second_head_is_refused():
+    with tiny.user_error("--distillation-type: pit_ti_224 has no distillation head"):
+        build("pit_ti_224", input_size=(64, 64), distilled=True)
+
+
+def test_evaluation_mode_leaves_the_distillation_flag_of_a_head():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    model[0].distilled_training = True
+    models.set_eval_layers(model)
+    assert [module.training for module in model.modules()] == [False, True, False]
+
+
+def test_timm_weights_evaluated_at_another_size_are_a_warning(caplog):
+    model = build(PLAIN)
+    model.pretrained_cfg = {"input_size": (3, 64, 64), "test_input_size": (3, 96, 96)}
+    for size in ((64, 64), (96, 96)):
+        models._warn_of_another_size(model, size)
+    assert not caplog.records
+    models._warn_of_another_size(model, (32, 32))
+    assert "are for 64 x 64 px, evaluated at 32 x 32 px; pass --input-size 64" in caplog.text
+
+
 def test_distilled_model_returns_both_heads_in_training_else_their_mean():
     model = build(DISTILLED, distilled=True)
     both = model(images())

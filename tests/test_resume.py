@@ -986,6 +986,13 @@ def test_images_that_were_trained_on_are_not_held_out_silently(whole_images, tmp
     assert said in found and "is not comparable (validation images changed)" in found
 
 
+def test_model_of_another_grid_with_as_many_patches_is_resumed(tmp_path):
+    size = ["--input-size", "16", "64", "--train-fraction", "0.1"]  # a grid of 2 x 8 patches; 4 x 4 are as many
+    run(tmp_path, *size, "--epochs", "1")
+    run(tmp_path, *size, "--epochs", "2", "--resume", "auto")
+    assert checkpoint(tmp_path)["epoch"] == 2
+
+
 def test_other_classes_are_no_longer_the_same_run(folder_of_images, tmp_path, capsys):
     data, broken = folder_of_images
     flags = ["--data-set", "IMNET", "--data-path", data, "--batch-size", "8", "--skip-broken-images", "2"]
