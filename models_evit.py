@@ -11,6 +11,7 @@ models.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -261,6 +262,9 @@ DEFAULT_RATES: dict[str, float] = {}  # registered name -> keep rate
 def _register_evit(name: str, base: str, default_rate: float = KEEP_RATE, **defaults: Any) -> None:
     """Register `name` with timm as timm's `base` with EViT blocks; it takes the weights of `base`."""
     default_cfgs[name] = copy.deepcopy(deit.default_cfgs[base])
+    if side := defaults.get("img_size"):
+        for tag, config in default_cfgs[name].cfgs.items():
+            default_cfgs[name].cfgs[tag] = dataclasses.replace(config, input_size=(3, side, side))
     PLAIN[name], DEFAULT_RATES[name] = base, default_rate
 
     def entry_point(

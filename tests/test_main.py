@@ -182,7 +182,7 @@ def test_weights_and_biases_gets_every_value(tmp_path, monkeypatch):
 def test_checkpoints_are_plain_and_hold_the_flags_as_json(plain_run):
     checkpoint = torch.load(plain_run / "checkpoint.pth", weights_only=True)
     expected = {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "epoch", "step", "best_acc1", "args"}
-    expected |= {"progress", "broken_images", "run", "class_names", "class_samples", "best_epoch"}
+    expected |= {"progress", "broken_images", "run", "validation", "class_names", "class_samples", "best_epoch"}
     assert checkpoint.keys() == expected
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 16)
     assert json.loads(json.dumps(checkpoint["args"]))["model"] == "deit_tiny_patch16_224"

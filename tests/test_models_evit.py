@@ -473,6 +473,7 @@ def test_example_names_of_evit_have_their_sizes_and_rates(name, size, rate):
     assert model.patch_embed.img_size == (size, size) and model.embed_dim == 384
     assert [block.keep_rate for block in evit_blocks(model)] == [rate if i in (3, 6, 9) else 1.0 for i in range(12)]
     assert models_evit.is_evit(f"deit_small_patch16_{name}")
+    assert timm.get_pretrained_cfg(f"deit_small_patch16_{name}").input_size == (3, size, size)
 
 
 RUN = ["--model", "evit_tiny_distilled_patch16_224", *tiny.MODEL, *tiny.DATA, "--warmup-epochs", "0"]

@@ -316,6 +316,10 @@ def test_pictures_of_an_earlier_call_are_replaced(checkpoint, tmp_path, capsys):
     (tmp_path / "notes.png").touch()
     visualize_tokens.main([*flags, "--num-images", "1"])
     assert sorted(os.listdir(tmp_path)) == ["0000.png", "notes.png"]
+    Image.new("RGB", (32, 32)).save(tmp_path / "0007.png")
+    line = line_of(capsys, visualize_tokens, *flags, "--num-images", "1")
+    assert "0007.png is not from this tool" in line
+    assert sorted(os.listdir(tmp_path)) == ["0000.png", "0007.png", "notes.png"]
     line = line_of(capsys, visualize_tokens, *flags, "--images", tmp_path, "--num-images", "2")
     assert "--num-images: is for validation images" in line
 
@@ -523,6 +527,22 @@ def test_models_of_other_held_out_images_are_not_compared(turned_photos, tmp_pat
     assert f"{files[0]}: evaluated with another setting than in training: --val-fraction was 0.3" in (
         capsys.readouterr().err
     )
+
+
+def test_compared_model_that_was_trained_on_the_images_is_a_warning(turned_photos, tmp_path, capsys):
+    """Another data set, whose checkpoint holds out no fraction: the data are split with that of the first."""
+    files = [write_checkpoint(tmp_path / "1.pth", turned_photos), str(tmp_path / "2.pth")]
+    other = torch.load(files[0])
+    other["args"] |= {"data_set": "csv/list.csv", "val_fraction": 0.0}
+    torch.save(other | {"run": {"file_names": 1}}, files[1])
+    rows_of(compare, tmp_path, *files)
+    assert f"{files[1]}: was trained on other files than those that --val-fraction 0.3" in capsys.readouterr().err
+
+
+def test_unknown_tag_of_a_model_is_a_one_line_error(checkpoint, tmp_path, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    line = line_of(capsys, predict, "--model", "test_vit.typo", "--pretrained", tmp_path / "x.png")
+    assert line.startswith("predict: error: --model test_vit.typo: Invalid pretrained tag")
 
 
 def test_each_compared_model_has_its_own_preprocessing(turned_photos, tmp_path):

@@ -212,7 +212,13 @@ def _check_start(own: argparse.Namespace, run: argparse.Namespace) -> None:
 def _preprocessing(run: argparse.Namespace) -> dict[str, Any]:
     """Return flags for the preprocessing of timm's weights, as far as they are not set otherwise."""
     if timm.is_model(run.model.split(".")[0]):
-        config = timm.get_pretrained_cfg(run.model).to_dict()
+        try:
+            found = timm.get_pretrained_cfg(run.model)
+        except RuntimeError as error:  # an unknown tag
+            raise UserError(f"--model {run.model}: {error}; check the name") from None
+        if found is None:  # an own model may have no config
+            return {}
+        config = found.to_dict()
     else:
         try:
             config = timm.create_model(run.model).pretrained_cfg  # reads config.json of local-dir: and hf-hub: models
@@ -266,16 +272,17 @@ def untrained_model(name: str, flag: str, num_classes: int, side: int, **options
     return model
 
 
-def checked_data(trained: Trained, model: nn.Module, train: Data, val: Data) -> Data:
+def checked_data(trained: Trained, model: nn.Module, train: Data, val: Data, val_fraction: float | None = None) -> Data:
     """Return the validation data with the model's class indices; warn of images that it may have been trained on.
 
-    The data may have only some of the model's classes.
+    The data may have only some of the model's classes. `val_fraction` is that of the data, by default of the run.
 
     Raises:
         UserError: if the data have other classes.
     """
     names, what = class_names_of(trained.about), f"--resume {trained.own.resume}"
-    check_held_out(train, trained.about, trained.run.val_fraction, what)
+    fraction = trained.run.val_fraction if val_fraction is None else val_fraction
+    check_held_out(train, val, trained.about, fraction, what)
     renumbered = with_classes(val, names, what)
     if renumbered is not val and len(names) < model.num_classes:  # a name per class, or none
         renumbered = replace(renumbered, num_classes=model.num_classes, class_names=())

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             command.log_changes(trained)
         built = [command.load_model(each.run, each.weights, each.own.resume, world.device) for each in models]
         parts = [
-            command.checked_data(trained, model, *data)
+            command.checked_data(trained, model, *data, models[0].run.val_fraction)
             for trained, model, data in zip(models, built, read_data(models, world), strict=True)
         ]
         results = [evaluate(*each, world) for each in zip(models, built, parts, strict=True)]

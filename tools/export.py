@@ -37,7 +37,7 @@ from flags import fill
 from models import normalization, pretrained_config
 from models_evit import evit_blocks, is_evit, plain_name
 from tools import command
-from utils import UserError, escaped, is_utf8, read_json, reason, write_whole
+from utils import UserError, World, escaped, is_utf8, read_json, reason, set_up_logging, write_whole
 
 TOLERANCE = 1e-3  # relative to the largest logit
 TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # keys of timm's create_transform
@@ -366,6 +366,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with command.one_line_errors("export"):
         trained = command.parse(parser, argv)
+        set_up_logging(World.alone(torch.device("cpu")))
+        command.log_changes(trained)
         output, lines = trained.own.output, []
         if output.endswith("/") or not Path(output).suffix:
             check_folder(output)

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -293,7 +294,7 @@ def write(report: dict[str, Any], files: Data, new: Path, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         # report.json first, because it marks the folder as a report.
         for path in sorted(new.iterdir(), key=lambda path: path.name != "report.json"):
-            path.rename(folder / path.name)
+            shutil.move(path, folder / path.name)  # `folder` may be a link or mount of another file system
 
 
 def build_parser() -> Parser:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 import datasets
@@ -29,6 +30,8 @@ from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
 from tools import command, pictures
 from utils import UserError, World, escaped
+
+SOFTWARE = "tools.visualize_tokens"  # in the pictures; marks those that a later call may replace
 
 
 @dataclass
@@ -129,6 +132,24 @@ def validation_images(run: argparse.Namespace, world: World, number: int) -> sou
     return replace(source, order=source.order[chosen])
 
 
+def earlier_pictures(folder: Path) -> list[Path]:
+    """List the pictures of an earlier call in a folder, which new ones replace.
+
+    Raises:
+        UserError: if the folder has files with their names that this tool has not written.
+    """
+    found = sorted(folder.glob("[0-9][0-9][0-9][0-9].png"))
+    for path in found:
+        try:
+            with Image.open(path) as image:
+                is_ours = image.info.get("Software") == SOFTWARE
+        except (OSError, SyntaxError, ValueError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(f"--output {folder}: {path.name} is not from this tool; name a new folder")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.get_parser("visualize_tokens", __doc__, reads=command.OF_DATA)
     parser.add_argument(
@@ -144,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own, run, weights, *_ = trained
         if own.images and own.num_images:
             raise UserError("--num-images: is for validation images; drop it, or name fewer files with --images")
+        earlier = earlier_pictures(own.output)
         world = command.start(trained, "draws")
         model = command.load_model(run, weights, own.resume, world.device)
         if not any(block.keep_rate < 1 for block in evit_blocks(model)):
@@ -152,8 +174,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         mean, std = normalization(model)
         transform = datasets.build_eval_transform(fill(ViewOptions, run), (mean, std))
         own.output.mkdir(parents=True, exist_ok=True)
-        for earlier in own.output.glob("[0-9][0-9][0-9][0-9].png"):
-            earlier.unlink()
+        made = PngInfo()
+        made.add_text("Software", SOFTWARE)
         fused = any(block.fuse_token for block in evit_blocks(model))
         caption = f"Gray and hatched: {'fused into one token' if fused else 'dropped'}. Layers are counted from 0."
         for number in range(len(source)):
@@ -169,9 +191,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             pixels = pixels.round().byte().permute(1, 2, 0).numpy()
             picture = draw(pixels, reductions, grid, patches.patch_size, title, caption)
             file = own.output / f"{number:04d}.png"
-            picture.save(file)
+            picture.save(file, pnginfo=made)
             left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions) or "all kept"
             print(f"{file}: {escaped(name)}, {math.prod(grid)} patches, {left}")
+        for file in earlier[len(source) :]:
+            file.unlink()
 
 
 if __name__ == "__main__":
