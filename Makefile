@@ -24,12 +24,14 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python main.py @recipes/quickstart.args
 	$(BIN)/python -m tools.summarize output/quickstart_teacher output/quickstart
 
-# The figure and the table of docs/study.md, from the logs in results/study.
+# The figures and summaries of docs/study.md, from the logs of its two machines.
 study: $(VENV)/.installed
-	$(BIN)/python -m tools.plot_runs results/study/*/ --x minutes --keys test_acc1 \
-		--reference "186,78,GPU study" --output results/study/accuracy.png
-	$(BIN)/python -m tools.summarize results/study/*/ --sort folder --format json > results/study/summary.json
-	$(BIN)/python -m tools.summarize results/study/*/ --sort folder
+	for folder in results/study results/study_avx512; do \
+		$(BIN)/python -m tools.plot_runs $$folder/*/ --x minutes --keys test_acc1 \
+			--reference "186,78,GPU study" --output $$folder/accuracy.png && \
+		$(BIN)/python -m tools.summarize $$folder/*/ --sort folder --format json > $$folder/summary.json && \
+		$(BIN)/python -m tools.summarize $$folder/*/ --sort folder || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
