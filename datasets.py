@@ -334,17 +334,14 @@ def _tree_folders(root: Path, options: DataOptions, val: str = "val") -> tuple[P
     A folder validation/, the default of --val-split, stands for a missing `val`.
 
     Raises:
-        UserError: if a folder that a flag names does not exist, or if there are two for the default. Others may be
-            missing.
+        UserError: if a folder that a flag names does not exist. The others may be missing.
     """
     default = DataOptions.val_split
     if options.val_split == default and (root / default).is_dir():
         if (root / val).is_dir():
-            raise UserError(
-                f"--val-split {default}: {root} has {val}/ and {default}/; pass --val-split {val} for the first, or "
-                f"rename the second and name it"
-            )
-        val = default
+            logger.warning("--data-path %s: has %s/ and %s/; the second is not read", root, val, default)
+        else:
+            val = default
     folders = {"--train-split": root / "train", "--val-split": root / val}
     for flag, name, _ in _changed_splits(options):
         folders[flag] = root / name

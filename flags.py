@@ -812,7 +812,7 @@ def parse_trained(
         kept = [name for name in kept if name not in SHAPES["evaluation"] or name in ("eval_crop_ratio", "upright")]
     elif _moves(given.get("data_path"), saved) and not str(saved.get("data_set")).startswith(datasets.CSV):
         kept = [name for name in kept if name != "val_fraction"]  # which part was held out is known of the old only
-    if not models_evit.may_be_evit(given.get("model", saved.get("model")) or ""):
+    if not models_evit.may_be_evit(str(given.get("model", saved.get("model")))):
         kept = [name for name in kept if name not in SHAPES["tokens"]]  # a plain model of an EViT's weights
     as_words = [word for name in kept if name in saved for word in _words(name, saved[name], path)]
     trained = parser.parse_args(as_words)

@@ -139,8 +139,9 @@ def compare_file(args: argparse.Namespace, name: str, train: Data, val: Data) ->
     """
     path = getattr(args, name)
     about, what = checkpoints.read_checkpoint(path, spelled(name), mmap=True), f"{spelled(name)} {path}"
-    if args.eval or (name != "teacher_path" and checkpoints.class_names_of(about) == val.class_names):
-        sources.check_held_out(train, val, about, args.val_fraction, what)
+    same_classes = name != "teacher_path" and checkpoints.class_names_of(about) == val.class_names
+    if args.eval or (same_classes and about.get("validation") != sources.describe_images(val)):
+        sources.check_held_out(train, about, args.val_fraction, what)
     if args.eval:
         val = sources.with_classes(val, checkpoints.class_names_of(about), what)
     parts = {"val": val} if args.eval else {"train": train, "val": val}

@@ -420,27 +420,21 @@ def describe_images(data: Data) -> dict[str, int | None]:
     return {"images": len(data), "labels": data.label_checksum(), "file_names": zlib.crc32(data.file_names())}
 
 
-def check_held_out(train: Data, val: Data, checkpoint: Mapping[str, Any], fraction: float, what: str) -> None:
+def check_held_out(train: Data, checkpoint: Mapping[str, Any], fraction: float, what: str) -> None:
     """Warn if images that count as held out may have been trained on.
 
     Args:
-        train: training part of the data, of which `val` was held out.
-        checkpoint: its `run` and `validation` describe the images of its own parts (`describe_images`); older files
-            lack the second.
-        fraction: `--val-fraction` of `val`.
+        train: training part of the data.
+        checkpoint: its `run` holds the CRC-32 of the training part's file names.
+        fraction: `--val-fraction` of the data.
         what: flag and file of the checkpoint, for messages.
     """
     run, flags = checkpoint.get("run"), flags_of(checkpoint)
     trained = run.get("file_names") if isinstance(run, Mapping) else None
     share, then = (flags.get(name) for name in ("train_fraction", "val_fraction"))
     if fraction and trained and isinstance(train, Source) and len(train):
-        held_out = checkpoint.get("validation")
-        if then == fraction and isinstance(held_out, Mapping):
-            differs = held_out != describe_images(val)
-        else:
-            part = take_fraction(train, share if isinstance(share, float) and share > 0 else 1.0)
-            differs = zlib.crc32(part.file_names()) != trained
-        if differs:
+        part = take_fraction(train, share if isinstance(share, float) and share > 0 else 1.0)
+        if zlib.crc32(part.file_names()) != trained:
             logger.warning(
                 "%s: was trained on other files than those that --val-fraction %g leaves to train, so it may have been "
                 "trained on some of the evaluated images; evaluate images that were added later, in a folder val/",

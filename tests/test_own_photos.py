@@ -42,7 +42,9 @@ def predicted(photos, trained):
     with pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr("sys.stdout.write", lines.append)
-        predict.main(["--resume", str(trained / "best.pth"), str(photos), "--topk", "4", "--format", "json"])
+        predict.main(
+            ["--resume", str(trained / "best.pth"), str(photos), "--topk", "4", "--format", "json", "--amp", "off"]
+        )
     return {each["path"]: each["predictions"] for each in json.loads("".join(lines))}
 
 

@@ -282,7 +282,7 @@ def checked_data(trained: Trained, model: nn.Module, train: Data, val: Data, val
     """
     names, what = class_names_of(trained.about), f"--resume {trained.own.resume}"
     fraction = trained.run.val_fraction if val_fraction is None else val_fraction
-    check_held_out(train, val, trained.about, fraction, what)
+    check_held_out(train, trained.about, fraction, what)
     renumbered = with_classes(val, names, what)
     if renumbered is not val and len(names) < model.num_classes:  # a name per class, or none
         renumbered = replace(renumbered, num_classes=model.num_classes, class_names=())

@@ -140,11 +140,8 @@ def earlier_pictures(folder: Path) -> list[Path]:
     """
     found = sorted(folder.glob("[0-9][0-9][0-9][0-9].png"))
     for path in found:
-        try:
-            with Image.open(path) as image:
-                is_ours = image.info.get("Software") == SOFTWARE
-        except (OSError, SyntaxError, ValueError):
-            is_ours = False
+        with path.open("rb") as file:
+            is_ours = f"Software\0{SOFTWARE}".encode() in file.read(1024)  # a text chunk of the PNG file
         if not is_ours:
             raise UserError(f"--output {folder}: {path.name} is not from this tool; name a new folder")
     return found
