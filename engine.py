@@ -76,6 +76,7 @@ from utils import (
     write_whole,
 )
 
+SHRINK_START_EPOCH = 10  # default of --shrink-start-epoch
 FEW_IMAGES = 1000  # below this many, a model trained from scratch learns little
 
 
@@ -221,7 +222,7 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
     if not evit_blocks(state.module):
         _refuse_shrinking(options)
         return [learning_rate]
-    start = 10 if options.shrink_start_epoch is None else options.shrink_start_epoch
+    start = SHRINK_START_EPOCH if options.shrink_start_epoch is None else options.shrink_start_epoch
     models = modules_of(state).values()
     keep_rate = KeepRate(models, updates_per_epoch, start, options.shrink_epochs or 0)
     shrunk = keep_rate.shrunk(options.epochs * updates_per_epoch - 1)
@@ -242,11 +243,11 @@ def build_schedules(state: TrainState, updates_per_epoch: int, options: Schedule
 def before_final_keep_rate(checkpoint: Mapping[str, Any]) -> str:
     """Describe that an EViT's checkpoint is from before its final keep rate; "" if it is not, or no EViT."""
     trained, epoch = flags_of(checkpoint), checkpoint.get("epoch")
-    rate, length = trained_keep_rate(trained), trained.get("shrink_epochs") or 0
-    start = 10 if trained.get("shrink_start_epoch") is None else trained["shrink_start_epoch"]
+    rate, start = trained_keep_rate(trained), trained.get("shrink_start_epoch")
+    start, length = SHRINK_START_EPOCH if start is None else start, trained.get("shrink_epochs") or 0
     if rate in (None, 1) or not all(isinstance(each, int) for each in (epoch, start, length)) or epoch > start + length:
         return ""
-    return f"was saved after {epoch} epochs, before its keep rate reached {rate}; log.txt has its accuracy until then"
+    return f"was saved after {epoch} epochs, before its keep rate reached {rate}; log.txt has the rate of each epoch"
 
 
 def _refuse_shrinking(options: ScheduleOptions) -> None:

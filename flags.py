@@ -633,9 +633,9 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup-lr", type=_NON_NEGATIVE, default=1e-6, help="learning rate at the start of the warm-up")
     floor = "learning rate at the end of the schedule; no effect on step, multistep and constant"
     add("--min-lr", type=_NON_NEGATIVE, default=1e-5, help=floor)
-    length = "epochs between decays of --sched step; decay length of wsd and rsqrt in epochs"
-    share = "below 1: as a fraction of the epochs after the warm-up"
-    add("--decay-epochs", type=_POSITIVE, default=30, help=f"{length} or, {share}")
+    length = "epochs between decays of --sched step; decay length of wsd and rsqrt"
+    share = "below 1: fraction of the epochs after the warm-up"
+    add("--decay-epochs", type=_POSITIVE, default=30, help=f"{length} (of these two, {share})")
     add("--decay-milestones", type=COUNT, nargs="+", metavar="EPOCH", help="epochs of the decays of --sched multistep")
     add("--decay-rate", type=_POSITIVE, default=0.1, help="factor of each decay of --sched step and multistep")
     add("--poly-power", type=_POSITIVE, default=1.0, help="power of --sched poly; 1 is linear")

@@ -314,11 +314,12 @@ def test_pictures_of_an_earlier_call_are_replaced(checkpoint, tmp_path, capsys):
     flags = ["--resume", checkpoint, "--output", str(tmp_path)]
     visualize_tokens.main([*flags, "--num-images", "3"])
     (tmp_path / "notes.png").touch()
+    (tmp_path / "0001.png").unlink()  # a gap
     visualize_tokens.main([*flags, "--num-images", "1"])
     assert sorted(os.listdir(tmp_path)) == ["0000.png", "notes.png"]
     Image.new("RGB", (32, 32)).save(tmp_path / "0007.png")
     line = line_of(capsys, visualize_tokens, *flags, "--num-images", "1")
-    assert "0007.png is not from this tool" in line
+    assert "0007.png does not say that it is of this tool" in line
     assert sorted(os.listdir(tmp_path)) == ["0000.png", "0007.png", "notes.png"]
     line = line_of(capsys, visualize_tokens, *flags, "--images", tmp_path, "--num-images", "2")
     assert "--num-images: is for validation images" in line

@@ -53,12 +53,13 @@ def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict
 
     def work(saves: bool) -> Callable[[], int]:
         def steps() -> int:
-            log = StepLog(0, args.steps + 1, args.batch_size, args.steps)
-            engine.train_one_epoch(state, [batch] * args.steps, criterion, [_Still()], log)
             if saves:
                 begin = time.perf_counter()
-                saver.save(log)
+                saver.save()
                 seconds.append(time.perf_counter() - begin)
+            log = StepLog(0, args.steps + 1, args.batch_size, args.steps)
+            engine.train_one_epoch(state, [batch] * args.steps, criterion, [_Still()], log)
+            saver.finish()  # within these steps, so that no later ones share their time with the write
             return args.steps * args.batch_size
 
         return steps
@@ -159,8 +160,8 @@ def main(argv: list[str] | None = None) -> None:
         report = {"saving": saving(args, device, Path(folder))}
         saved = report["saving"]
         print(
-            f"a checkpoint of {saved['mebibytes']:.0f} MiB takes {saved['seconds_of_saving']:.2f} s; one in "
-            f"{saved['seconds_of_steps']:.1f} s of training: {saved['ratio']:.3f} of the images/s without "
+            f"a checkpoint of {saved['mebibytes']:.0f} MiB stops training for {saved['seconds_of_saving']:.2f} s; one "
+            f"in {saved['seconds_of_steps']:.1f} s of training: {saved['ratio']:.3f} of the images/s without "
             f"(from {saved['ratio_min']:.3f} to {saved['ratio_max']:.3f})"
         )
         if args.flags:

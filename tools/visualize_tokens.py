@@ -10,6 +10,7 @@ patches are gray and hatched. The pictures of an earlier call are replaced.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from flags import COUNT, fill
 from models import normalization
 from models_evit import EViTBlock, evit_blocks, keep_attentive
 from tools import command, pictures
-from utils import UserError, World, escaped
+from utils import UserError, World, escaped, regular_file
 
 SOFTWARE = "tools.visualize_tokens"  # in the pictures; marks those that a later call may replace
 
@@ -136,14 +137,15 @@ def earlier_pictures(folder: Path) -> list[Path]:
     """List the pictures of an earlier call in a folder, which new ones replace.
 
     Raises:
-        UserError: if the folder has files with their names that this tool has not written.
+        UserError: if the folder has files with their names that do not say that this tool has written them.
     """
     found = sorted(folder.glob("[0-9][0-9][0-9][0-9].png"))
     for path in found:
-        with path.open("rb") as file:
-            is_ours = f"Software\0{SOFTWARE}".encode() in file.read(1024)  # a text chunk of the PNG file
-        if not is_ours:
-            raise UserError(f"--output {folder}: {path.name} is not from this tool; name a new folder")
+        start = b""
+        with contextlib.suppress(OSError), regular_file(path).open("rb") as file:
+            start = file.read(1024)
+        if f"Software\0{SOFTWARE}".encode() not in start:  # a text chunk of the PNG file
+            raise UserError(f"--output {folder}: {path.name} does not say that it is of this tool; name a new folder")
     return found
 
 
@@ -191,8 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             picture.save(file, pnginfo=made)
             left = ", ".join(f"{int(r.kept.sum())} after layer {r.layer}" for r in reductions) or "all kept"
             print(f"{file}: {escaped(name)}, {math.prod(grid)} patches, {left}")
-        for file in earlier[len(source) :]:
-            file.unlink()
+        for file in earlier:
+            if int(file.stem) >= len(source):
+                file.unlink()
 
 
 if __name__ == "__main__":
