@@ -238,7 +238,7 @@ def test_weights_that_are_not_clear_are_a_one_line_error(checkpoint, photos, tmp
 
 def test_flags_of_main_keep_their_values_among_those_of_the_tool(checkpoint):
     words = ["--no-pretrained", "a.jpg", "b.jpg", "--num_workers", "0", "--topk=3", *KWARGS, "--amp=off", "--ema"]
-    own, args, weights, *_ = command.parse(predict.build_parser(), ["--resume", checkpoint, *words], reads_data=False)
+    own, args, weights, *_ = command.parse(predict.build_parser(), ["--resume", checkpoint, *words])
     assert (own.images, own.topk, own.ema, own.resume) == (["a.jpg", "b.jpg"], 3, True, checkpoint)
     assert (args.pretrained, args.num_workers, args.amp, args.model_kwargs["depth"]) == (False, 0, "off", 2)
     assert torch.equal(weights["norm.weight"], torch.load(checkpoint, weights_only=True)["model_ema"]["norm.weight"])

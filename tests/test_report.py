@@ -406,6 +406,13 @@ def test_an_earlier_report_is_replaced_whole(checkpoint, tmp_path):
     assert len(list((tmp_path / "r").glob("mistake_*"))) == 1
 
 
+def test_the_current_folder_can_hold_the_report(checkpoint, tmp_path, monkeypatch):
+    (folder := tmp_path / "here").mkdir()
+    monkeypatch.chdir(folder)
+    report.main(["--resume", str(checkpoint), *FAST, "--output", "."])
+    assert {"index.html", "report.json"} < set(os.listdir(folder)) and os.listdir(tmp_path) == ["here"]
+
+
 def test_an_earlier_report_survives_an_error_while_writing(checkpoint, tmp_path, capsys, monkeypatch):
     flags = ["--resume", checkpoint, *FAST, "--num-mistakes", "1", "--keep-rates", "0.7", "--output", tmp_path / "r"]
     report.main([str(flag) for flag in flags])

@@ -31,6 +31,7 @@ from tools import (
 )
 from tools.runs import read_run, short_names
 from tools.timing import describe_environment, interleaved_rates, ratio_row
+from utils import UserError
 
 
 def write_run(folder, *records, **config):
@@ -554,6 +555,16 @@ def test_a_resumed_process_is_timed_to_its_first_step(tmp_path, monkeypatch):
     fake = types.SimpleNamespace(Popen=lambda *_, **__: types.SimpleNamespace(**calls), DEVNULL=None, PIPE=None)
     monkeypatch.setattr(checkpoint_cost, "subprocess", fake)
     assert checkpoint_cost.until_step([], tmp_path)["seconds"] > 0 and next(lines) == "step 22/180\n"
+
+
+def test_a_middle_beyond_the_epoch_ends_at_the_first_step(tmp_path, monkeypatch):
+    lines = iter(["epoch 0  step 1/180  loss 2\n", "step 2/180\n"])
+    calls = {"terminate": lambda: None, "communicate": lambda: None, "stderr": lines, "pid": 0}
+    fake = types.SimpleNamespace(Popen=lambda *_, **__: types.SimpleNamespace(**calls), DEVNULL=None, PIPE=None)
+    monkeypatch.setattr(checkpoint_cost, "subprocess", fake)
+    with pytest.raises(UserError, match="--middle 300: an epoch has 180 steps; pass at most 180"):
+        checkpoint_cost.until_step([], tmp_path, 300)
+    assert next(lines) == "step 2/180\n"
 
 
 @pytest.mark.process

@@ -156,11 +156,13 @@ def test_checkpoints_that_do_not_say_enough_are_a_one_line_error(checkpoint, tmp
     assert "does not name its model; add --model" in line_of(capsys, tradeoff, "--resume", bare)
     unnamed = line_of(capsys, tradeoff, "--resume", bare, "--model-kwargs", "depth=2")
     assert "does not name its model; add --model" in unnamed
-    assert "has no EMA weights" in line_of(capsys, tradeoff, "--resume", bare, *MODEL, "--ema")
+    assert "has no EMA weights" in line_of(capsys, tradeoff, "--resume", bare, *MODEL[:-2], "--ema")
     assert "no such file" in line_of(capsys, tradeoff, "--resume", tmp_path / "gone.pth")
     contradiction = line_of(capsys, tradeoff, "--resume", checkpoint, "--patch-size", "4")
     assert "was trained with --patch-size 8, not 4" in contradiction
     assert "did you mean --base-keep-rate" in line_of(capsys, tradeoff, "--resume", checkpoint, "--base-keep-rat=1")
+    ignored = line_of(capsys, tradeoff, "--resume", checkpoint, "--base-keep-rate", "0.5", "--keep-rates", "1")
+    assert "--base-keep-rate: is a flag of main.py that this tool does not read; drop it" in ignored
 
 
 # -- visualize_tokens --------------------------------------------------------------------------------------------------
@@ -308,6 +310,19 @@ def test_pictures_of_a_data_set_and_of_files(checkpoint, tmp_path, capsys):
     ]
     picture = Image.open(tmp_path / "files" / "0001.png")  # 32 px enlarged to at least 224, twice
     assert picture.width == 2 * 224 + pictures.GAP + 2 * pictures.MARGIN and picture.height > 224
+
+
+def test_photos_need_no_data_set_and_take_no_flags_of_one(checkpoint, tmp_path, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    elsewhere = {"data_set": "IMNET", "data_path": "/gone"}
+    torch.save(saved | {"args": saved["args"] | elsewhere}, trained := tmp_path / "trained.pth")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    flags = ["--resume", str(trained), "--images", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
+    visualize_tokens.main(flags)
+    assert "16 patches, 8 after layer 0" in capsys.readouterr().out
+    for given in (["--data_path", "x"], ["--val-split=val"], ["--no-upright"], ["--data-set", "CIFAR"]):
+        flag = given[0].partition("=")[0].replace("_", "-").replace("no-", "")
+        assert f"{flag}: is for images of a data set" in line_of(capsys, visualize_tokens, *flags, *given)
 
 
 def test_pictures_of_an_earlier_call_are_replaced(checkpoint, tmp_path, capsys):

@@ -32,7 +32,7 @@ from samplers import Batch
 from tools.chaos import REPOSITORY
 from tools.command import one_line_errors, untrained_model
 from tools.timing import interleaved_rates, ratio_row, write_results
-from utils import RunError, StepLog, StopSignals, World, available_cpus, select_device
+from utils import RunError, StepLog, StopSignals, UserError, World, available_cpus, select_device
 
 
 def saving(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -102,6 +102,7 @@ def until_step(flags: list[str], folder: Path, step: int | None = None) -> dict[
     By then it has saved.
 
     Raises:
+        UserError: if an epoch has fewer steps.
         RunError: if it ends before that step.
     """
     command = [sys.executable, "main.py", *flags, "--output-dir", str(folder), "--resume", "auto"]
@@ -112,10 +113,15 @@ def until_step(flags: list[str], folder: Path, step: int | None = None) -> dict[
     said = []
     for line in process.stderr:
         said.append(line)
-        if re.search(rf"step {step or '[0-9]+'}/", line):
+        if not (progress := re.search(r"step (\d+)/(\d+)", line)):
+            continue
+        now, total = map(int, progress.groups())
+        if step in (None, now) or step > total:
             found = {"seconds": time.perf_counter() - begin, "mebibytes_read": _bytes_read(process) / 2**20}
             process.terminate()
             process.communicate()
+            if step is not None and step > total:
+                raise UserError(f"--middle {step}: an epoch has {total} steps; pass at most {total}")
             return found
     raise RunError(f"main.py ended before {f'step {step}' if step else 'its first step'}: {''.join(said[-3:])}")
 

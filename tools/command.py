@@ -135,17 +135,19 @@ class Trained(NamedTuple):
 _NO_DATA = ("--data-set=DIGITS", "--data-path=.", "--train-split=train", "--val-split=validation")
 
 
-def parse(parser: flags.Parser, argv: Sequence[str] | None, reads_data: bool = True) -> Trained:
+def parse(parser: flags.Parser, argv: Sequence[str] | None) -> Trained:
     """Parse the tool's flags and read the checkpoint.
 
-    Args:
-        reads_data: False for tools that take photos. They need no data set. If neither checkpoint nor user set the
-            input size, it is that of timm's weights; with `--pretrained` the crop ratio as well.
+    A tool that has been given photos (its argument `images`) needs no data set. If neither checkpoint nor user set the
+    input size, it is then that of timm's weights; with `--pretrained` the crop ratio as well.
 
     Raises:
         UserError: if flags are wrong, or the checkpoint cannot be read.
     """
     own = parser.parse_args(argv)
+    reads_data = not getattr(own, "images", None)
+    if not reads_data:
+        _refuse_data_flags(own.main_flags)
     words = own.main_flags if reads_data else [*_NO_DATA, *own.main_flags]
     checkpoint = read_checkpoint(own.resume, "--resume") if own.resume else {}
     weights = _weights_of(own, checkpoint)
@@ -160,6 +162,14 @@ def parse(parser: flags.Parser, argv: Sequence[str] | None, reads_data: bool = T
     flags.check_flags(run)
     compared = flags.TRAINED if reads_data else OF_MODEL & set(flags.TRAINED)
     return Trained(own, run, weights, checkpoint, changes(checkpoint, {"args": vars(run), "run": {}}, compared))
+
+
+def _refuse_data_flags(words: Sequence[str]) -> None:
+    """Refuse flags of a data set next to photos."""
+    given = {word.partition("=")[0].replace("--no-", "--") for word in words if word.startswith("--")}
+    unused = sorted(given & {flags.spelled(name) for name in OF_DATA - OF_PHOTOS})
+    if unused:
+        raise UserError(f"{unused[0]}: is for images of a data set, but --images names files; drop one of them")
 
 
 def start(trained: Trained, does: str) -> World:

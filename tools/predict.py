@@ -217,7 +217,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     with command.one_line_errors("predict"):
-        trained = command.parse(parser, argv, reads_data=False)
+        trained = command.parse(parser, argv)
         own, run, weights, about, _ = trained
         world = command.start(trained, "predicts")
         files = command.find_files(own.images, "images")

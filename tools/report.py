@@ -271,9 +271,10 @@ def temporary_folder(folder: Path) -> tempfile.TemporaryDirectory:
         UserError: see `earlier_report`, or if the folder cannot be written.
     """
     earlier_report(folder)
+    real = folder.resolve()  # the name of `.` is empty
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
+        real.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=real.parent, prefix=f".{real.name}.")
 
 
 def write(report: dict[str, Any], files: Data, new: Path, folder: Path) -> None:

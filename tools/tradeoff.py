@@ -119,7 +119,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command.get_parser("tradeoff", __doc__, reads=command.OF_EVALUATION | {"compile"})
+    parser = command.get_parser("tradeoff", __doc__, reads=command.OF_EVALUATION - {"base_keep_rate"} | {"compile"})
     default = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
     add = parser.add_argument
     add(
