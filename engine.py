@@ -44,6 +44,7 @@ from models import (
     is_compiled,
     load_weights,
     normalization,
+    select_attention,
     set_eval_layers,
     set_train_mode,
     trained_keep_rate,
@@ -379,7 +380,8 @@ def _cpu_computes_bf16() -> bool:
 
 
 def autocast(module: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
-    """Return an autocast context for the module's device; dtype None computes in float32."""
+    """Return an autocast context for the module's device, and select its attention for it; None is float32."""
+    select_attention(module, dtype)
     return torch.autocast(next(module.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
 
 

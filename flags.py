@@ -453,7 +453,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="image height, and width if it differs; default: 224",
     )
     add("--patch-size", type=COUNT, help="patch edge in pixels; default: the model's own")
-    add("--model-kwargs", **extra, help="more keyword arguments of the timm model")
+    add("--model-kwargs", **extra, help="more keyword arguments of the timm model, instead of those of a recipe")
     add("--drop", type=in_range(float, 0, 0.999), default=0.0, help="dropout rate before the head")
     add("--drop-path", type=in_range(float, 0, 0.999), default=0.1, help="stochastic-depth rate")
     mode = "train in model.train() mode; --no-train-mode: in model.eval() mode (no dropout, no stochastic depth, fixed "

@@ -63,16 +63,20 @@ class EViTAttention(Attention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute attention of x [B, N, D]: output [B, N, D], attentiveness [B, N - num_prefix_tokens].
 
-        Attentiveness is the mean over heads and over the first `num_class_tokens` rows of the attention matrix. Only
-        these rows are computed; the full N×N matrix is never built.
+        Attentiveness is the mean over heads and over the first `num_class_tokens` rows of the attention matrix. With
+        fused attention, only these rows are computed; the full N×N matrix is never built.
         """
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, heads, N, head_dim)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
-        rows = (q[:, :, :num_class_tokens] * self.scale) @ k.transpose(-2, -1)  # (B, heads, class tokens, N)
-        attentiveness = rows.softmax(dim=-1)[..., num_prefix_tokens:].mean(dim=(1, 2))  # (B, patches)
+        with_rows = q[:, :, :num_class_tokens] if self.fused_attn else q
+        rows = ((with_rows * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, class tokens or N, N)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            out = self.attn_drop(rows) @ v
+        attentiveness = rows[:, :, :num_class_tokens, num_prefix_tokens:].mean(dim=(1, 2))  # (B, patches)
         out = self.norm(out.transpose(1, 2).reshape(B, N, -1))
         if getattr(self, "gate", None) is not None:
             out = out * self.gate(x).sigmoid()

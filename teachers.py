@@ -198,6 +198,8 @@ class FrozenTeacher:
         images = batch.images * self.scale + self.shift
         if self.size and images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        if torch.is_autocast_enabled(device := images.device.type):
+            models.select_attention(self.model, torch.get_autocast_dtype(device))
         return self.model(images).float()
 
 

@@ -21,6 +21,7 @@ import models_evit
 from flags import fill, parse_args
 from models_evit import EViTBlock, KeepRate, evit_blocks, keep_attentive, reduce_tokens
 from samplers import Batch
+from teachers import FrozenTeacher
 from utils import World
 
 CPU = torch.device("cpu")
@@ -89,11 +90,14 @@ def test_with_keep_rate_1_it_is_deit(distilled):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fused_attention", [True, False])
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_with_lower_rates_it_is_the_papers_equations(distilled, fuse):
+def test_with_lower_rates_it_is_the_papers_equations(distilled, fuse, fused_attention):
     name = f"evit_tiny{'_distilled' if distilled else ''}_patch16_224"
     model = evit(name, fuse_token=fuse).double()  # in float32, the difference depends on the CPU
+    if not fused_attention:
+        models.unfuse_attention(model)
     batch = images().double()
     expected = naive_features(model, batch, dict.fromkeys(LAYERS, RATES), fuse, 1 + distilled)
     found = model.forward_features(batch)
@@ -198,6 +202,38 @@ def test_no_layer_makes_the_whole_attention_matrix(training):
     assert sides() == set()
     with sdpa_kernel(SDPBackend.MATH):  # the same model with plain matrix products: the check does see them
         assert sides() == {146, 90, 56}
+
+
+@torch.no_grad()
+def test_attention_on_a_cpu_in_bf16_is_that_of_matrix_products():
+    model, teacher = evit(img_size=96), FrozenTeacher(evit(img_size=96), *[((0.5,) * 3, (0.5,) * 3)] * 2)
+    batch = Batch(images(height=96, width=96), None, None)
+
+    def sides(dtype):
+        with Squares() as squares, engine.autocast(model, dtype):
+            logits = model(batch.images)
+            teacher(batch)
+        return logits, [side for side in squares.sides if side == 145]
+
+    logits, whole = sides(None)
+    assert not whole
+    rounded, whole = sides(torch.bfloat16)
+    assert len(whole) >= 2 * TINY["depth"]  # the layers before the first drop, of model and teacher
+    torch.testing.assert_close(rounded.float(), logits, atol=0.05, rtol=0.05)
+
+
+def test_unfused_attention_has_the_gradients_and_dropout_of_fused_attention():
+    model, again = evit().train(), evit().train()
+    models.unfuse_attention(again)
+    for each in (model, again):
+        each(images()).square().mean().backward()
+    for first, second in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(first.grad, second.grad, atol=1e-6, rtol=1e-4)
+    for block in evit_blocks(again):
+        block.attn.attn_drop.p = 1.0  # nothing is attended to
+    block = again.blocks[LAYERS[0]]
+    attended, _ = block.attn.forward_with_attentiveness(torch.randn(2, 37, 48), 1, 1)
+    assert (attended == block.attn.proj.bias).all()
 
 
 def test_published_and_own_names_are_timm_models_with_deits_configuration():

@@ -8,7 +8,6 @@ Ratios are relative to the first model (an EViT: at its first keep rate).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import engine
 import models_evit
 from flags import COUNT, Parser, in_range
-from models import count_macs
+from models import count_macs, unfuse_attention
 from tools.command import one_line_errors, untrained_model
 from tools.timing import interleaved_rates, ratio_row, write_results
 from utils import available_cpus, select_device
@@ -127,6 +125,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     if args.train and 1 in args.batch_sizes:
         for model in built:
             engine.check_one_image(model, torch.zeros(1, 3, *2 * (args.input_size,), device=device), "--batch-sizes")
+    if args.attention == "math":
+        for model in built:
+            unfuse_attention(model)
     facts = [describe(model, (args.input_size, args.input_size)) for model in built]
     if args.compile:
         for model in built:
@@ -136,9 +137,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
         images = torch.randn(batch_size, 3, args.input_size, args.input_size, device=device)
         make = training if args.train else inference
         works = [make(model, images, amp, args.steps) for model in built]
-        with sdpa_kernel(SDPBackend.MATH) if args.attention == "math" else contextlib.nullcontext():
-            rates = interleaved_rates(works, args.rounds, device)
-            peaks = [peak_memory(work, device) for work in works]
+        rates = interleaved_rates(works, args.rounds, device)
+        peaks = [peak_memory(work, device) for work in works]
         for (name, rate), fact, peak, own in zip(pairs, facts, peaks, rates, strict=True):
             row = {"model": name, "keep_rate": rate, "batch_size": batch_size} | ratio_row(own, rates[0]) | fact
             rows.append(row | {"peak_memory_bytes": peak})
@@ -186,9 +186,9 @@ def get_parser() -> Parser:
     add("--compile", action="store_true", help="torch.compile the models")
     add(
         "--attention",
-        choices=("fused", "math"),
-        default="fused",
-        help="math: store the attention matrix, like the original implementation",
+        choices=("auto", "math"),
+        default="auto",
+        help="auto: as main.py; math: store the attention matrix, like the original implementation",
     )
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="off", help="precision; off: float32")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
