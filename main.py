@@ -99,7 +99,7 @@ class Run:
         return models.normalization(self.model)
 
     @property
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager:
         """Autocast context of the run's precision."""
         return engine.autocast(self.model, self.amp_dtype)
 

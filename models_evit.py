@@ -219,6 +219,7 @@ class KeepRate:
         self.start, self.length = start_epoch * updates_per_epoch, epochs * updates_per_epoch
         self.steps = steps
         self.last: float | None = None  # current progress of the blocks from rate 1 to the final rate
+        self.value = self._lowest()  # lowest rate of any layer
 
     def shrunk(self, num_updates: int) -> float:
         """Return the progress from rate 1 to the final rate, in [0, 1]."""
@@ -236,10 +237,9 @@ class KeepRate:
         self.last = shrunk
         for block, final in self.blocks:
             block.keep_rate = final if shrunk == 1 else 1 - (1 - final) * shrunk
+        self.value = self._lowest()
 
-    @property
-    def value(self) -> float:
-        """Lowest rate of any layer."""
+    def _lowest(self) -> float:
         return min(block.keep_rate for block, _ in self.blocks)
 
     @property
