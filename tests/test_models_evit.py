@@ -222,7 +222,7 @@ def test_attention_on_a_cpu_in_bf16_is_that_of_matrix_products():
     torch.testing.assert_close(rounded.float(), logits, atol=0.05, rtol=0.05)
 
 
-def test_unfused_attention_has_the_gradients_and_dropout_of_fused_attention():
+def test_unfused_attention_has_the_gradients_of_fused_attention():
     model, again = evit().train(), evit().train()
     models.unfuse_attention(again)
     for each in (model, again):

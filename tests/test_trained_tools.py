@@ -446,7 +446,7 @@ def test_labels_of_near_points_do_not_overlap(tmp_path, monkeypatch, accuracy):
 def test_each_layer_may_have_its_rate_and_a_deit_may_be_evaluated(checkpoint, tmp_path, capsys):
     bare = tmp_path / "deit.pth"
     torch.save({"model": model_of(checkpoint).state_dict()}, bare)
-    flags = ["--resume", str(bare), *MODEL, *tiny.DATA, "--drop-loc", "0,1", "--rounds", "1"]
+    flags = ["--resume", str(bare), *MODEL[:-2], *tiny.DATA, "--drop-loc", "0,1", "--rounds", "1"]
     tradeoff.main([*flags, "--keep-rates", "1", "0.5,0.25", "--output", str(tmp_path / "t.json")])
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert rows[1]["keep_rate"] == [0.5, 0.25]
