@@ -567,6 +567,8 @@ def collate(samples: list[Batch] | Batch) -> Batch:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy a batch to the device, except for its positions, which stay on the CPU."""
+    if batch.images.device == device:
+        return batch
     moved = {
         name: value.to(device, non_blocking=device.type == "cuda")  # copies to the host need a sync
         for name, value in batch._asdict().items()

@@ -720,7 +720,8 @@ def test_copies_to_the_host_wait(monkeypatch):
     """A copy to the host that is not waited for has not arrived when it is read."""
     seen = []
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking=False: seen.append(non_blocking))
-    batch = Batch(torch.zeros(1, 3, 4, 4), torch.zeros(1), torch.zeros(1), None, torch.zeros(1))
+    images = torch.zeros(1, 3, 4, 4, device="meta")
+    batch = Batch(images, torch.zeros(1), torch.zeros(1), None, torch.zeros(1))
     for device, expected in (("cpu", False), ("cuda", True)):
         seen.clear()
         loaders.to_device(batch, torch.device(device))
