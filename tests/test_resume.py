@@ -97,7 +97,7 @@ def whole(tmp_path_factory):
 @pytest.mark.process
 @pytest.mark.parametrize("flags", [["--processes", "1"], ["--processes", "2", "--restarts"]], ids=["one", "torchrun"])
 def test_a_run_killed_at_random_moments_ends_bitwise_identical(flags, capfd):
-    chaos.main(["--kills", "2", "--epochs", "4", "--start", "2", *flags, "--", "--train-fraction", "0.5"])
+    chaos.main(["--kills", "2", "--epochs", "6", *flags, "--", "--train-fraction", "0.5"])
     output = capfd.readouterr().out
     assert "2 kills, " in output and "no difference" in output and "half written" in output
 

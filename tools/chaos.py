@@ -108,11 +108,14 @@ class Run:
 
 
 def wait_and_kill(run: Run, moment: str, seconds: float, rank: int | None) -> bool:
-    """Kill a run (or one rank) `seconds` after a moment of MOMENTS; return False if the run ends first."""
+    """Kill a run (or one rank) `seconds` after a moment of MOMENTS; return False if the run ends first.
+
+    A kill after the start comes at the first checkpoint at the latest.
+    """
     saves, end, pids = run.saves(), time.monotonic() + seconds if moment == "start" else None, []
     while run.process.poll() is None:
-        if end is None and run.saves() != saves:  # it trains again
-            end = time.monotonic() + seconds
+        if not pids and run.saves() != saves:  # it trains again
+            end = time.monotonic() + (0 if moment == "start" else seconds)
             pids = run.victims(rank)  # looked up in advance: a small file is written in milliseconds
         if end is not None and time.monotonic() >= end and (moment != "write" or run.is_writing()):
             pids = pids or run.victims(rank)
@@ -126,13 +129,19 @@ def wait_and_kill(run: Run, moment: str, seconds: float, rank: int | None) -> bo
 MOMENTS = ("start", "write", "training", "write")
 
 
-def kill_and_resume(folder: Path, flags: list[str], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Kill and resume a run until it is done; count all kills and those inside a write."""
+def kill_and_resume(
+    folder: Path, flags: list[str], args: argparse.Namespace, start: float, seconds: float
+) -> dict[str, Any]:
+    """Kill and resume a run until it is done; count all kills and those inside a write.
+
+    Args:
+        start, seconds: how long a run takes until its first checkpoint, and from then on.
+    """
     draw, report = random.Random(args.seed), {"kills": 0, "inside_a_write": 0}
     run = Run(folder, flags, args.processes, args.kills if args.restarts else 0)
     while report["kills"] < args.kills:
         moment, earlier = MOMENTS[report["kills"] % len(MOMENTS)], set(folder.glob(".*.tmp"))
-        after = draw.uniform(0, args.start if moment == "start" else seconds / args.kills)
+        after = draw.uniform(0, start if moment == "start" else seconds / args.kills)
         if not wait_and_kill(run, moment, after, draw.randrange(args.processes) if args.restarts else None):
             break
         if not args.restarts:
@@ -184,11 +193,14 @@ def compare_with_killed(args: argparse.Namespace, folder: Path) -> dict[str, Any
         flags += ["--checkpoint-minutes", "0.005"]
     begin = time.monotonic()
     whole = Run(folder / "whole", flags, args.processes, 0)
+    while not whole.saves() and whole.process.poll() is None:
+        time.sleep(0.01)
+    start = time.monotonic() - begin
     if whole.process.wait():
         raise UserError(f"the run failed by itself:\n{(folder / 'whole.out').read_text()[-2000:]}")
     seconds = time.monotonic() - begin
     print(f"never killed: {args.epochs} epochs in {seconds:.0f} s", flush=True)
-    report = kill_and_resume(folder / "killed", flags, args, max(0.0, seconds - args.start))
+    report = kill_and_resume(folder / "killed", flags, args, start, seconds - start)
     if report["last_status"]:
         raise UserError(f"the killed and resumed run failed:\n{(folder / 'killed.out').read_text()[-2000:]}")
     return report | {"seconds": time.monotonic() - begin, "differences": compare(folder / "whole", folder / "killed")}
@@ -201,7 +213,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--processes", type=COUNT, default=1, help="processes of the run; above 1 under torchrun")
     add("--restarts", action="store_true", help="kill one rank; torchrun --max-restarts restarts all ranks")
     add("--epochs", type=COUNT, default=40, help="epochs of the run")
-    add("--start", type=in_range(float, 0), default=4.0, help="approximate seconds from the command to the first step")
     add("--seed", type=in_range(int, 0), default=0, help="seed of the random moments")
     add("--output", type=Path, help="write the report to this JSON file as well")
     add("flags", nargs="*", help="flags of main.py, after --")
