@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -109,6 +110,17 @@ def test_under_autocast_bce_is_that_of_float32(logits):
 
 
 # -- cross-entropy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_cross_entropy_of_bf16_logits_is_computed_in_float32(logits, mixed):
+    logits, targets = logits.bfloat16(), torch.arange(len(logits)) % 5
+    targets = F.one_hot(targets, logits.shape[1]).float() if mixed else targets
+    batch = Batch(torch.zeros(len(logits), 3, 4, 4), targets, torch.zeros(len(logits)))
+    loss, _ = SupervisedLoss(build_base_criterion(False, 0.1))(logits, batch)
+    expected = F.cross_entropy(logits.float(), targets, label_smoothing=0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
