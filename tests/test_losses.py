@@ -11,6 +11,8 @@ from PIL import Image
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import (
     BinaryCrossEntropy,
@@ -121,6 +123,34 @@ def test_cross_entropy_of_bf16_logits_is_computed_in_float32(logits, mixed):
     expected = F.cross_entropy(logits.float(), targets, label_smoothing=0.1)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+
+
+class SoftmaxTypes(TorchDispatchMode):
+    """Records the device and dtype of the input of each log-softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation._schema.name == "aten::_log_softmax":
+            self.found.append((args[0].device.type, args[0].dtype))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("kind, softmaxes", [("none", 1), ("hard", 2), ("soft", 3)])
+def test_cross_entropy_on_a_gpu_is_computed_in_float32(kind, softmaxes, mixed):
+    # Tensors without values need no GPU. Outside autocast, a GPU computes the log-softmax in the dtype of the logits.
+    with FakeTensorMode():
+        logits = torch.empty(6, 5, dtype=torch.bfloat16, device="cuda")
+        targets = torch.empty(6, 5, device="cuda") if mixed else torch.empty(6, dtype=torch.int64, device="cuda")
+        teacher, outputs = (None, logits) if kind == "none" else ((lambda batch: logits), (logits, logits))
+        criterion = build_criterion(LossOptions(distillation_type=kind), teacher)
+        with SoftmaxTypes() as inputs:
+            loss, _ = criterion(outputs, batch_of(targets, logits))
+        assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
+        assert inputs.found == [("cuda", torch.float32)] * softmaxes
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -644,3 +644,41 @@ def test_a_cosub_run_logs_both_losses_and_counts_its_real_images(tmp_path, monke
     assert config["images_per_epoch"] == record["train_images"] == 4 * 32  # 145 images make 4 batches
     assert forwards.count(64) == 4
     assert record["train_loss"] == pytest.approx((record["train_loss_base"] + record["train_loss_cosub"]) / 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--aa", "3a", "--clip-grad", "1"],
+        ["--aa", "none", "--no-compile-augment"],
+        ["--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "1", "--shrink-epochs", "1"],
+    ],
+)
+@pytest.mark.parametrize("teacher", ["none", "live", "cached"])
+def test_no_step_waits_for_the_gpu(flags, teacher, teacher_flags, tmp_path, monkeypatch):
+    """torch raises an error at every sync of the second epoch, except in the report after its last step."""
+    set_mode, train, report, watched = torch.cuda.set_sync_debug_mode, engine.train_one_epoch, utils.StepLog.report, []
+
+    def train_watched(state, *args, **options):
+        if state.epoch == 1:  # the first epoch loads the GPU's libraries
+            set_mode("error")
+        try:
+            return train(state, *args, **options)
+        finally:
+            set_mode("default")
+
+    def report_unwatched(log):
+        set_mode("default")
+        watched.append((log.epoch, log.step))
+        report(log)
+
+    monkeypatch.setattr(engine, "train_one_epoch", train_watched)
+    monkeypatch.setattr(utils.StepLog, "report", report_unwatched)
+    if teacher != "none":
+        flags = [*flags, *teacher_flags, "--distillation-type", "hard"]
+    if teacher == "cached":
+        flags += ["--teacher-cache", tmp_path / "cache", "--augmentation-epochs", "1"]
+    run(tmp_path / "run", *flags, "--epochs", "2", "--log-interval", "3", "--amp", "bf16")
+    assert (1, 8) in watched  # all steps of the second epoch ran before the report
