@@ -331,3 +331,10 @@ def test_a_compiled_run_writes_the_names_of_an_uncompiled_one(tmp_path):
     names = weights(tmp_path).keys()
     assert "blocks.0.attn.qkv.weight" in names and not any("_orig_mod" in name for name in names)
     assert tiny.log_of(tmp_path)[0]["train_loss"] < 3
+
+
+@pytest.mark.process
+@pytest.mark.compile
+def test_compiled_ranks_follow_a_falling_keep_rate():
+    # in several gradient buckets: torch cannot split a graph in which the keep rate is a symbol
+    assert tiny.torchrun(2, "tests/compiled_ranks.py").count("equal") == 2
