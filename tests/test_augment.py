@@ -820,17 +820,7 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
     assert torch.equal(compiled, view(*arguments))
 
 
-def traces_cuda():
-    """Return True if this torch can move fake tensors to a GPU that does not exist."""
-    try:
-        with FakeTensorMode():
-            torch.empty(1).to("cuda")
-    except RuntimeError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not traces_cuda(), reason="this torch traces no GPU without one")
+@tiny.NEEDS_FAKE_GPU
 @pytest.mark.parametrize(
     "size, policy, remode",
     [

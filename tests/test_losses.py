@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -138,6 +139,7 @@ class SoftmaxTypes(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+@tiny.NEEDS_FAKE_GPU
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("kind, softmaxes", [("none", 1), ("hard", 2), ("soft", 3)])
 def test_cross_entropy_on_a_gpu_is_computed_in_float32(kind, softmaxes, mixed):

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import warm
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 from tools.chaos import kill, processes_with
 from utils import UserError
@@ -29,6 +31,19 @@ HEAD = [*RESNET, "--train-scope", "head", "--cache-features"]
 ONE_VIEW = ["--aa", "none", "--color-jitter", "0", "--hflip", "0", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
 ONE_VIEW += ["--drop-path", "0", "--no-repeated-aug"]  # of each image
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def traces_cuda():
+    """Return True if this torch can move fake tensors to a GPU that does not exist."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1).to("cuda")
+    except RuntimeError:
+        return False
+    return True
+
+
+NEEDS_FAKE_GPU = pytest.mark.skipif(not traces_cuda(), reason="this torch traces no GPU without one")
 
 
 def environment(**changes):
