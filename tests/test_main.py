@@ -653,7 +653,7 @@ def test_a_cosub_run_logs_both_losses_and_counts_its_real_images(tmp_path, monke
         [],
         ["--aa", "3a", "--clip-grad", "1"],
         ["--aa", "none", "--no-compile-augment"],
-        ["--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "1", "--shrink-epochs", "1"],
+        ["--model", "evit_tiny_distilled_patch16_224", "--drop-loc", "1", "--shrink-start-epoch", "0"],
     ],
 )
 @pytest.mark.parametrize("teacher", ["none", "live", "cached"])
