@@ -29,7 +29,7 @@ class SmallBuckets(DistributedDataParallel):
 
 
 def train(model, is_compiled, world):
-    """Train a step at each of four keep rates; return the weights and the number of gradient buckets."""
+    """Train four steps at three keep rates; return the weights and the number of gradient buckets."""
     options = dataclasses.replace(OPTIONS, compile=is_compiled)
     state = engine.build_state(model, model, options, 4 * world.size, (3, 32, 32), None, world)
     schedule = KeepRate([model], updates_per_epoch=1, start_epoch=1, epochs=2, steps=10)
