@@ -1,4 +1,7 @@
-"""Train a compiled EViT on two ranks, with several gradient buckets, while its keep rate falls; compare with eager."""
+"""Train a compiled EViT on two ranks, with several gradient buckets, while its keep rate falls; compare with eager.
+
+With the argument `checkpointing`, blocks recompute their activations in the backward pass.
+"""
 
 import copy
 import dataclasses
@@ -50,6 +53,7 @@ if __name__ == "__main__":
     samplers.seed_generators(0)
     model = timm.create_model("evit_tiny_distilled_patch16_224", drop_loc=(1,), keep_rate=0.5, **SHAPE)
     model.set_distilled_training(True)
+    model.set_grad_checkpointing("checkpointing" in sys.argv)
     eager, _ = train(copy.deepcopy(model), False, world)
     compiled, buckets = train(model, True, world)
     assert buckets > 3, buckets

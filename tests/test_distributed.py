@@ -335,6 +335,12 @@ def test_a_compiled_run_writes_the_names_of_an_uncompiled_one(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.compile
-def test_compiled_ranks_follow_a_falling_keep_rate():
+@pytest.mark.parametrize("words", [[], ["checkpointing"]], ids=["plain", "checkpointing"])
+def test_compiled_ranks_follow_a_falling_keep_rate(words):
     # in several gradient buckets: torch cannot split a graph in which the keep rate is a symbol
-    assert tiny.torchrun(2, "tests/compiled_ranks.py").count("equal") == 2
+    assert tiny.torchrun(2, "tests/compiled_ranks.py", *words).count("equal") == 2
+
+
+@pytest.mark.process
+def test_a_long_barrier_outlasts_the_timeout_of_others():
+    assert tiny.torchrun(2, "tests/late_rank.py").count("waited") == 2
