@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -713,8 +714,9 @@ def _add_original_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _epoch_range(text: str) -> range:
     """Parse `0:30` into range(0, 30)."""
-    first, _, end = text.partition(":")
-    epochs = range(_NATURAL(first), _NATURAL(end))
+    if not re.fullmatch(r"[0-9]+:[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO, such as 0:30")
+    epochs = range(*map(int, text.split(":")))
     if not epochs:
         raise argparse.ArgumentTypeError(f"{text} holds no epochs")
     return epochs

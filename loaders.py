@@ -37,7 +37,7 @@ from sources import (
     Source,
     StreamingImages,
 )
-from utils import RunError, UserError, World, ignore_stop_signals, last_line, logger
+from utils import VARIES, RunError, UserError, World, ignore_stop_signals, last_line, logger, varies_if_compiled
 
 MAX_PADDING = 4  # maximum area of the padded buffer, relative to the mean image area
 MAX_WORKERS = 10  # default maximum of workers that only read stored images
@@ -463,8 +463,11 @@ def _on_device(view: View, options: LoaderOptions, world: World) -> torch.nn.Mod
 def why_not_compiled(device: torch.device) -> str:
     """Compile and run a tiny function; return why that fails on this device, '' if it does not.
 
-    A GPU needs Triton, a C compiler, Python's headers and compute capability 7.0.
+    A GPU needs Triton, a C compiler, Python's headers and compute capability 7.0; --deterministic needs a torch that
+    compiles the same kernels in every run.
     """
+    if varies_if_compiled():
+        return f"--deterministic: {VARIES}"
     try:
         torch.compile(lambda values: values + 1, dynamic=False)(torch.zeros(1, device=device))
     except Exception as error:  # torch, Triton and the compiler raise their own

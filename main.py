@@ -376,6 +376,8 @@ def main(args: argparse.Namespace) -> None:
     run = build_run(args, world)
     for sentence in without_effect(args):
         logger.warning(sentence)
+    if args.compile and utils.varies_if_compiled():
+        logger.warning("--compile --deterministic: %s", utils.VARIES)
     if args.eval:
         evaluate_only(run)
         return utils.shut_down_distributed()

@@ -384,6 +384,21 @@ def set_up_kernels(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+VARIES = f"torch {torch.__version__} may compile other kernels in the next run, torch 2.11 does not"
+
+
+def varies_if_compiled() -> bool:
+    """Return True if kernels must be deterministic, but torch compiles those that it measures to be fastest.
+
+    They may differ between runs, and sum in another order.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return False
+    from torch._inductor import config  # takes a moment to import
+
+    return not hasattr(config, "deterministic")
+
+
 def suggest_allocator(device: torch.device) -> None:
     """Log how to preload tcmalloc if this process trains on one CPU thread with glibc's allocator.
 

@@ -264,13 +264,38 @@ def autocontrast_table(images: torch.Tensor) -> torch.Tensor:
     return torch.where(span > 0, ((value - low).clamp(min=0) * 255 // span.clamp(min=1)).clamp(max=255), value)
 
 
+def _histogram(bins: torch.Tensor, length: int) -> torch.Tensor:
+    """Count how often each of the numbers 0 to length - 1 occurs in `bins` [N], int64; return int32 [length]."""
+    counts = torch.zeros(length, dtype=torch.int32, device=bins.device)
+    return counts.scatter_add(0, bins, torch.ones_like(bins, dtype=torch.int32))
+
+
+@torch.library.custom_op("deit::histogram_unsorted", mutates_args=(), schema="(Tensor bins, int length) -> Tensor")
+def _histogram_unsorted(bins: torch.Tensor, length: int) -> torch.Tensor:
+    """Run `_histogram` outside torch's deterministic mode, in which a GPU sorts all pixels; integer sums need no order.
+
+    An operator of its own, because torch.compile cannot switch the mode inside a graph.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        return _histogram(bins, length)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+@_histogram_unsorted.register_fake
+def _(bins: torch.Tensor, length: int) -> torch.Tensor:
+    return bins.new_empty(length, dtype=torch.int32)
+
+
 def equalize_table(images: torch.Tensor) -> torch.Tensor:
     """Build tables [B, 3, 256] that equalize each channel's histogram, like PIL."""
     batch, pixels = len(images), images[0, 0].numel()
     channel = torch.arange(batch * 3, device=images.device)[:, None] * 256
     bins = (images.reshape(batch * 3, -1).int() + channel).flatten().long()
-    counts = torch.zeros(batch * 3 * 256, dtype=torch.int32, device=images.device)
-    counts = counts.scatter_add(0, bins, torch.ones_like(bins, dtype=torch.int32)).view(batch, 3, 256).long()
+    histogram = _histogram_unsorted if torch.are_deterministic_algorithms_enabled() else _histogram
+    counts = histogram(bins, batch * 3 * 256).view(batch, 3, 256).long()
     value = torch.arange(256, device=images.device)
     last = counts.gather(2, torch.where(counts > 0, value, 0).amax(dim=2, keepdim=True))
     step = (pixels - last) // 255  # 0 if the channel has a single value, which then stays

@@ -820,6 +820,30 @@ def test_views_compile_without_a_break(kind, size, options, monkeypatch):
     assert torch.equal(compiled, view(*arguments))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_histograms_are_not_sorted_in_deterministic_mode(compiled, monkeypatch):
+    images = batch(photos(90, 70, 3))
+    expected, modes = image_ops.equalize_table(images), []
+
+    def scatter_add(self, *arguments):
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return original(self, *arguments)
+
+    original = torch.Tensor.scatter_add
+    monkeypatch.setattr(torch.Tensor, "scatter_add", scatter_add)
+    torch._dynamo.reset()
+    table = image_ops.equalize_table
+    if compiled:
+        table = torch.compile(table, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(table(images), expected)
+        assert torch.get_deterministic_debug_mode() == 2  # on, not only warning
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert modes == [False]
+
+
 @tiny.NEEDS_FAKE_GPU
 @pytest.mark.parametrize(
     "size, policy, remode",

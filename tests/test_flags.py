@@ -194,6 +194,8 @@ PRECOMPUTED = [*CACHED, "--precompute-teacher"]
             "--precompute-teacher: --eval only evaluates; drop one of them",
         ),
         ([*CACHED, "--precompute-epochs", "3:3"], "holds no epochs"),
+        ([*CACHED, "--precompute-epochs", "0-3"], "argument --precompute-epochs: '0-3' is not FROM:TO, such as 0:30"),
+        ([*CACHED, "--precompute-epochs", ":3"], "argument --precompute-epochs: ':3' is not FROM:TO, such as 0:30"),
         ([*PRECOMPUTED, "--precompute-epochs", "0:3"], "end with :2"),
         ([*PRECOMPUTED, "--precompute-epochs", "0:2", "--augmentation-epochs", "1"], "end with :1"),
     ],

@@ -37,7 +37,7 @@ from sources import (
     Source,
     keep_in_memory,
 )
-from utils import RunError, World, last_line
+from utils import VARIES, RunError, World, last_line
 
 CPU = torch.device("cpu")
 NORMALIZATION = MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -252,6 +252,9 @@ def test_views_are_not_compiled_where_that_would_fail(monkeypatch, caplog):
     monkeypatch.setattr(view, "to", lambda _: view)
     monkeypatch.setattr(torch, "compile", compiled)
     assert "(Python.h: No such file or directory)" in loaders.why_not_compiled(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(loaders, "varies_if_compiled", lambda: True)
+        assert loaders.why_not_compiled(CPU) == f"--deterministic: {VARIES}"
     monkeypatch.setattr(loaders.logger, "propagate", True)
     monkeypatch.setattr(loaders, "why_not_compiled", lambda device: f"no compiler for {device}")
     assert loaders._on_device(view, LoaderOptions(), World.alone(torch.device("cuda"))) is view

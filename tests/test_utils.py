@@ -20,6 +20,7 @@ import tiny
 import torch
 from torch.utils.data import DataLoader
 
+import main
 import utils
 from utils import Progress, RunError, StepLog, UserError, World, append_log, init_distributed, last_line, select_device
 
@@ -820,3 +821,18 @@ def test_deterministic_kernels_exclude_sums_in_switches(earlier, monkeypatch):
         monkeypatch.setenv("NCCL_ALGO", earlier)
     utils.set_up_kernels(deterministic=True)
     assert os.environ["NCCL_ALGO"] == (earlier or "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
+
+
+def test_compiling_is_deterministic_only_if_torch_can_do_that(tmp_path, monkeypatch, capsys):
+    assert not utils.varies_if_compiled()  # kernels need not be deterministic
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for config, varies in ((types.SimpleNamespace(deterministic=True), False), (types.SimpleNamespace(), True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._inductor, "config", config)
+            assert utils.varies_if_compiled() == varies
+    monkeypatch.setattr(utils, "set_up_kernels", lambda deterministic: None)
+    monkeypatch.setattr(utils, "varies_if_compiled", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+    for flags, warns in (([], False), (["--compile"], True)):
+        main.cli([*tiny.TINY, "--deterministic", "--dry-run", "--output-dir", str(tmp_path), *flags])
+        assert (f"--compile --deterministic: {utils.VARIES}" in capsys.readouterr().err) == warns
