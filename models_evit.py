@@ -39,8 +39,11 @@ def keep_attentive(patches: torch.Tensor, attentiveness: torch.Tensor, num_keep:
     Returns:
         [B, n, D], or [B, n + 1, D] if fused; kept patches are sorted by decreasing attentiveness.
     """
+    B, N, D = patches.shape
     kept = attentiveness.topk(num_keep, dim=1).indices  # (B, n)
-    reduced = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+    rows = kept + N * torch.arange(B, device=kept.device)[:, None]  # (B, n), rows of all images' patches
+    # Whole rows are faster than `gather`, which copies single values, and a deterministic backward sorts fewer indices.
+    reduced = patches.reshape(B * N, D).index_select(0, rows.flatten()).view(B, num_keep, D)
     if not fuse:
         return reduced
     weights = attentiveness.scatter(1, kept, 0.0)  # (B, N), zero for kept patches, so the others need no index
