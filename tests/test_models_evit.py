@@ -139,6 +139,23 @@ def test_kept_patches_are_ordered_and_the_rest_is_fused_unnormalized():
     torch.testing.assert_close(fused, torch.tensor([2.0, 4.0, 0.1 * 1 + 0.2 * 3]))
 
 
+def test_gradients_of_kept_and_fused_patches_by_hand():
+    tokens, attentiveness = torch.randn(3, 8, 4, requires_grad=True), torch.rand(3, 6, requires_grad=True)
+    above = torch.randn(3, 3, 4)  # gradients of two kept patches and of the fused one
+    keep_attentive(tokens[:, 2:], attentiveness, 2, True).backward(above)
+    for image in range(3):
+        order = attentiveness[image].argsort(descending=True).tolist()
+        assert not tokens.grad[image, :2].any()
+        for place, patch in enumerate(order):
+            if place < 2:
+                expected, of_attention = above[image, place], 0.0
+            else:
+                expected = attentiveness[image, patch] * above[image, 2]
+                of_attention = torch.dot(tokens[image, 2 + patch], above[image, 2])
+            torch.testing.assert_close(tokens.grad[image, 2 + patch], expected)
+            torch.testing.assert_close(attentiveness.grad[image, patch], torch.as_tensor(of_attention))
+
+
 @torch.no_grad()
 def test_each_image_keeps_its_own_patches():
     # the original implementation indexed the batch instead of the tokens
