@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # A worker takes whole files, in their order, so that module fixtures are built once.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PLOT := $(BIN)/python -m tools.plot_runs --x minutes --keys test_acc1 --reference "186,78,GPU study"
+README_RUNS := deit deit_hard_erasing evit_hard_erasing
 FAST := -m "not process and not slurm and not slow and not compile"
 
 .PHONY: quickstart study lint test test-all test-oldest clean
@@ -24,14 +26,14 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python main.py @recipes/quickstart.args
 	$(BIN)/python -m tools.summarize output/quickstart_teacher output/quickstart
 
-# The figures and summaries of docs/study.md, from the logs of its two machines.
+# The figures and summaries of docs/study.md and README, from the logs of the two machines.
 study: $(VENV)/.installed
 	for folder in results/study results/study_avx512; do \
-		$(BIN)/python -m tools.plot_runs $$folder/*/ --x minutes --keys test_acc1 \
-			--reference "186,78,GPU study" --output $$folder/accuracy.png && \
+		$(PLOT) $$folder/*/ --output $$folder/accuracy.png && \
 		$(BIN)/python -m tools.summarize $$folder/*/ --sort folder --format json > $$folder/summary.json && \
 		$(BIN)/python -m tools.summarize $$folder/*/ --sort folder || exit 1; \
 	done
+	$(PLOT) $(README_RUNS:%=results/study_avx512/%) --output results/study_avx512/readme.png
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

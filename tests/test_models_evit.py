@@ -146,9 +146,9 @@ def test_gradients_of_kept_and_fused_patches_by_hand():
     for image in range(3):
         order = attentiveness[image].argsort(descending=True).tolist()
         assert not tokens.grad[image, :2].any()
-        for place, patch in enumerate(order):
-            if place < 2:
-                expected, of_attention = above[image, place], 0.0
+        for index, patch in enumerate(order):
+            if index < 2:
+                expected, of_attention = above[image, index], 0.0
             else:
                 expected = attentiveness[image, patch] * above[image, 2]
                 of_attention = torch.dot(tokens[image, 2 + patch], above[image, 2])
