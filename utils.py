@@ -384,6 +384,7 @@ def set_up_kernels(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+# A warning for runs of which `varies_if_compiled` is true.
 VARIES = f"torch {torch.__version__} may compile other kernels in the next run, torch 2.11 does not"
 
 
