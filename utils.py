@@ -385,13 +385,14 @@ def set_up_kernels(deterministic: bool) -> None:
 
 
 # A warning for runs of which `varies_if_compiled` is true.
-VARIES = f"torch {torch.__version__} may compile other kernels in the next run, torch 2.11 does not"
+VARIES = f"torch {torch.__version__} may compile other kernels when the run is resumed; use torch 2.11 or later"
 
 
 def varies_if_compiled() -> bool:
-    """Return True if kernels must be deterministic, but torch compiles those that it measures to be fastest.
+    """Return True if kernels must be deterministic, but this torch cannot compile such kernels.
 
-    They may differ between runs, and sum in another order.
+    It compiles several, measures them and keeps the fastest, which may be another one in the next run and may sum in
+    another order.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return False
